@@ -1,0 +1,53 @@
+# `make` alone prints what there is.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test check fix lint types gpu bench campaign fuzz cube build clean
+help: ## print the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+setup: $(READY) ## create .venv and install everything, pinned
+
+demo: $(READY) ## the whole story on the embedded pipeline: train, compose, table and pictures under demo/
+	$(BIN)/texforce-hub demo --output demo
+
+test: $(READY) ## the test suite (ARGS="-k name" for a part of it)
+	$(BIN)/pytest $(ARGS)
+
+check: $(READY) ## the one gate: format, lint, types, tests, README executed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+fix: $(READY) ## format and apply safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+gpu: $(READY) ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu
+
+bench: $(READY) ## measure what BENCHMARKS.md reports
+	$(BIN)/python -m benchmarks
+
+campaign: $(READY) ## ten kill -9 and resume rounds of a training run, bit for bit
+	$(BIN)/pytest -m campaign tests/test_train_campaign.py
+
+fuzz: $(READY) ## two thousand damaged files
+	$(BIN)/pytest -m campaign tests/test_fuzz.py
+
+cube: $(READY) ## every U-Net partner under every text dialect
+	$(BIN)/pytest -m campaign tests/test_cube.py
+
+build: $(READY) ## the wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist

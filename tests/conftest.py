@@ -1,0 +1,21 @@
+"""What the tests share: one thread count, the GPU marker, no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["DIFFUSERS_VERBOSITY"] = "error"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config, items):
+    """GPU tests are skipped with a reason; campaigns run only when asked for by marker."""
+    asked = config.getoption("-m")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+        if item.get_closest_marker("campaign") and "campaign" not in asked:
+            item.add_marker(pytest.mark.skip(reason="a campaign: run it by its make target"))

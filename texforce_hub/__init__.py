@@ -1,0 +1,30 @@
+"""LoRA adapters for the text encoders of Stable-Diffusion-style pipelines: read, apply, merge, train.
+
+The names below are the whole promise; each is loaded on first use, so that importing the package (and
+``texforce-hub --help``) costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES: dict[str, str] = {
+    "Adapter": "adapter",
+    "Dense": "adapter",
+    "LowRank": "adapter",
+    "TexForceHubError": "errors",
+    "Vector": "adapter",
+}
+
+__all__ = sorted(_HOMES)  # the table above is the list
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

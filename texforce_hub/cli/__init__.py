@@ -1,0 +1,65 @@
+"""The command line: each command parses, calls the library once, and prints.
+
+Commands live one to a file; a file's ``register(app)`` adds its commands. None of them imports torch, or
+anything that does, before it runs.
+"""
+
+import logging
+import os
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from texforce_hub import __version__
+from texforce_hub.cli.console import printable, say
+from texforce_hub.errors import TexForceHubError
+
+COMMANDS: tuple[str, ...] = ()
+
+app = typer.Typer(
+    name="texforce-hub",
+    help="LoRA adapters for the text encoders of Stable-Diffusion-style pipelines: train, apply, merge, convert.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"texforce-hub {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """LoRA adapters for the text encoders of Stable-Diffusion-style pipelines: train, apply, merge, convert."""
+    del version
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("texforce_hub").setLevel(logging.INFO)
+    # Other libraries' notices about their own internals would bury ours.
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+
+
+for _command in COMMANDS:
+    import_module(f"texforce_hub.cli.{_command}").register(app)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 130 interrupted."""
+    try:
+        app()
+    except TexForceHubError as error:
+        say(f"error: {printable(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        say("interrupted")
+        sys.exit(130)

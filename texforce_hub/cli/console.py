@@ -1,0 +1,41 @@
+"""What every command prints with: results on stdout, everything else on stderr, nothing raw."""
+
+import json
+import sys
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def printable(text: str) -> str:
+    """The text with control characters and terminal escapes shown as ``\\x1b``, never sent to the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal (stderr)."""
+    typer.echo(printable(text), err=True)
+
+
+def put(text: str) -> None:
+    """A line of the result (stdout)."""
+    typer.echo(printable(text))
+
+
+def put_json(value: Any) -> None:
+    """The result as one JSON object (stdout); control characters leave as JSON escapes."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=True, default=str))
+
+
+def put_table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:
+    """A table (stdout). Cells are data: markup and escapes in them are shown, not obeyed."""
+    table = Table(title=None if title is None else Text(printable(title)), title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, highlight=False).print(table)
