@@ -1,0 +1,278 @@
+"""What a safetensors file says of itself, read without torch: names, shapes, dtypes, metadata, single numbers.
+
+The format (safetensors 0.x): eight bytes, the header's length (little endian); the header, a JSON object; the
+tensors' bytes, back to back. Every claim of the header is checked against the file before it is believed.
+"""
+
+import json
+import math
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from texforce_hub.errors import FileError
+
+_INTEGER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
+_FLOAT_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16}
+
+BITS: Mapping[str, int] = MappingProxyType({**_INTEGER_BITS, **_FLOAT_BITS, "F32": 32, "F64": 64, "C64": 64})
+"""Bits of one element, by safetensors' dtype names."""
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; safetensors itself refuses longer ones."""
+
+CONFIG_NAME = "adapter_config.json"
+
+_STRUCTS = {"BOOL": "<?", "U8": "<B", "I8": "<b", "U16": "<H", "I16": "<h", "U32": "<I", "I32": "<i", "U64": "<Q"}
+_STRUCTS |= {"I64": "<q", "F16": "<e", "F32": "<f", "F64": "<d"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Shape and dtype of one tensor; dtypes by safetensors' names (``F32``, ``BF16``, ``F8_E4M3`` …)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def numel(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself.
+
+    ``tensors`` are in the file's order under the file's names, ``metadata`` is its ``__metadata__``,
+    ``scalars`` the values of its single-element tensors (``.alpha`` …), ``config`` the parsed
+    ``adapter_config.json`` lying beside it, or ``None``.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    scalars: Mapping[str, float] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+Reader = Callable[[int, int], bytes]
+"""``read(offset, length)``: those bytes of a file or of a byte-range request, fewer at its end."""
+
+
+def read_header(path: str | Path) -> Header:
+    """The checked header of a safetensors file, its single numbers, and the PEFT config beside it.
+
+    Raises:
+        FileError: no such file, not a safetensors file, or one whose header does not fit its bytes.
+    """
+    path = Path(path)
+    size = regular_size(path)
+    try:
+        with path.open("rb") as file:
+
+            def read(offset: int, length: int) -> bytes:
+                file.seek(offset)
+                return file.read(length)
+
+            return parse_header(read, size, name=str(path), config=read_config(path))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def parse_header(read: Reader, size: int, *, name: str, config: Mapping[str, Any] | None = None) -> Header:
+    """The checked header of ``size`` bytes that ``read`` gives, wherever they are; ``name`` is for errors.
+
+    Raises:
+        FileError: the bytes are no safetensors file, or the header does not fit them.
+    """
+    length = _header_length(read(0, 8), size, name)
+    text = read(8, length)
+    if len(text) < length:
+        raise FileError(f"{name}: shrank while it was read; copy it again")
+    entries = _parse_json(text, name)
+    metadata = _check_metadata(entries.pop("__metadata__", {}), name)
+    spans = {key: _check_entry(key, entry, name) for key, entry in entries.items()}
+    _check_spans(spans, size - 8 - length, name)
+    scalars = _read_scalars(read, 8 + length, spans, name)
+    tensors = {key: info for key, (info, _, _) in spans.items()}
+    return Header(MappingProxyType(tensors), MappingProxyType(metadata), MappingProxyType(scalars), config)
+
+
+def read_config(path: Path) -> Mapping[str, Any] | None:
+    """The ``adapter_config.json`` beside a file, parsed; ``None`` if there is none or the file is diffusers'.
+
+    Raises:
+        FileError: it is there and is not a JSON object.
+    """
+    beside = path.parent / CONFIG_NAME
+    if path.name.startswith("pytorch_lora_weights") or not beside.is_file():
+        return None
+    try:
+        config = json.loads(beside.read_bytes())
+    except (ValueError, RecursionError, OSError) as error:
+        raise FileError(f"{beside}: not a PEFT config: {error}") from error
+    if not isinstance(config, dict):
+        raise FileError(f"{beside}: holds a JSON {type(config).__name__}; expected an object as PEFT writes it")
+    return MappingProxyType(config)
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of an ordinary file.
+
+    Raises:
+        FileError: nothing is there, or a folder, a pipe, a device.
+    """
+    try:
+        status = os.stat(path)  # noqa: PTH116  # a path with a NUL byte raises ValueError here alone
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise FileError(f"{str(path)!r}: cannot be read: {reason}") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise FileError(f"{path}: is a folder; name the file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise FileError(f"{path}: is a pipe, a socket or a device; expected a file")
+    return status.st_size
+
+
+def decode_scalar(data: bytes, dtype: str) -> float | None:
+    """The value of one element's bytes (little endian); ``None`` for dtypes that no alpha is stored in."""
+    if dtype in _STRUCTS:
+        return float(struct.unpack(_STRUCTS[dtype], data)[0])
+    if dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + data)[0])
+    if dtype == "F8_E5M2":  # the upper byte of a half
+        return float(struct.unpack("<e", b"\0" + data)[0])
+    if dtype == "F8_E4M3":
+        return _decode_e4m3(data[0])
+    return None
+
+
+def _decode_e4m3(byte: int) -> float:
+    sign, exponent, fraction = -1.0 if byte & 0x80 else 1.0, (byte >> 3) & 0xF, byte & 0x7
+    if exponent == 0xF and fraction == 0x7:
+        return math.nan
+    if exponent == 0:
+        return sign * math.ldexp(fraction / 8, -6)
+    return sign * math.ldexp(1 + fraction / 8, exponent - 7)
+
+
+def _header_length(prefix: bytes, size: int, name: str) -> int:
+    if size == 0:
+        raise FileError(f"{name}: is empty; an interrupted download or save leaves such files")
+    if len(prefix) < 8:
+        raise FileError(f"{name}: is {size} bytes long; too short for a safetensors file")
+    length: int = struct.unpack("<Q", prefix)[0]
+    if length > LONGEST_HEADER:
+        raise FileError(f"{name}: not a safetensors file: its first bytes claim a header of {length} bytes")
+    if length < 2:
+        raise FileError(f"{name}: its header is {length} bytes long; expected at least '{{}}'")
+    if 8 + length > size:
+        raise FileError(f"{name}: truncated: a header of {length} bytes in a file of {size}; download or save it again")
+    return length
+
+
+class _DuplicateNameError(Exception):
+    """One JSON object holds this name twice."""
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DuplicateNameError(key)
+        found[key] = value
+    return found
+
+
+def _parse_json(text: bytes, name: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+    except _DuplicateNameError as twice:
+        raise FileError(
+            f"{name}: the name {str(twice)!r} is in the header twice; which one counts cannot be known"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise FileError(f"{name}: its header is not UTF-8 text (byte {error.start})") from error
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{name}: its header is not JSON: {error}") from error
+    if not isinstance(entries, dict):
+        raise FileError(f"{name}: its header is a JSON {type(entries).__name__}; expected an object")
+    return entries
+
+
+def _check_metadata(metadata: Any, name: str) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise FileError(f"{name}: __metadata__ is a JSON {type(metadata).__name__}; expected an object")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise FileError(f"{name}: metadata {key!r} is a JSON {type(value).__name__}; expected a string")
+    return metadata
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+Span = tuple[TensorInfo, int, int]
+
+
+def _check_entry(key: str, entry: Any, name: str) -> Span:
+    if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - entry.keys():
+        raise FileError(f"{name}: tensor {key!r} lacks a dtype, a shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise FileError(f"{name}: tensor {key!r} has the unknown dtype {dtype!r}; known: {', '.join(BITS)}")
+    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise FileError(f"{name}: tensor {key!r} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
+    info = TensorInfo(tuple(shape), dtype)
+    begin, end = offsets
+    if info.numel * BITS[dtype] != 8 * (end - begin):
+        raise FileError(
+            f"{name}: tensor {key!r} of shape {_short(info.shape)} and dtype {dtype} needs "
+            f"{info.numel * BITS[dtype] // 8} bytes, its data_offsets span {end - begin}"
+        )
+    return info, begin, end
+
+
+def _short(shape: tuple[int, ...]) -> str:
+    text = str(shape)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _check_spans(spans: Mapping[str, Span], available: int, name: str) -> None:
+    """The tensors must fill the bytes after the header exactly, without holes or overlaps."""
+    position = 0
+    for key, (_, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
+        if begin != position:
+            kind = "overlaps the one before it" if begin < position else f"leaves {begin - position} bytes unused"
+            raise FileError(f"{name}: tensor {key!r} {kind}; its header does not describe its bytes")
+        position = end
+    if position > available:
+        raise FileError(
+            f"{name}: truncated: its tensors need {position} bytes, {available} are there; download or save it again"
+        )
+    if position < available:
+        raise FileError(f"{name}: {available - position} bytes follow its last tensor; expected none")
+
+
+def _read_scalars(read: Reader, start: int, spans: Mapping[str, Span], name: str) -> dict[str, float]:
+    scalars = {}
+    for key, begin, end, dtype in _single_elements(spans):
+        data = read(start + begin, end - begin)
+        if len(data) < end - begin:
+            raise FileError(f"{name}: shrank while it was read; copy it again")
+        value = decode_scalar(data, dtype)
+        if value is not None:
+            scalars[key] = value
+    return scalars
+
+
+def _single_elements(spans: Mapping[str, Span]) -> Iterable[tuple[str, int, int, str]]:
+    for key, (info, begin, end) in spans.items():
+        if info.numel == 1 and BITS[info.dtype] >= 8:
+            yield key, begin, end, info.dtype
