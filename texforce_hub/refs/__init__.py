@@ -1,0 +1,21 @@
+"""One grammar for naming things: adapters with their weights, stacks of them, rewards.
+
+::
+
+    REF      = [NAME "="] SOURCE [":" WEIGHTS] [WINDOW]
+    SOURCE   = local path | catalogue name | ["hf://"] owner "/" name ["@" revision] ["/" file]
+    WEIGHTS  = number | part "=" number {"," part "=" number}
+    WINDOW   = "[" start "-" end "]"                     fractions of the denoising steps
+    STACK    = REF { ["+"] REF }                         split as a shell splits words
+    REWARD   = NAME ["=" number]                         NAME may be a URL or python:module:function
+
+``parse`` and ``str`` are inverse. What exists on disk under exactly the written name is that thing, whatever
+else the name could mean.
+"""
+
+from texforce_hub.refs.adapter import WHOLE, AdapterRef, Exists
+from texforce_hub.refs.hub import HubId
+from texforce_hub.refs.reward import RewardRef
+from texforce_hub.refs.stack import Stack
+
+__all__ = ["WHOLE", "AdapterRef", "Exists", "HubId", "RewardRef", "Stack"]
