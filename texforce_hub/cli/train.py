@@ -63,10 +63,9 @@ def _run(config: Any, as_json: bool) -> None:
     from texforce_hub.train.loop import train_adapter
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
-    reports: list[StepReport] = []
     with _progress(config.steps) as show, _terminable():
         try:
-            adapter = train_adapter(config, on_step=lambda report: (reports.append(report), show(report))[1])
+            adapter = train_adapter(config, on_step=show)
         except KeyboardInterrupt:
             say(_how_to_resume(config))
             raise typer.Exit(130) from None
@@ -120,7 +119,7 @@ def _describe(report: "StepReport") -> str:
 def _terminable() -> Iterator[None]:
     """SIGTERM as Ctrl-C: the run saves itself."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from texforce_hub.errors import RewardError
 
-Score = Callable[[Tensor, Sequence[str]], Tensor]
+Score = Callable[[Tensor, Sequence[str]], Any]  # a Tensor; somebody else's code may return anything
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ class Reward:
         if len(bad):
             first = int(bad[0])
             raise RewardError(f"reward {self.name!r} gave {scores[first].item()} for the prompt {prompts[first]!r}")
-        return scores.float().to(images.device)
+        checked: Tensor = scores.float().to(images.device)
+        return checked
 
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Any:
         try:
             return self.function(images, prompts)
         except Exception as error:

@@ -83,7 +83,8 @@ class Actor:
         vae = self.pipeline.vae
 
         def decode_some(some: Tensor) -> Tensor:
-            return (vae.decode(some.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5).clamp(0, 1)
+            pixels: Tensor = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor).sample
+            return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
         return in_slices(decode_some, self.config.batch, latents)
 
@@ -154,7 +155,7 @@ def sample_images(actor: Actor, prompts: Sequence[str], *, images: int, steps: i
 
 def in_slices(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
     """``function`` of at most ``size`` rows at a time, put together again."""
-    return torch.cat([function(*rows) for rows in zip(*(t.split(size) for t in tensors), strict=True)])
+    return torch.cat([function(*rows) for rows in zip(*(torch.split(t, size) for t in tensors), strict=True)])
 
 
 def _predict_both(

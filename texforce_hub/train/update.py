@@ -77,12 +77,12 @@ def accumulate_gradient(actor: Actor, rollout: Rollout, advantages: Tensor, rows
         texts.append(actor.config.negative_prompt)
     embeddings = actor.encode(texts)
     cut = embeddings.detach().requires_grad_()
-    facts = []
-    for some_rows, some_at in zip(rows.split(actor.config.batch), at.split(actor.config.batch), strict=True):
+    facts, size = [], actor.config.batch
+    for some_rows, some_at in zip(torch.split(rows, size), torch.split(at, size), strict=True):
         loss, fact = policy_loss(actor, rollout, advantages, cut, some_rows, some_at)
-        (loss / len(rows)).backward()
+        torch.autograd.backward(loss / len(rows))
         facts.append(fact)
-    embeddings.backward(cut.grad)
+    torch.autograd.backward(embeddings, cut.grad)
     return torch.cat(facts)
 
 
