@@ -24,9 +24,8 @@ def singular_triplets(layer: LowRank, rank: int | None = None) -> tuple[Tensor, 
 
 def nearest_orthonormal(stacked: Tensor) -> Tensor:
     """The orthonormal matrix nearest to ``stacked`` (Procrustes): its polar factor."""
-    left: Tensor
     left, _, right = torch.linalg.svd(stacked, full_matrices=False)
-    return left @ right
+    return torch.matmul(left, right)
 
 
 def _has_vectors(layers: Sequence[Mergeable]) -> bool:

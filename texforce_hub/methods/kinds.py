@@ -1,0 +1,30 @@
+"""Every kind of layer as one that methods can merge, exactly."""
+
+from torch import Tensor
+
+from texforce_hub.adapter import Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector
+from texforce_hub.errors import MergeError
+from texforce_hub.methods.registry import Mergeable
+
+
+def resolve(name: str, layer: Layer, base: Tensor | None = None) -> Mergeable:
+    """The same change as a low-rank, a dense or a vector layer.
+
+    LoHa and LoKr expand to factors where that is smaller than the dense change. DoRA becomes dense.
+
+    Raises:
+        MergeError: a DoRA layer without the base's weight it depends on.
+    """
+    if isinstance(layer, LowRank | Dense | Vector):
+        return layer
+    if isinstance(layer, Decomposed):
+        if base is None:
+            raise MergeError(f"{name} is a DoRA layer, its change depends on the base's weight: give base=")
+        return Dense(layer.delta(base))
+    return _expanded(layer)
+
+
+def _expanded(layer: Hadamard | Kronecker) -> LowRank | Dense:
+    small = layer.rank is not None and layer.rank < min(layer.shape[:2])
+    expanded = layer.low_rank() if small else None
+    return Dense(layer.delta()) if expanded is None else expanded
