@@ -9,7 +9,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -60,6 +60,23 @@ class Header:
     config: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One tensor and its bytes in the file, from ``begin`` up to ``end``."""
+
+    info: TensorInfo
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every tensor's span, in the file's order, and the file's metadata."""
+
+    spans: Mapping[str, Span]
+    metadata: Mapping[str, str]
+
+
 Reader = Callable[[int, int], bytes]
 """``read(offset, length)``: those bytes of a file or of a byte-range request, fewer at its end."""
 
@@ -90,17 +107,36 @@ def parse_header(read: Reader, size: int, *, name: str, config: Mapping[str, Any
     Raises:
         FileError: the bytes are no safetensors file, or the header does not fit them.
     """
+    layout = parse_layout(read, size, name=name)
+    tensors = {key: span.info for key, span in layout.spans.items()}
+    scalars = _read_scalars(read, layout, name)
+    return Header(MappingProxyType(tensors), layout.metadata, MappingProxyType(scalars), config)
+
+
+def parse_layout(read: Reader, size: int, *, name: str) -> Layout:
+    """Where each tensor's bytes are, checked against ``size``.
+
+    Raises:
+        FileError: the bytes are no safetensors file, or the header does not fit them.
+    """
     length = _header_length(read(0, 8), size, name)
-    text = read(8, length)
-    if len(text) < length:
-        raise FileError(f"{name}: shrank while it was read; copy it again")
-    entries = _parse_json(text, name)
+    entries = _parse_json(read_fully(read, 8, length, name), name)
     metadata = _check_metadata(entries.pop("__metadata__", {}), name)
-    spans = {key: _check_entry(key, entry, name) for key, entry in entries.items()}
-    _check_spans(spans, size - 8 - length, name)
-    scalars = _read_scalars(read, 8 + length, spans, name)
-    tensors = {key: info for key, (info, _, _) in spans.items()}
-    return Header(MappingProxyType(tensors), MappingProxyType(metadata), MappingProxyType(scalars), config)
+    spans = {key: _check_entry(key, entry, 8 + length, name) for key, entry in entries.items()}
+    _check_spans(spans, 8 + length, size, name)
+    return Layout(MappingProxyType(spans), MappingProxyType(metadata))
+
+
+def read_fully(read: Reader, offset: int, length: int, name: str) -> bytes:
+    """Exactly ``length`` bytes.
+
+    Raises:
+        FileError: there are fewer by now.
+    """
+    data = read(offset, length)
+    if len(data) < length:
+        raise FileError(f"{name}: shrank while it was read; copy it again")
+    return data
 
 
 def read_config(path: Path) -> Mapping[str, Any] | None:
@@ -218,10 +254,7 @@ def _counts(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
-Span = tuple[TensorInfo, int, int]
-
-
-def _check_entry(key: str, entry: Any, name: str) -> Span:
+def _check_entry(key: str, entry: Any, start: int, name: str) -> Span:
     if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - entry.keys():
         raise FileError(f"{name}: tensor {key!r} lacks a dtype, a shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -233,46 +266,35 @@ def _check_entry(key: str, entry: Any, name: str) -> Span:
     begin, end = offsets
     if info.numel * BITS[dtype] != 8 * (end - begin):
         raise FileError(
-            f"{name}: tensor {key!r} of shape {_short(info.shape)} and dtype {dtype} needs "
+            f"{name}: tensor {key!r} of shape {shape!r:.80} and dtype {dtype} needs "
             f"{info.numel * BITS[dtype] // 8} bytes, its data_offsets span {end - begin}"
         )
-    return info, begin, end
+    return Span(info, start + begin, start + end)
 
 
-def _short(shape: tuple[int, ...]) -> str:
-    text = str(shape)
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _check_spans(spans: Mapping[str, Span], available: int, name: str) -> None:
+def _check_spans(spans: Mapping[str, Span], start: int, size: int, name: str) -> None:
     """The tensors must fill the bytes after the header exactly, without holes or overlaps."""
-    position = 0
-    for key, (_, begin, end) in sorted(spans.items(), key=lambda item: item[1][1:]):
-        if begin != position:
-            kind = "overlaps the one before it" if begin < position else f"leaves {begin - position} bytes unused"
+    position = start
+    for key, span in sorted(spans.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if span.begin != position:
+            gap = span.begin - position
+            kind = "overlaps the one before it" if gap < 0 else f"leaves {gap} bytes unused"
             raise FileError(f"{name}: tensor {key!r} {kind}; its header does not describe its bytes")
-        position = end
-    if position > available:
+        position = span.end
+    if position > size:
         raise FileError(
-            f"{name}: truncated: its tensors need {position} bytes, {available} are there; download or save it again"
+            f"{name}: truncated: its tensors need {position - start} bytes, {size - start} are there; "
+            f"download or save it again"
         )
-    if position < available:
-        raise FileError(f"{name}: {available - position} bytes follow its last tensor; expected none")
+    if position < size:
+        raise FileError(f"{name}: {size - position} bytes follow its last tensor; expected none")
 
 
-def _read_scalars(read: Reader, start: int, spans: Mapping[str, Span], name: str) -> dict[str, float]:
+def _read_scalars(read: Reader, layout: Layout, name: str) -> dict[str, float]:
     scalars = {}
-    for key, begin, end, dtype in _single_elements(spans):
-        data = read(start + begin, end - begin)
-        if len(data) < end - begin:
-            raise FileError(f"{name}: shrank while it was read; copy it again")
-        value = decode_scalar(data, dtype)
-        if value is not None:
-            scalars[key] = value
+    for key, span in layout.spans.items():
+        if span.info.numel == 1 and BITS[span.info.dtype] >= 8:
+            value = decode_scalar(read_fully(read, span.begin, span.end - span.begin, name), span.info.dtype)
+            if value is not None:
+                scalars[key] = value
     return scalars
-
-
-def _single_elements(spans: Mapping[str, Span]) -> Iterable[tuple[str, int, int, str]]:
-    for key, (info, begin, end) in spans.items():
-        if info.numel == 1 and BITS[info.dtype] >= 8:
-            yield key, begin, end, info.dtype

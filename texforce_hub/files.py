@@ -1,0 +1,193 @@
+"""The only opener and writer of tensor files. Tensors are copied out, never mapped; files appear whole or not."""
+
+import logging
+import os
+import pickle
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from texforce_hub.container import open_header, sniff
+from texforce_hub.errors import FileError
+from texforce_hub.header import Header, Span, parse_header, parse_layout, read_config, regular_size
+
+_LOG = logging.getLogger("texforce_hub")
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""torch's dtypes by safetensors' names."""
+
+_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, to be made a file or a folder; it becomes ``path`` when the block ends.
+
+    The bytes are on the disk before the name is changed, so a reader, a crash or a full disk sees the old
+    content or the new one. If the block fails, nothing is left. Missing parent folders are made.
+
+    Raises:
+        FileError: the place cannot be written, is full, or ``path`` is a folder that exists.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    try:
+        if path.is_dir():
+            raise FileError(f"{path}: is a folder that exists; name a file in it, or another folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        _sync(part)
+        part.replace(path)
+        if os.name == "posix":
+            _sync_entry(path.parent)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        _remove(part)
+
+
+def _sync(path: Path) -> None:
+    """Everything at ``path`` on the disk; a folder's entries where folders can be opened (not on Windows)."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync(inner)
+    if path.is_file() or os.name == "posix":
+        _sync_entry(path)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    elif path.exists():
+        path.unlink()
+
+
+def read_tensors(
+    path: str | Path, *, device: str | torch.device | None = None, allow_pickle: bool = False
+) -> tuple[Header, dict[str, Tensor]]:
+    """A file's header and copies of all its tensors on ``device`` (default: the CPU), in the file's dtypes.
+
+    The content decides what the file is, not its name. Memory: the tensors, once.
+
+    Raises:
+        FileError: the file is damaged, lies about its size, shrinks while it is read, or is a pickle and
+            ``allow_pickle`` is false, or one that asks for more than tensors.
+    """
+    path = Path(path)
+    container = sniff(path)
+    if container == "pickle" and not allow_pickle:
+        raise FileError(f"{path}: is a pickle; pickles need allow_pickle=True (--allow-pickle), or convert it")
+    if (container == "safetensors") != (path.suffix == ".safetensors"):
+        _LOG.warning("%s: is a %s file whatever its name says; read as that", path, container)
+    reader = _read_safetensors if container == "safetensors" else _read_pickle
+    return reader(path, torch.device(device or "cpu"))
+
+
+def _read_safetensors(path: Path, device: torch.device) -> tuple[Header, dict[str, Tensor]]:
+    size = regular_size(path)
+    try:
+        with path.open("rb") as file:
+
+            def read(offset: int, length: int) -> bytes:
+                file.seek(offset)
+                return file.read(length)
+
+            header = parse_header(read, size, name=str(path), config=read_config(path))
+            spans = parse_layout(read, size, name=str(path)).spans
+            tensors = {}
+            for name, span in spans.items():
+                data = torch.empty(span.end - span.begin, dtype=torch.uint8)
+                file.seek(span.begin)
+                if data.numel() and file.readinto(data.numpy()) != data.numel():  # type: ignore[arg-type]
+                    raise FileError(f"{path}: shrank while it was read; copy it again")
+                tensors[name] = _shaped(data, name, span, path).to(device)
+            return header, tensors
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _shaped(data: Tensor, name: str, span: Span, path: Path) -> Tensor:
+    if span.info.dtype not in DTYPES:
+        raise FileError(f"{path}: tensor {name!r} has dtype {span.info.dtype}, which torch cannot hold; convert it")
+    return data.view(DTYPES[span.info.dtype]).reshape(span.info.shape)
+
+
+def _read_pickle(path: Path, device: torch.device) -> tuple[Header, dict[str, Tensor]]:
+    header = open_header(path)  # every claim is checked, and nothing but tensors is in it
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except _LOAD_ERRORS as error:
+        raise FileError(f"{path}: not a torch pickle of tensors only, or a damaged one") from error
+    content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+    names = {str(key): key for key in content}
+    tensors = {name: content[names[name]].detach() for name in header.tensors}
+    return header, {name: _copied(tensor, device) for name, tensor in tensors.items()}
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.clone(memory_format=torch.contiguous_format).to(device)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a safetensors file, whole or not at all; parent folders are made.
+
+    Raises:
+        FileError: the place cannot be written, or is full.
+    """
+    ready = _own(tensors)
+    needed = sum(tensor.nbytes for tensor in ready.values())
+    with writing(path) as part:
+        try:
+            save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
+        except (SafetensorError, OSError) as error:
+            raise FileError(f"{path}: cannot be written ({needed} bytes are needed): {error}") from error
+    return Path(path)
+
+
+def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors that share no memory: the format stores each for itself."""
+    owned: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        ready = tensor.detach().cpu().contiguous()
+        storage = ready.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != ready.nbytes:
+            ready = ready.clone()
+        seen.add(ready.untyped_storage().data_ptr())
+        owned[name] = ready
+    return owned
