@@ -18,6 +18,7 @@ from texforce_hub.files import writing
 from texforce_hub.images.curve import plot_curve
 from texforce_hub.images.sheet import contact_sheet
 from texforce_hub.sources import write_adapter
+from texforce_hub.train.checkpoint import remove_leftovers
 from texforce_hub.train.config import TrainConfig, write_config
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -41,6 +42,7 @@ def own_folder(path: str | Path) -> Iterator["RunFolder"]:
         raise TrainingError(f"cannot train in {folder}: {error.strerror}; give another --output") from error
     with lock:
         owner.write_text(f"{os.getpid()}\n")
+        remove_leftovers(folder)
         yield RunFolder(folder)
         owner.unlink(missing_ok=True)
 

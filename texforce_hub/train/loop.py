@@ -231,21 +231,24 @@ def _train(run: Run, on_step: Callable[[StepReport], None]) -> None:
                 run.folder.write_curve(run.learner.validations)
             on_step(report)
     except BaseException as error:
-        step = saved.step + 1
         run.learner.restore(saved)
         run.save(saved)
-        kept = f"the state before it is in checkpoint-{saved.step}"
-        if isinstance(error, RewardError | TrainingError):
-            raise TrainingError(f"step {step}: {error}; {kept}") from error
-        if isinstance(error, torch.OutOfMemoryError):
-            lower = max(1, run.config.batch // 2)
-            raise TrainingError(
-                f"step {step}: out of memory; lower batch from {run.config.batch} to {lower}"
-            ) from error
+        _explain(error, run, saved.step)
         raise
     run.save(saved)
     run.draw_sheet()
     run.folder.write_curve(run.learner.validations)
+
+
+def _explain(error: BaseException, run: Run, step: int) -> None:
+    """Raise what went wrong in the step after ``step`` as one line, if it is something that can be helped."""
+    kept = f"the state before it is in checkpoint-{step}"
+    if isinstance(error, RewardError | TrainingError):
+        raise TrainingError(f"step {step + 1}: {error}; {kept}") from error
+    if isinstance(error, torch.OutOfMemoryError):
+        batch = run.config.batch
+        way_out = f"lower batch from {batch} to {max(1, batch // 2)}"
+        raise TrainingError(f"step {step + 1}: out of memory; {way_out}; {kept}") from error
 
 
 def _snapshot(run: Run) -> State:

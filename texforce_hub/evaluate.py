@@ -1,0 +1,176 @@
+"""Which stack is better, and by how much: the same prompts and the same noise for all, intervals over prompts.
+
+Pictures come from the pipeline's ordinary call, so a figure holds wherever the pipeline runs. Prompts are
+what varies and what one wants to speak about, so the bootstrap resamples prompts, each with all its pictures.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from texforce_hub.apply import apply_adapter
+from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.rewards import Reward
+
+_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What to evaluate: a stack (anything ``apply_adapter`` takes), a U-Net in place of the pipeline's, or both."""
+
+    stack: Any = ()
+    unet: Any = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn; recorded with every figure."""
+
+    seeds: tuple[int, ...] = (0, 1)  # a picture per prompt and seed
+    steps: int = 15  # denoising steps of the pipeline's own scheduler
+    guidance: float = 5.0
+    negative_prompt: str = ""
+    batch: int = 64  # pictures in one call; the result does not depend on it beyond rounding
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Scores of several variants on the same prompts and noise.
+
+    ``scores[reward][variant]`` is an array ``(prompts, seeds)``.
+    """
+
+    prompts: tuple[str, ...]
+    sampling: Sampling
+    scores: Mapping[str, Mapping[str, np.ndarray]] = field(repr=False)
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        """Names of the rewards; the first is what is looked at unless another is named."""
+        return tuple(self.scores)
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants."""
+        return tuple(self.scores[self.rewards[0]])
+
+    def per_prompt(self, variant: str, *, reward: str | None = None) -> np.ndarray:
+        """Means over the seeds, ``(prompts,)``."""
+        means: np.ndarray = self.scores[reward or self.rewards[0]][variant].mean(1)
+        return means
+
+    def mean(self, variant: str, *, reward: str | None = None) -> Interval:
+        """A variant's mean over prompts, with its interval."""
+        return bootstrap_mean(self.per_prompt(variant, reward=reward))
+
+    def difference(self, variant: str, other: str, *, reward: str | None = None) -> Interval:
+        """Mean of ``variant`` minus ``other``, paired by prompt, with its interval."""
+        return bootstrap_mean(self.per_prompt(variant, reward=reward) - self.per_prompt(other, reward=reward))
+
+
+def evaluate_variants(
+    pipe: Any,
+    variants: Mapping[str, Variant],
+    prompts: Sequence[str],
+    rewards: Sequence[Reward],
+    *,
+    sampling: Sampling | None = None,
+    on_images: Callable[[str, int], None] | None = None,
+) -> Evaluation:
+    """Draw every prompt at every seed under every variant, and score the pictures.
+
+    The pipeline is afterwards as it was. ``on_images(variant, count)`` is called after every batch.
+
+    Raises:
+        ConfigError: no variant, no reward or no seed.
+        PromptError: no prompt.
+        MatchError: a stack does not fit.
+        RewardError: a reward cannot be used.
+    """
+    sampling = sampling or Sampling()
+    if not variants or not rewards or not sampling.seeds:
+        raise ConfigError("nothing to evaluate: it takes at least one variant, one reward and one seed")
+    if not prompts:
+        raise PromptError("no prompt to evaluate on; give at least one")
+    scores: dict[str, dict[str, np.ndarray]] = {reward.name: {} for reward in rewards}
+    for name, variant in variants.items():
+        with _in_place(pipe, variant):
+            rows: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
+            for texts, images in draw_images(pipe, prompts, sampling):
+                for reward in rewards:
+                    rows[reward.name].append(reward(images, texts).cpu())
+                if on_images is not None:
+                    on_images(name, len(texts))
+        for reward_name, parts in rows.items():
+            scores[reward_name][name] = torch.cat(parts).view(len(prompts), -1).double().numpy()
+    return Evaluation(tuple(prompts), sampling, scores)
+
+
+def draw_images(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[list[str], Tensor]]:
+    """Batches of prompts and their pictures ``(b, 3, h, w)`` in [0, 1]: prompt by prompt, each at every seed.
+
+    Each picture's noise comes from a generator of its own, seeded by the prompt's place and the seed, on the
+    CPU: it depends neither on the batch nor on the device.
+    """
+    jobs = [(text, seed * 1_000_003 + place) for place, text in enumerate(prompts) for seed in sampling.seeds]
+    with _quiet(pipe), torch.no_grad():
+        for start in range(0, len(jobs), sampling.batch):
+            texts, noise = zip(*jobs[start : start + sampling.batch], strict=True)
+            images = pipe(
+                list(texts),
+                negative_prompt=[sampling.negative_prompt] * len(texts),
+                num_inference_steps=sampling.steps,
+                guidance_scale=sampling.guidance,
+                generator=[Generator().manual_seed(seed) for seed in noise],
+                output_type="pt",
+            ).images
+            yield list(texts), images.float()
+
+
+def bootstrap_mean(values: np.ndarray, *, resamples: int = _RESAMPLES) -> Interval:
+    """The mean of ``values (n,)`` with its 95 % percentile bootstrap interval (Efron 1979); always the same draws."""
+    rng = np.random.default_rng(0)
+    means = np.concatenate([rng.choice(values, (500, len(values))).mean(1) for _ in range(resamples // 500)])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+@contextmanager
+def _in_place(pipe: Any, variant: Variant) -> Iterator[None]:
+    before = pipe.unet
+    if variant.unet is not None:
+        pipe.unet = variant.unet
+    try:
+        with apply_adapter(pipe, variant.stack) if variant.stack else nullcontext():
+            yield
+    finally:
+        pipe.unet = before
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """No progress bar from the pipeline, and afterwards what it had."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)
