@@ -11,7 +11,10 @@ __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
     "Adapter": "adapter",
+    "Applied": "apply",
+    "apply_adapter": "apply",
     "Dense": "adapter",
+    "load_pipeline": "pipelines",
     "LowRank": "adapter",
     "TexForceHubError": "errors",
     "Vector": "adapter",

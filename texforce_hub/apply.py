@@ -1,0 +1,263 @@
+"""Put a weighted stack of adapters on a pipeline, and take it off bit for bit.
+
+The result is ``W + Σ wᵢ·ΔWᵢ``. All layers are matched and all shapes checked before anything is touched.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import nn
+
+from texforce_hub.adapter import LayerName, LowRank
+from texforce_hub.errors import ConfigError, MatchError
+from texforce_hub.lowrank import concat
+from texforce_hub.matching import Decision, Matched, Unmatched, WrongShape, check_ready, match, parts_of, plain
+from texforce_hub.patch import (
+    Attachment,
+    Term,
+    Write,
+    activate,
+    attach,
+    detach,
+    free_name,
+    register,
+    rewrite,
+    undo,
+    unregister,
+    unwrapped,
+    write,
+)
+from texforce_hub.refs import AdapterRef
+from texforce_hub.stack import Entry, Item, Weight, read_stack
+
+logger = logging.getLogger("texforce_hub")
+
+Place = tuple[str, str, str]
+"""Part, path of the module in it, parameter."""
+
+Contributions = dict[Place, list[tuple[int, LayerName]]]
+"""For each place, the stack's layers that change it: index of the entry, name of the layer."""
+
+
+def apply_adapter(
+    pipe: Any,
+    adapters: Item | Sequence[Item],
+    *,
+    weight: Weight = 1.0,
+    mode: Literal["attach", "fuse"] = "attach",
+    strict: bool = True,
+) -> "Applied":
+    """Put a stack on a pipeline, or on a bare text encoder or U-Net.
+
+    Args:
+        adapters: one or a list of references, paths or adapters, or ``(that, weight)`` pairs. A weight is a
+            number or a mapping from parts, blocks or patterns to numbers (``{"text_encoder": 0.8}``).
+        weight: the weight of the items that do not bring their own.
+        mode: ``attach`` rides beside the weights, one low-rank pair per layer for the whole stack; ``fuse``
+            writes into them, computed in float32 and rounded once.
+        strict: refuse an adapter of which a layer has no place; otherwise that layer's decision says so.
+
+    Raises:
+        MatchError: an adapter does not fit; nothing was changed.
+        ConfigError: an impossible weight or mode.
+    """
+    if mode not in ("attach", "fuse"):
+        raise ConfigError(f"mode {mode!r}; expected 'attach' or 'fuse'")
+    entries = read_stack(adapters, weight=weight)
+    decisions = {e.label: match(e.adapter, pipe, attaching=mode == "attach") for e in entries}
+    for entry in entries:
+        _check_fit(entry, decisions[entry.label], strict=strict)
+    roots = {part: plain(module) for part, module in parts_of(pipe).items()}
+    riding, written = _sorted_out(entries, decisions)
+    for part in dict.fromkeys(place[0] for place in (*riding, *written)):
+        check_ready(part, parts_of(pipe)[part], attaching=any(place[0] == part for place in riding))
+    applied = Applied(entries, mode, decisions, free_name(list(roots.values())), roots, riding, written)
+    try:
+        applied._put_on()
+    except BaseException:
+        applied.remove()
+        raise
+    _say_notes(decisions)
+    return applied
+
+
+def _check_fit(entry: Entry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
+    wrong = [decision for decision in decisions.values() if isinstance(decision, WrongShape)]
+    unmatched = [decision for decision in decisions.values() if isinstance(decision, Unmatched)]
+    matched = len(decisions) - len(wrong) - len(unmatched)
+    family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
+    if wrong or not matched or (strict and unmatched):
+        counts = f"{matched} of {len(decisions)} layers fit, {len(wrong)} have another shape"
+        refusals: list[WrongShape | Unmatched] = [*wrong, *unmatched, Unmatched("it has no layers")]
+        way_out = "; strict=False leaves out what has no place" if matched and not wrong else ""
+        raise MatchError(
+            f"{entry.label}{family} does not fit: {refusals[0].reason} ({counts}); nothing was changed{way_out}"
+        )
+    if unmatched:
+        left_out = f"{len(unmatched)} of {len(decisions)} layers left out"
+        logger.warning("%s: %s, e.g. %s", entry.label, left_out, unmatched[0].reason)
+
+
+def _sorted_out(
+    entries: Sequence[Entry], decisions: Mapping[str, Mapping[LayerName, Decision]]
+) -> tuple[Contributions, Contributions]:
+    riding: Contributions = {}
+    written: Contributions = {}
+    for index, entry in enumerate(entries):
+        for name, decision in decisions[entry.label].items():
+            if isinstance(decision, Matched):
+                place = (decision.part, decision.path, decision.parameter)
+                home = riding if decision.how == "attached" else written
+                home.setdefault(place, []).append((index, name))
+    return riding, written
+
+
+def _say_notes(decisions: Mapping[str, Mapping[LayerName, Decision]]) -> None:
+    for label, of_layers in decisions.items():
+        notes = dict.fromkeys(d.note for d in of_layers.values() if isinstance(d, Matched) and d.note)
+        for note in notes:
+            logger.info("%s: %s", label, note)
+
+
+@dataclass(eq=False)
+class Applied:
+    """A stack on a pipeline: what it did with every layer, and the way back.
+
+    ``decisions`` tells, by adapter label and layer name, where each layer went. ``name`` is the adapter name
+    under which the attached part shows up in the pipeline's own calls. As a context manager the stack is
+    removed at the end of the block, whatever happens in it.
+    """
+
+    entries: list[Entry]
+    mode: str
+    decisions: Mapping[str, Mapping[LayerName, Decision]]
+    name: str
+    roots: Mapping[str, nn.Module] = field(repr=False)
+    _riding: Contributions = field(repr=False)
+    _written: Contributions = field(repr=False)
+    _attachments: dict[Place, Attachment] = field(default_factory=dict, repr=False)
+    _writes: dict[Place, Write] = field(default_factory=dict, repr=False)
+
+    @property
+    def weights(self) -> Mapping[str, AdapterRef]:
+        """Each adapter's weights, by label."""
+        return {entry.label: entry.weight for entry in self.entries}
+
+    def set_weights(self, weights: Mapping[str, Weight] | Sequence[Weight]) -> None:
+        """New weights, by label or in the stack's order; nothing is read again.
+
+        Raises:
+            ConfigError: an unknown label, another number of weights, or an impossible weight.
+            MatchError: the stack was taken off.
+        """
+        entries = _reweighted(self.entries, weights)
+        gone = [place for place, attachment in self._attachments.items() if not attachment.live]
+        if gone or not (self._attachments or self._writes):
+            raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
+        self.entries = entries
+        for place, attachment in self._attachments.items():
+            attachment.fill(self._pair(place))
+        for place, entry in self._writes.items():
+            rewrite(entry, self._terms(place))
+
+    def remove(self) -> None:
+        """Take the stack off: every weight is what it was, to the bit. A second call does nothing."""
+        for place in reversed(self._attachments):
+            detach(self._attachments[place])
+        for part in dict.fromkeys(place[0] for place in self._riding):
+            unregister(self.roots[part], self.name)
+        for place in reversed(self._writes):
+            undo(self._writes[place])
+        self._attachments.clear()
+        self._writes.clear()
+
+    def disable(self) -> None:
+        """The base's outputs, the stack staying in place; other adapters are left as they are."""
+        self._switch(on=False)
+
+    def enable(self) -> None:
+        """Undo :meth:`disable`."""
+        self._switch(on=True)
+
+    def dead_layers(self, clip_skip: int = 0) -> dict[LayerName, str]:
+        """Layers that cannot reach the image when this many last layers of the CLIP encoders are skipped."""
+        return {
+            name: reason
+            for of_layers in self.decisions.values()
+            for name, decision in of_layers.items()
+            if isinstance(decision, Matched) and (reason := _why_dead(decision, self.roots, clip_skip))
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _switch(self, *, on: bool) -> None:
+        for part in dict.fromkeys(place[0] for place in self._riding):
+            activate(self.roots[part], self.name, active=on)
+        for place, entry in self._writes.items():
+            rewrite(entry, self._terms(place) if on else ())
+
+    def _terms(self, place: Place) -> list[Term]:
+        found = [(self.entries[index], name) for index, name in self._written[place]]
+        return [(entry.adapter.layers[name], entry.weight.weight_of(name)) for entry, name in found]
+
+    def _pair(self, place: Place) -> LowRank:
+        found = [(self.entries[index], name) for index, name in self._riding[place]]
+        layers = [entry.adapter.layers[name] for entry, name in found]
+        return concat(
+            [layer for layer in layers if isinstance(layer, LowRank)],
+            [entry.weight.weight_of(name) for entry, name in found],
+        )
+
+    def _put_on(self) -> None:
+        for place, contributions in self._written.items():
+            part, path, parameter = place
+            if contributions:
+                module = unwrapped(self.roots[part].get_submodule(path))
+                self._writes[place] = write(module, parameter, self._terms(place))
+        ranks: dict[str, dict[str, int]] = {}
+        for place in self._riding:
+            part, path, _ = place
+            pair = self._pair(place)
+            self._attachments[place] = attach(self.roots[part], path, self.name, pair)
+            ranks.setdefault(part, {})[path] = pair.rank
+        for part, of_part in ranks.items():
+            register(self.roots[part], self.name, of_part)
+
+
+def _reweighted(entries: Sequence[Entry], weights: Mapping[str, Weight] | Sequence[Weight]) -> list[Entry]:
+    labels = [entry.label for entry in entries]
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(entries):
+            raise ConfigError(f"{len(weights)} weights for a stack of {len(entries)}: {', '.join(labels)}")
+        weights = dict(zip(labels, weights))
+    if unknown := sorted(set(weights) - set(labels)):
+        raise ConfigError(f"no adapter {unknown[0]!r} in the stack; it has {', '.join(labels)}")
+    return [entry.reweighted(weights[entry.label]) if entry.label in weights else entry for entry in entries]
+
+
+def _why_dead(decision: Matched, roots: Mapping[str, nn.Module], clip_skip: int) -> str | None:
+    """Reason why a CLIP layer does not reach the image; SDXL and SD3 read the last layer but one to begin with."""
+    config = getattr(roots[decision.part], "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    position = decision.path.partition("encoder.layers.")[2].partition(".")[0]
+    if depth is None or not position.isdigit() or not decision.part.startswith("text_encoder"):
+        return None
+    skipped = clip_skip + ("text_encoder_2" in roots and clip_skip >= 0 and _penultimate(roots))
+    if int(position) >= depth - skipped:
+        pooled = hasattr(roots[decision.part], "text_projection")
+        reach = "reaches only the pooled vector" if pooled else "does not reach the image"
+        return f"{decision.part} is read {skipped} layer(s) before its end: layer {position} of {depth} {reach}"
+    return None
+
+
+def _penultimate(roots: Mapping[str, nn.Module]) -> bool:
+    return hasattr(roots["text_encoder_2"], "text_projection")

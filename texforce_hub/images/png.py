@@ -1,0 +1,34 @@
+"""What a PNG says of itself: how it was made, for people, galleries and a replay."""
+
+from collections.abc import Mapping
+from io import BytesIO
+from os import PathLike
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+
+def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
+    """The image as a PNG file's bytes, with these text entries (UTF-8 where Latin-1 does not do)."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    buffer = BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_png_text(path: str | PathLike[str]) -> dict[str, str]:
+    """The text entries of a PNG file."""
+    with Image.open(path) as image:
+        image.load()
+        return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+
+
+def a1111_parameters(
+    prompt: str, negative: str, *, steps: int, sampler: str, guidance: float, seed: int, size: tuple[int, int]
+) -> str:
+    """The ``parameters`` entry as AUTOMATIC1111's web UI writes it, which image galleries read."""
+    lines = [prompt, *([f"Negative prompt: {negative}"] if negative else [])]
+    facts = f"Steps: {steps}, Sampler: {sampler}, CFG scale: {guidance:g}, Seed: {seed}, Size: {size[0]}x{size[1]}"
+    return "\n".join([*lines, facts])

@@ -1,0 +1,192 @@
+"""Which layer of a model each layer of an adapter changes; nothing is touched here.
+
+Every layer gets a decision: :class:`Matched`, :class:`Unmatched` or :class:`WrongShape`.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector
+from texforce_hub.errors import MatchError
+from texforce_hub.families import live_name
+from texforce_hub.patch import can_attach, tuner_layers, unwrapped
+
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The layer changes this parameter. ``how``: ``attached`` beside it, or ``written`` into it.
+
+    ``part`` and ``path`` name the module in the model, ``parameter`` the tensor in it; ``note`` says what is
+    out of the ordinary.
+    """
+
+    part: str
+    path: str
+    parameter: str
+    how: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Unmatched:
+    """The model has no such layer."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrongShape:
+    """The model's layer has another shape."""
+
+    reason: str
+
+
+Decision = Matched | Unmatched | WrongShape
+
+
+def parts_of(target: Any) -> dict[str, nn.Module]:
+    """The models that adapters can change, by part: a pipeline's, or a bare module as every part of its kind."""
+    if not isinstance(target, nn.Module):
+        found = {part: getattr(target, part, None) for part in PARTS}
+        modules = {part: module for part, module in found.items() if isinstance(module, nn.Module)}
+        if not modules:
+            raise MatchError(f"{type(target).__name__} has none of the parts {', '.join(PARTS)}; expected a pipeline")
+        return modules
+    blocks = plain(target)
+    denoiser = hasattr(blocks, "down_blocks") or hasattr(blocks, "transformer_blocks")
+    return dict.fromkeys(("unet", "transformer") if denoiser else PARTS[:3], target)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The model out of ``torch.compile``'s and PEFT's wrappers, whose names would be in the way."""
+    while True:
+        if isinstance(inner := getattr(module, "_orig_mod", None), nn.Module):
+            module = inner
+        elif callable(unwrap := getattr(module, "get_base_model", None)):
+            module = unwrap()
+        else:
+            return module
+
+
+def check_ready(part: str, module: nn.Module, *, attaching: bool) -> None:
+    """Refuse a model whose state would make a stack silently wrong.
+
+    Raises:
+        MatchError: weights on the meta device (sequential offload), a compiled module to attach to, adapters
+            that are switched off or fused by PEFT.
+    """
+    root = plain(module)
+    if any(parameter.is_meta for parameter in root.parameters()):
+        raise MatchError(f"{part} has no weights in memory (sequential offload): apply the stack first, offload after")
+    if not attaching:
+        return
+    compiled = hasattr(module, "_orig_mod") or any(m._compiled_call_impl is not None for m in root.modules())
+    if compiled:
+        raise MatchError(f"{part} is compiled, its layers are fixed: use mode='fuse', or apply before compiling")
+    if any(layer.disable_adapters for layer in tuner_layers(root)):
+        raise MatchError(f"adapters are switched off on {part}: call enable_lora() first, or use mode='fuse'")
+    if any(layer.merged for layer in tuner_layers(root)):
+        raise MatchError(f"{part} holds adapters fused by PEFT: unfuse them first, or use mode='fuse'")
+
+
+def match(adapter: Adapter, target: Any, *, attaching: bool) -> dict[LayerName, Decision]:
+    """A decision for every layer of the adapter; a part that only fits elsewhere goes there, and says so."""
+    modules = parts_of(target)
+    decisions: dict[LayerName, Decision] = {}
+    for part in adapter.parts:
+        layers = {name: layer for name, layer in adapter.layers.items() if name.partition(".")[0] == part}
+        decisions |= _match_part(part, layers, modules, attaching=attaching)
+    return decisions
+
+
+def _match_part(
+    part: str, layers: Mapping[LayerName, Layer], modules: Mapping[str, nn.Module], *, attaching: bool
+) -> dict[LayerName, Decision]:
+    own = _match_in(part, layers, modules[part], attaching=attaching) if part in modules else {}
+    if any(isinstance(decision, Matched) for decision in own.values()):
+        return own
+    others = [other for other in modules if other != part and other[:4] == part[:4] == "text"]
+    fits = []
+    for other in others:
+        elsewhere = _match_in(other, layers, modules[other], attaching=attaching)
+        if all(isinstance(decision, Matched) for decision in elsewhere.values()):
+            fits.append(elsewhere)
+    if len(fits) == 1:
+        return {name: _moved(decision, part) for name, decision in fits[0].items()}
+    missing = Unmatched(f"the pipeline has no {part}, only {', '.join(modules)}")
+    return own or dict.fromkeys(layers, missing)
+
+
+def _moved(decision: Decision, part: str) -> Decision:
+    assert isinstance(decision, Matched)
+    return replace(decision, note=f"named {part} in the adapter, fits only {decision.part}")
+
+
+def _match_in(
+    part: str, layers: Mapping[LayerName, Layer], module: nn.Module, *, attaching: bool
+) -> dict[LayerName, Decision]:
+    root = plain(module)
+    prefix = _prefix(root, layers)
+    return {name: _decide(part, root, prefix, name, layer, attaching=attaching) for name, layer in layers.items()}
+
+
+def _prefix(root: nn.Module, layers: Iterable[LayerName]) -> str:
+    """Where inside somebody else's module the encoder lies (``transformer.`` …); empty if at the top."""
+    first = next(iter(layers)).partition(".")[2]
+    endings = {live_name(first, has) for has in (True, False)}
+    if any(_child(root, ending) is not None for ending in endings):
+        return ""
+    names = [(name, ending) for name, _ in root.named_modules() for ending in endings if name.endswith(f".{ending}")]
+    starts = {name.removesuffix(ending).removesuffix("text_model.") for name, ending in names}
+    return starts.pop() if len(starts) == 1 else ""
+
+
+def _child(root: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _decide(
+    part: str, root: nn.Module, prefix: str, name: LayerName, layer: Layer, *, attaching: bool
+) -> Matched | Unmatched | WrongShape:
+    home = _child(root, prefix.rstrip(".")) if prefix else root
+    path = prefix + live_name(name.partition(".")[2], hasattr(home, "text_model"))
+    parameter = "weight"
+    if isinstance(layer, Vector):
+        path, _, parameter = path.rpartition(".")
+    found = _child(root, path)
+    if found is None:
+        return Unmatched(f"{part} has no layer {path}")
+    module = unwrapped(found)
+    tensor = getattr(module, parameter, None)
+    if (refusal := _unusable(module, parameter, tensor)) is not None:
+        return Unmatched(f"{part}.{path}: {refusal}")
+    assert isinstance(tensor, Tensor)
+    if tuple(tensor.shape) != layer.shape:
+        return WrongShape(f"the adapter changes {layer.shape}, {part}.{path} is {tuple(tensor.shape)}")
+    attached = attaching and isinstance(layer, LowRank) and can_attach(found)
+    note = "" if attached or not attaching else _why_written(layer, module)
+    return Matched(part, path, parameter, "attached" if attached else "written", note)
+
+
+def _why_written(layer: Layer, module: nn.Module) -> str:
+    if not isinstance(layer, LowRank):
+        return f"a {type(layer).__name__} change is not low rank: written into the weight, restored on removal"
+    return f"nothing can ride beside a {type(module).__name__}: written into the weight, restored on removal"
+
+
+def _unusable(module: nn.Module, parameter: str, tensor: Any) -> str | None:
+    if tensor is None:
+        return f"{type(module).__name__} has no {parameter}"
+    quantised = not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.element_size() < 2
+    if quantised or type(tensor.data) is not torch.Tensor:
+        return f"its {parameter} is quantised ({type(module).__name__}); load the model in float16, bfloat16 or float32"
+    return None

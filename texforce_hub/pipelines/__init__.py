@@ -1,0 +1,5 @@
+"""Bases and fine-tuned U-Nets: load them, repair spoilt ones, take them away to other tools. One file each."""
+
+from texforce_hub.pipelines.load import load_pipeline
+
+__all__ = ["load_pipeline"]

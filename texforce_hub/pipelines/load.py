@@ -1,0 +1,85 @@
+"""Load a base: the embedded one, a folder, a single-file checkpoint, or a Hub id; put a tuned U-Net in it."""
+
+import logging
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from texforce_hub.device import choose_device, choose_dtype
+from texforce_hub.errors import PipelineError
+from texforce_hub.pipelines.folder import folder_variant
+from texforce_hub.shapes import WEIGHTS
+
+logger = logging.getLogger("texforce_hub")
+
+
+def load_pipeline(
+    base: str | PathLike[str],
+    *,
+    unet: str | PathLike[str] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> Any:
+    """A diffusers pipeline, ready on its device.
+
+    Args:
+        base: ``shapes``, a diffusers folder, a single-file checkpoint (SD1, SD2, SDXL), or a Hub id.
+        unet: a fine-tuned U-Net to put in: a folder, a file, or a LoRA with ``:weight``.
+        device: CUDA if present, else the CPU.
+        dtype: float32 unless told otherwise, whatever the files hold.
+
+    Raises:
+        PipelineError: nothing that can be loaded is there.
+        FamilyError: a U-Net of another family than the base.
+    """
+    place, kind = choose_device(device), choose_dtype(dtype)
+    pipe = _load_base(str(base), kind)
+    if unet is not None:
+        from texforce_hub.pipelines.partner import put_unet
+
+        put_unet(pipe, str(unet))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(place)
+
+
+def _load_base(base: str, dtype: torch.dtype) -> Any:
+    path = WEIGHTS if base == "shapes" else Path(base)
+    if path.is_dir():
+        return load_folder(path, dtype)
+    if path.is_file():
+        from texforce_hub.pipelines.single_file import load_single_file
+
+        return load_single_file(path, dtype)
+    if base.count("/") == 1 and not base.startswith(("/", ".")):
+        return _load_from_hub(base, dtype)
+    raise PipelineError(f"no base {base!r}: expected 'shapes', a folder, a checkpoint file, or a Hub id owner/name")
+
+
+def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
+    """A pipeline from a diffusers folder; ``components`` replace what lies in it."""
+    if not (path / "model_index.json").is_file():
+        holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
+        raise PipelineError(f"{path} is no diffusers pipeline: it has no model_index.json, it holds {holds}")
+    variant = folder_variant(path)
+    if variant is not None:
+        logger.info("%s: using its %s files", path, variant)
+    try:
+        return DiffusionPipeline.from_pretrained(
+            path, torch_dtype=dtype, variant=variant, local_files_only=True, **components
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PipelineError(f"{path} cannot be loaded: {_first_line(error)}") from error
+
+
+def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
+    try:
+        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"no base {name!r} on this machine or on the Hub: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,127 @@
+"""A stack of adapters as apply, merge's callers and the command line give it: read, labelled, weighted."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from texforce_hub.adapter import Adapter, Layer
+from texforce_hub.errors import AdapterError, ConfigError
+from texforce_hub.refs import WHOLE, AdapterRef
+
+Weight = float | Mapping[str, float]
+Source = str | PathLike[str] | AdapterRef | Adapter
+Item = Source | tuple[Source, Weight]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter of a stack: its label, itself, and how much of each layer."""
+
+    label: str
+    adapter: Adapter
+    weight: AdapterRef
+
+    def reweighted(self, weight: Weight) -> "Entry":
+        """The same entry with another weight.
+
+        Raises:
+            ConfigError: a weight that is not finite, or a pattern that fits no layer.
+        """
+        return Entry(self.label, self.adapter, _weights(weight, self.label, self.adapter))
+
+
+def read_stack(adapters: Item | Sequence[Item], *, weight: Weight = 1.0) -> list[Entry]:
+    """The stack's entries, adapters read and weights checked; labels are made unique.
+
+    ``weight`` is for the items that bring none.
+
+    Raises:
+        ConfigError: no adapter, or an impossible weight.
+        AdapterError: NaN or infinity in a layer.
+    """
+    many = isinstance(adapters, list | tuple) and not _is_pair(adapters)
+    items: list[Any] = list(adapters) if many else [adapters]  # type: ignore[arg-type]
+    entries: list[Entry] = []
+    for item in items:
+        entry = _read_entry(item, weight)
+        taken = {other.label for other in entries}
+        number = 2
+        label = entry.label
+        while label in taken:
+            label, number = f"{entry.label}_{number}", number + 1
+        entries.append(Entry(label, entry.adapter, entry.weight))
+    if not entries:
+        raise ConfigError("an empty stack; expected at least one adapter")
+    return entries
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping)
+
+
+def _read_entry(item: Any, default: Weight) -> Entry:
+    source, weight = item if _is_pair(item) else (item, None)
+    if isinstance(source, Adapter):
+        label, adapter, ref = "adapter", source, AdapterRef("adapter")
+    else:
+        ref = source if isinstance(source, AdapterRef) else _parsed(source)
+        from texforce_hub.sources import read_adapter
+
+        label, adapter = ref.label, read_adapter(ref)
+    if ref.window != WHOLE:
+        raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
+    _check_finite(label, adapter)
+    if weight is None and (ref.weight != 1.0 or ref.parts):
+        _check_patterns(label, adapter, ref)
+        return Entry(label, adapter, ref)
+    return Entry(label, adapter, _weights(default if weight is None else weight, label, adapter))
+
+
+def _parsed(source: str | PathLike[str]) -> AdapterRef:
+    if isinstance(source, str):
+        return AdapterRef.parse(source)
+    path = Path(source)
+    return AdapterRef(str(path) if path.is_absolute() else f"./{path}")
+
+
+def _weights(weight: Weight, label: str, adapter: Adapter) -> AdapterRef:
+    numbers = weight.values() if isinstance(weight, Mapping) else [weight]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{label}: weight {weight}; expected finite numbers")
+    if not isinstance(weight, Mapping):
+        return AdapterRef("adapter", weight=float(weight))
+    ref = AdapterRef("adapter", parts=tuple((part, float(number)) for part, number in weight.items()))
+    _check_patterns(label, adapter, ref)
+    return ref
+
+
+def _check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
+    for part, _ in ref.parts:
+        only = AdapterRef("adapter", parts=((part, 0.0),))
+        if all(only.weight_of(name) != 0.0 for name in adapter.layers):
+            parts = ", ".join(adapter.parts)
+            raise ConfigError(f"{label}: no layer is covered by {part!r}; its parts are {parts}, a pattern needs *")
+
+
+def _check_finite(label: str, adapter: Adapter) -> None:
+    sound = {name: _is_finite(layer) for name, layer in adapter.layers.items()}
+    bad = [name for name, flag in sound.items() if not bool(flag)]
+    if bad:
+        raise AdapterError(f"{label}: {bad[0]} holds NaN or infinity ({len(bad)} layers do); nothing was changed")
+
+
+def _is_finite(layer: Layer) -> torch.Tensor:
+    """One flag on the layer's device, so that a GPU is asked once for all of them."""
+    tensors: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    layer.map(note)
+    return torch.stack([torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in tensors]).all()
