@@ -5,7 +5,6 @@ heavy imports inside; somebody else's is ``python:module:function``, the scoring
 reward returns is checked before it is used.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.errors import RewardError
+from texforce_hub.refs import RewardRef
 
 Score = Callable[[Tensor, Sequence[str]], Any]  # a Tensor; somebody else's code may return anything
 
@@ -90,9 +90,13 @@ def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
     """The reward that ``NAME[=WEIGHT]`` names: a built-in, or ``python:module:function``.
 
     Raises:
-        RewardError: there is no such reward, its function cannot be imported, or the weight is no number.
+        RefError: the weight is no number.
+        RewardError: there is no such reward, or its function cannot be imported.
     """
-    name, weight = _split_weight(spec)
+    ref = RewardRef.parse(spec)
+    name, weight = ref.name, ref.weight
+    if weight == 0:
+        raise RewardError(f"reward {spec!r} has weight 0; leave it out")
     if name.startswith("python:"):
         function = _import_function(name)
         return Reward(name, function, weight, differentiable=bool(getattr(function, "differentiable", False)))
@@ -116,19 +120,6 @@ def resolve_rewards(specs: Sequence[str], device: str | torch.device = "cpu") ->
         if names.count(name) > 1:
             raise RewardError(f"reward {name!r} is given twice; give it once, with a weight: {name}=2")
     return rewards
-
-
-def _split_weight(spec: str) -> tuple[str, float]:
-    name, equals, number = spec.rpartition("=")
-    if not equals:
-        return spec, 1.0
-    try:
-        weight = float(number)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight) or weight == 0:
-        raise RewardError(f"reward {spec!r}: {number!r} is no weight; expected NAME=WEIGHT with a number that is not 0")
-    return name, weight
 
 
 def _import_function(spec: str) -> Score:
