@@ -3,8 +3,8 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
@@ -39,6 +39,10 @@ class Context:
     positions: tuple[int, ...] = ()
     floors: tuple[float, ...] | None = None
 
+    def with_floors(self, floors: Mapping[int, float] | None) -> "Context":
+        """The same context with the floors of the sources that have this layer."""
+        return self if floors is None else replace(self, floors=tuple(floors[p] for p in self.positions))
+
 
 @dataclass(frozen=True, slots=True)
 class Option:
@@ -65,6 +69,14 @@ class Method:
     options: Mapping[str, Option]
     most: int | None = None
     view: Callable[..., Any] | None = field(default=None, repr=False)
+    wants_context: bool = False
+
+    def merge(
+        self, layers: Sequence[Mergeable], weights: Sequence[float], options: Mapping[str, Any], context: Context
+    ) -> Mergeable:
+        """One merged layer; the context goes to the methods that ask for it."""
+        asked = {"context": context} if self.wants_context else {}
+        return self.run(layers, weights, **options, **asked)
 
     def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options in full, defaults filled in.
@@ -113,6 +125,7 @@ def merge_method(*, laws: set[Law], most: int | None = None) -> Callable[[MergeF
             options=MappingProxyType(_read_options(function, doc)),
             most=most,
             view=getattr(function, "view", None),
+            wants_context="context" in inspect.signature(function).parameters,
         )
         return function
 

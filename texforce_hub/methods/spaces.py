@@ -112,11 +112,12 @@ def on_deltas(formula: Callable[..., Tensor]) -> MergeFunction:
         return seen.rebuild(formula(seen.deltas, factors, context=context or Context(), **options))
 
     keyword, positional = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = [p for p in inspect.signature(formula).parameters.values() if p.kind is keyword]
+    own = [p for p in inspect.signature(formula).parameters.values() if p.kind is keyword and p.name != "context"]
     shared = [inspect.Parameter(name, positional) for name in ("layers", "weights")]
     added = [
         inspect.Parameter("space", keyword, default="dense", annotation=Space),
         inspect.Parameter("reference", keyword, default="balanced", annotation=Reference),
+        inspect.Parameter("context", keyword, default=None),
     ]
     lifted.__signature__ = inspect.Signature([*shared, *own, *added])  # type: ignore[attr-defined]
     lifted.view = view  # type: ignore[attr-defined]

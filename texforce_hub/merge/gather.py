@@ -1,0 +1,174 @@
+"""A merge's sources, read and checked, and the layers they share."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from texforce_hub.adapter import Adapter, Decomposed, Layer, LayerName
+from texforce_hub.errors import ConfigError, MergeError, RefError
+from texforce_hub.merge.bases import Base, find_weight
+from texforce_hub.methods import Context, Mergeable, Method
+from texforce_hub.methods.kinds import resolve
+from texforce_hub.refs import AdapterRef, Stack
+from texforce_hub.stack import Entry, read_stack
+
+#: What a recipe calls a source that was no file: such a recipe cannot be replayed.
+IN_MEMORY = "(in memory)"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One layer's changes, from every source that has it, and their weights; sources at weight 0 are left out."""
+
+    name: LayerName
+    layers: tuple[Mergeable, ...]
+    weights: tuple[float, ...]
+    context: Context
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """What goes into a merge. ``groups`` resolves one layer at a time, so that little is dense at once."""
+
+    entries: tuple[Entry, ...]
+    sources: tuple[str, ...]
+    part_weights: AdapterRef
+    layer_weights: AdapterRef
+    seed: int
+    base: Base | None = None
+    device: str | torch.device | None = None
+
+    @property
+    def names(self) -> tuple[LayerName, ...]:
+        """All layers, in the order in which the sources bring them."""
+        return tuple(dict.fromkeys(name for entry in self.entries for name in entry.adapter.layers))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The sources' labels, unique."""
+        return tuple(entry.label for entry in self.entries)
+
+    def weight_of(self, entry: Entry, name: LayerName) -> float:
+        """A source's own weight of a layer, times that of its part, times that of the layer."""
+        return entry.weight.weight_of(name) * self.part_weights.weight_of(name) * self.layer_weights.weight_of(name)
+
+    def groups(self) -> Iterator[Group]:
+        """Every layer with what the sources have for it."""
+        for name in self.names:
+            yield self._group(name)
+
+    def _group(self, name: LayerName) -> Group:
+        having = [(i, entry) for i, entry in enumerate(self.entries) if name in entry.adapter.layers]
+        weighted = [(i, entry, self.weight_of(entry, name)) for i, entry in having]
+        used = [(i, entry, weight) for i, entry, weight in weighted if weight != 0]
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        context = Context(int.from_bytes(digest[:7], "big"), tuple(i for i, _, _ in used))
+        layers = tuple(self._resolved(entry, name) for _, entry, _ in used)
+        return Group(name, layers, tuple(weight for _, _, weight in used), context)
+
+    def _resolved(self, entry: Entry, name: LayerName) -> Mergeable:
+        layer: Layer = entry.adapter.layers[name]
+        if self.device is not None:
+            layer = layer.map(lambda tensor: tensor.to(self.device))
+        try:
+            return resolve(name, layer, find_weight(self.base, name) if isinstance(layer, Decomposed) else None)
+        except MergeError as error:
+            raise MergeError(f"{entry.label}: {error}") from error
+
+
+def gather(
+    sources: Any,
+    method: Method,
+    *,
+    part_weights: Mapping[str, float] | None,
+    layer_weights: Mapping[str, float] | None,
+    seed: int,
+    base: Base | None,
+    device: str | torch.device | None,
+) -> Gathered:
+    """Read and check everything a merge needs.
+
+    Raises:
+        MergeError: no source, a malformed one, too many for the method, different families or shapes, a pattern
+            that covers no layer.
+    """
+    items = _checked_items(sources)
+    entries = read_stack(items)
+    if method.most is not None and len(entries) > method.most:
+        raise MergeError(f"{method.name} of {len(entries)} adapters; it is defined for at most {method.most}")
+    _check_families(entries)
+    _check_shapes(entries)
+    gathered = Gathered(
+        entries=tuple(entries),
+        sources=tuple(_source_of(item) for item in items),
+        part_weights=_pattern_weights("part_weights", part_weights),
+        layer_weights=_pattern_weights("layer_weights", layer_weights),
+        seed=seed,
+        base=base,
+        device=device,
+    )
+    for label, ref in (("part_weights", gathered.part_weights), ("layer_weights", gathered.layer_weights)):
+        _check_patterns(label, ref, gathered.names)
+    return gathered
+
+
+def _source_of(item: Any) -> str:
+    """A source as the user named it, without its weight."""
+    source = item[0] if isinstance(item, tuple) else item
+    if isinstance(source, Adapter):
+        return IN_MEMORY
+    return AdapterRef.parse(source).source if isinstance(source, str) else str(getattr(source, "source", source))
+
+
+def _checked_items(sources: Any) -> list[Any]:
+    if isinstance(sources, str):
+        return list(Stack.parse(sources).refs)
+    if isinstance(sources, Stack):
+        return list(sources.refs)
+    if not isinstance(sources, Sequence) or not sources:
+        raise MergeError(f"sources {type(sources).__name__}; expected a list of (adapter or reference, weight)")
+    for item in sources:
+        if isinstance(item, tuple | list) and (len(item) != 2 or isinstance(item[1], bool | str)):
+            raise MergeError(f"a source of {len(item)} entries; expected (adapter or reference, weight)")
+        weight = item[1] if isinstance(item, tuple | list) else 1.0
+        numbers = weight.values() if isinstance(weight, Mapping) else [weight]
+        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
+            raise MergeError(f"weight {weight!r}; expected a finite number for each source")
+    return [tuple(item) if isinstance(item, list) else item for item in sources]
+
+
+def _pattern_weights(label: str, weights: Mapping[str, float] | None) -> AdapterRef:
+    try:
+        return AdapterRef("all", parts=tuple((weights or {}).items()))
+    except (RefError, ConfigError, TypeError) as error:
+        raise MergeError(f"{label} {weights}: {error}") from error
+
+
+def _check_patterns(label: str, ref: AdapterRef, names: Sequence[LayerName]) -> None:
+    for pattern, _ in ref.parts:
+        only = AdapterRef("all", parts=((pattern, 0.0),))
+        if all(only.weight_of(name) != 0 for name in names):
+            raise MergeError(f"{label}: {pattern!r} covers none of the {len(names)} layers, e.g. {names[0]!r}")
+
+
+def _check_families(entries: Sequence[Entry]) -> None:
+    known = {entry.adapter.family: entry.label for entry in entries if entry.adapter.family}
+    if len(known) > 1:
+        (first, one), (second, other), *_ = known.items()
+        raise MergeError(f"{one} was made for {first}, {other} for {second}; expected adapters of one family")
+
+
+def _check_shapes(entries: Sequence[Entry]) -> None:
+    shapes: dict[LayerName, tuple[str, tuple[int, ...]]] = {}
+    for entry in entries:
+        for name, layer in entry.adapter.layers.items():
+            label, shape = shapes.setdefault(name, (entry.label, layer.shape))
+            if shape != layer.shape:
+                raise MergeError(
+                    f"{name}: {label} changes a weight {shape}, {entry.label} one {layer.shape}; "
+                    "expected adapters of one family"
+                )
