@@ -1,0 +1,9 @@
+"""Plan + tensors → adapter, adapter + dialect → tensors: one executor for all dialects.
+
+``decode(encode(a))`` keeps every layer's delta to the rounding of the file's dtype; scales may fold into ``up``.
+"""
+
+from texforce_hub.codec.decoding import decode
+from texforce_hub.codec.encoding import Encoded, encode
+
+__all__ = ["Encoded", "decode", "encode"]

@@ -1,0 +1,39 @@
+"""Every on-disk layout of an adapter: how it spells names, and the plan of a file that uses one or several.
+
+Torch-free: a header is enough. Each name is spelt by exactly one dialect, so the table's order cannot matter.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from texforce_hub.dialects.attention_processors import ATTENTION_PROCESSORS
+from texforce_hub.dialects.comfy import COMFY
+from texforce_hub.dialects.diffusers import DIFFUSERS
+from texforce_hub.dialects.kinds import LayerPlan
+from texforce_hub.dialects.kohya import KOHYA
+from texforce_hub.dialects.layout import Dialect, Reading
+from texforce_hub.dialects.lora_layers import LORA_LAYERS
+from texforce_hub.dialects.peft import PEFT
+from texforce_hub.dialects.planning import Plan, plan_header
+from texforce_hub.dialects.positional import POSITIONAL
+from texforce_hub.dialects.recognition import FamilyVerdict
+from texforce_hub.dialects.state_dict import STATE_DICT
+from texforce_hub.header import Header
+
+__all__ = ["DIALECTS", "Dialect", "FamilyVerdict", "LayerPlan", "Plan", "Reading", "plan"]
+
+DIALECTS: Mapping[str, Dialect] = MappingProxyType(
+    {
+        dialect.name: dialect
+        for dialect in (*(DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, PEFT, STATE_DICT, POSITIONAL),)
+    }
+)
+
+
+def plan(header: Header) -> Plan:
+    """What a file holds, by our layer names, from its header alone.
+
+    Raises:
+        DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
+    """
+    return plan_header(header, DIALECTS)

@@ -1,0 +1,207 @@
+"""One layer of a plan: which kind of change its tensors make, of which shape and rank, and what they lack."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from texforce_hub.dialects.scale import ABSURD, find_alpha
+from texforce_hub.header import Header, TensorInfo
+
+Shape = tuple[int, ...]
+_BESIDE = ("alpha", "dora", "magnitude", "unused")
+Kind = Literal["LowRank", "Dense", "Vector", "Hadamard", "Kronecker"]
+
+
+@dataclass(slots=True)
+class Stem:
+    """The tensors that share one stem of the file: role → (name in the file, shape and dtype)."""
+
+    stem: str
+    name: str
+    dialect: str
+    assumed: bool
+    roles: dict[str, tuple[str, TensorInfo]] = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Role → shape."""
+        return {role: info.shape for role, (_, info) in self.roles.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """How one layer is read: the tensor of each role, the scale, and the shape of what comes out.
+
+    ``alpha`` is what the file stores, ``None`` if nothing; ``scale`` what follows from it, ``divisor`` what an
+    alpha is divided by (``None`` where it says nothing). ``decomposed`` is the axis of a DoRA layer's norms.
+    ``faults`` are why it cannot be read (then ``kind`` may be ``None``).
+    """
+
+    name: str
+    dialect: str
+    kind: Kind | None
+    keys: Mapping[str, str]
+    shape: Shape
+    rank: int | None
+    alpha: float | None
+    scale: float
+    divisor: int | None
+    dtype: str
+    decomposed: Literal["out", "in"] | None = None
+    twins: tuple["LayerPlan", ...] = ()
+    faults: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    kind: Kind
+    shape: Shape
+    rank: int | None
+    divisor: int | None  # what alpha is divided by; None: alpha says nothing
+
+
+def plan_layer(stem: Stem, header: Header) -> LayerPlan:
+    """The plan of the tensors that share a stem."""
+    shapes = {role: shape for role, shape in stem.shapes.items() if role not in _BESIDE}
+    outcome = _outcome(shapes)
+    if isinstance(outcome, str):
+        return _unreadable(stem, f"{stem.stem}: {outcome}")
+    faults: list[str] = []
+    stored = _stored_alpha(stem, header, faults)
+    alpha = find_alpha(stem.name, stored, header)
+    scale = 1.0 if outcome.divisor is None and alpha.rank is None else alpha.scale(outcome.divisor)
+    if not math.isfinite(scale):
+        faults.append(f"{stem.stem}: alpha is {alpha.value}")
+    name = f"{stem.name}.weight" if outcome.kind == "Vector" and not _is_parameter(stem.name) else stem.name
+    return LayerPlan(
+        name=name,
+        dialect=stem.dialect,
+        kind=outcome.kind,
+        keys={role: key for role, (key, _) in stem.roles.items()},
+        shape=outcome.shape,
+        rank=outcome.rank,
+        alpha=alpha.value,
+        scale=scale,
+        divisor=outcome.divisor,
+        dtype=next(info.dtype for role, (_, info) in stem.roles.items() if role in shapes),
+        decomposed=_axis(stem, outcome, faults),
+        faults=tuple(faults),
+    )
+
+
+def worth_knowing(layer: LayerPlan) -> str | None:
+    """What is odd about a readable layer: no rank at all, a scale that nobody trains with."""
+    if layer.rank == 0:
+        return "rank 0, which changes nothing"
+    if layer.alpha == 0:
+        return "alpha 0, which changes nothing"
+    return f"scale {layer.scale:g}, absurdly large" if abs(layer.scale) > ABSURD else None
+
+
+def _unreadable(stem: Stem, fault: str) -> LayerPlan:
+    keys = {role: key for role, (key, _) in stem.roles.items()}
+    dtype = next(iter(stem.roles.values()))[1].dtype
+    return LayerPlan(stem.name, stem.dialect, None, keys, (), None, None, 1.0, None, dtype, faults=(fault,))
+
+
+def _is_parameter(name: str) -> bool:
+    return name.endswith((".bias", ".weight"))
+
+
+def _stored_alpha(stem: Stem, header: Header, faults: list[str]) -> float | None:
+    if "alpha" not in stem.roles:
+        return None
+    key, info = stem.roles["alpha"]
+    if key not in header.scalars:
+        faults.append(f"{key}: an alpha of shape {info.shape} and dtype {info.dtype}; expected a single number")
+        return None
+    return header.scalars[key]
+
+
+def _axis(stem: Stem, outcome: _Outcome, faults: list[str]) -> Literal["out", "in"] | None:
+    """PEFT norms each output row; LyCORIS either, which the vector's shape tells."""
+    role = next((role for role in ("magnitude", "dora") if role in stem.roles), None)
+    if role is None or len(outcome.shape) < 2:
+        return None
+    shape = stem.roles[role][1].shape
+    out, inner = outcome.shape[:2]
+    numel = math.prod(shape)
+    by_row = role == "magnitude" or len(shape) < 2 or (shape[0] == out and numel == out)
+    if numel != (out if by_row else inner):
+        faults.append(f"{stem.stem}: DoRA magnitudes {shape} for a weight {outcome.shape}")
+    return "out" if by_row else "in"
+
+
+def _outcome(shapes: Mapping[str, Shape]) -> _Outcome | str:
+    """What the tensors of these roles make together, or why they make nothing."""
+    for roles, plan in _PLANNERS:
+        if shapes.keys() & roles:
+            strangers = shapes.keys() - roles
+            return f"holds {', '.join(sorted(shapes))} at once" if strangers else plan(shapes)
+    return "an alpha or a magnitude without the tensors it belongs to"
+
+
+def _plan_low_rank(shapes: Mapping[str, Shape]) -> _Outcome | str:
+    down, up, mid = shapes.get("down"), shapes.get("up"), shapes.get("mid")
+    if down is None or up is None:
+        return "lacks its up half (lora_B)" if up is None else "lacks its down half (lora_A)"
+    if len(down) < 2 or len(up) < 2 or up[1] != (mid[0] if mid else down[0]) or any(n != 1 for n in up[2:]):
+        return f"halves down {down} and up {up} do not share a rank"
+    if mid is None:
+        return _Outcome("LowRank", (up[0], *down[1:]), down[0], down[0])
+    if len(mid) < 3 or mid[1] != down[0] or any(n != 1 for n in down[2:]):
+        return f"middle {mid} does not fit down {down} and up {up}"
+    return _Outcome("LowRank", (up[0], down[1], *mid[2:]), up[1], down[0])
+
+
+def _plan_diff(shapes: Mapping[str, Shape]) -> _Outcome | str:
+    shape = shapes["diff"]
+    if not shape:
+        return "a difference that is a single number"
+    return _Outcome("Vector" if len(shape) == 1 else "Dense", shape, None, None)
+
+
+def _product(shapes: Mapping[str, Shape], up: str, down: str, core: str) -> tuple[Shape, int] | None:
+    """``(shape, rank)`` of ``up @ down``, or of Tucker's ``core`` between a turned up and a down."""
+    left, right, middle = shapes.get(up), shapes.get(down), shapes.get(core)
+    if left is None or right is None or len(left) != 2 or len(right) < 2:
+        return None
+    if middle is None:
+        return ((left[0], *right[1:]), right[0]) if left[1] == right[0] else None
+    fits = len(middle) >= 2 and middle[:2] == (left[0], right[0]) and len(right) == 2
+    return ((left[1], right[1], *middle[2:]), middle[0]) if fits else None
+
+
+def _plan_hadamard(shapes: Mapping[str, Shape]) -> _Outcome | str:
+    first = _product(shapes, "hada_w1_a", "hada_w1_b", "hada_t1")
+    second = _product(shapes, "hada_w2_a", "hada_w2_b", "hada_t2")
+    if first is None or second is None or first[0] != second[0]:
+        return f"LoHa factors {_listed(shapes)} do not make two products of one shape"
+    return _Outcome("Hadamard", first[0], first[1] * second[1], shapes["hada_w1_b"][0])
+
+
+def _plan_kronecker(shapes: Mapping[str, Shape]) -> _Outcome | str:
+    left = shapes.get("lokr_w1")
+    factored_left = _product(shapes, "lokr_w1_a", "lokr_w1_b", "")
+    right = shapes.get("lokr_w2")
+    factored_right = _product(shapes, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    one = left or (factored_left[0] if factored_left else None)
+    two = right or (factored_right[0] if factored_right else None)
+    if one is None or two is None or len(one) != 2 or len(two) < 2:
+        return f"LoKr factors {_listed(shapes)} do not make two matrices"
+    rank = None if factored_right is None or right else min(one) * factored_right[1]
+    divisor = None if left and right else (factored_right or factored_left or ((), 1))[1]
+    return _Outcome("Kronecker", (one[0] * two[0], one[1] * two[1], *two[2:]), rank, divisor)
+
+
+def _listed(shapes: Mapping[str, Shape]) -> str:
+    return ", ".join(f"{role} {shape}" for role, shape in shapes.items())
+
+
+_PLANNERS: tuple[tuple[frozenset[str], Callable[[Mapping[str, Shape]], _Outcome | str]], ...] = (
+    (frozenset({"down", "up", "mid"}), _plan_low_rank),
+    (frozenset({"diff"}), _plan_diff),
+    (frozenset(f"hada_{n}" for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")), _plan_hadamard),
+    (frozenset(f"lokr_{n}" for n in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")), _plan_kronecker),
+)

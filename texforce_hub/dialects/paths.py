@@ -1,0 +1,45 @@
+"""Pipeline parts and the published spelling of the modules inside them."""
+
+from texforce_hub.dialects.ldm import from_ldm, is_ldm
+
+PARTS = ("text_encoder_3", "text_encoder_2", "text_encoder", "unet", "transformer")
+"""The parts an adapter can change, the longer names first."""
+
+_OWN_MODULES = {
+    "text_encoder": ("text_model.", "encoder.layers.", "text_projection"),
+    "text_encoder_3": ("encoder.block.",),
+    "unet": (
+        *("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
+        *("input_blocks.", "middle_block.", "output_blocks."),
+    ),
+    "transformer": (
+        *("transformer_blocks.", "single_transformer_blocks.", "double_blocks.", "single_blocks.", "joint_blocks."),
+        *("context_embedder", "x_embedder", "norm_out.", "time_text_embed."),
+    ),
+}
+
+
+def split_part(path: str) -> tuple[str, str] | None:
+    """``(part, path inside it)`` where the name says its part; ``None`` where it does not."""
+    for part in PARTS:
+        if path.startswith(f"{part}."):
+            return part, path[len(part) + 1 :]
+    return None
+
+
+def infer_part(path: str) -> str | None:
+    """The part whose modules are named so; a CLIP text encoder counts as the first one."""
+    for part, beginnings in _OWN_MODULES.items():
+        if path.startswith(beginnings):
+            return part
+    return None
+
+
+def publish(part: str, path: str) -> str | None:
+    """Our name of a module: part and path in the published spelling; ``None`` if the U-Net has no such layer."""
+    if part == "unet" and is_ldm(path):
+        published = from_ldm(path)
+        return None if published is None else f"unet.{published}"
+    if path.startswith(("encoder.layers.", "embeddings.", "final_layer_norm")):
+        path = f"text_model.{path}"
+    return f"{part}.{path}"

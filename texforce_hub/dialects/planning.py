@@ -1,0 +1,186 @@
+"""From a header to a plan: which tensors make which layer, with which scale, and what is wrong with the file."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from texforce_hub.dialects.kinds import LayerPlan, Stem, plan_layer, worth_knowing
+from texforce_hub.dialects.layout import Dialect, Reading
+from texforce_hub.dialects.leftovers import sort_leftovers
+from texforce_hub.dialects.recognition import FamilyVerdict, find_base, recognize_family
+from texforce_hub.dialects.refused import describe_model, find_refused
+from texforce_hub.errors import DialectError
+from texforce_hub.families import FAMILIES
+from texforce_hub.header import Header
+
+_CLIP_G_WIDTH = 1280
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a file holds, from its header alone.
+
+    ``layers`` are by our names; ``extras`` the file's own names of tensors that are no layer; ``base`` is the base
+    model's name where the file tells it; ``notes`` are worth knowing, ``faults`` make reading the tensors fail,
+    ``problems`` are both, one line each.
+    """
+
+    dialects: tuple[str, ...]
+    layers: Mapping[str, LayerPlan]
+    extras: tuple[str, ...]
+    family: FamilyVerdict
+    metadata: Mapping[str, str]
+    base: str | None = None
+    faults: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Faults first, then notes."""
+        return self.faults + self.notes
+
+
+@dataclass(slots=True)
+class _Sorted:
+    """A header's tensors by the stem they belong to, and those that no dialect spells."""
+
+    stems: dict[str, Stem] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+    clashes: list[str] = field(default_factory=list)
+
+
+def plan_header(header: Header, dialects: Mapping[str, Dialect]) -> Plan:
+    """The plan of a header, by the dialects of the table.
+
+    Raises:
+        DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
+    """
+    refused = find_refused(header.tensors)
+    if refused is not None:
+        kind, reason, key = refused
+        raise DialectError(f"this is {kind} ({key!r}): {reason}; it cannot be read")
+    found = _sort(header, dialects)
+    if not found.stems:
+        raise DialectError(_nothing_read(header, dialects))
+    named = _settle(found.stems.values(), dialects)
+    used = [stem for stem in _place(named) if stem.roles.keys() != {"unused"}]
+    layers = _merge_twins(plan_layer(stem, header) for stem in used)
+    left = sort_leftovers(found.unread)
+    family = recognize_family({name: layer.shape for name, layer in layers.items() if layer.shape}, header)
+    layers = {name: _fold(layer, family) for name, layer in layers.items()}
+    return Plan(
+        dialects=tuple(dict.fromkeys(stem.dialect for stem in named)),
+        layers=MappingProxyType(layers),
+        extras=left.extras,
+        family=family,
+        metadata=header.metadata,
+        base=find_base(header),
+        faults=(*found.clashes, *_all_faults(layers), *left.faults),
+        notes=(*_all_notes(layers, named), *left.notes),
+    )
+
+
+def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
+    found = _Sorted()
+    for key, info in header.tensors.items():
+        reading, dialect = _read(key, dialects)
+        if reading is None:
+            found.unread.append(key)
+            continue
+        place = f"{reading.stem}|{reading.name}"
+        stem = found.stems.setdefault(place, Stem(reading.stem, reading.name, dialect, reading.assumed))
+        if reading.role in stem.roles and reading.role != "unused":
+            found.clashes.append(
+                f"{key!r} and {stem.roles[reading.role][0]!r} are both the {reading.role} of one layer"
+            )
+        stem.roles[reading.role] = (key, info)
+    return found
+
+
+def _read(key: str, dialects: Mapping[str, Dialect]) -> tuple[Reading | None, str]:
+    for name, dialect in dialects.items():
+        reading = dialect.read_name(key)
+        if reading is not None:
+            return reading, name
+    return None, ""
+
+
+def _nothing_read(header: Header, dialects: Mapping[str, Dialect]) -> str:
+    if not header.tensors:
+        return "the file holds no tensors; expected an adapter's"
+    model = describe_model(header.tensors)
+    if model is not None:
+        return f"this is {model}"
+    example = next(iter(header.tensors))
+    return (
+        f"none of {len(header.tensors)} tensors is an adapter's, e.g. {example!r}; known layouts: {', '.join(dialects)}"
+    )
+
+
+def _settle(stems: Iterable[Stem], dialects: Mapping[str, Dialect]) -> list[Stem]:
+    """Give real names to layers that a positional dialect only counted."""
+    stems = list(stems)
+    for name, dialect in dialects.items():
+        mine = [stem for stem in stems if stem.dialect == name]
+        if dialect.settle is not None and mine:
+            names = dialect.settle({stem.name: stem.shapes for stem in mine})
+            for stem in mine:
+                stem.name = names[stem.name]
+    return stems
+
+
+def _place(stems: Sequence[Stem]) -> Iterator[Stem]:
+    """Layers whose part the file leaves open move to the second text encoder when they are as wide as CLIP-G."""
+    open_text = [stem for stem in stems if stem.assumed and stem.name.startswith("text_encoder.")]
+    wide = any(_width(stem) == _CLIP_G_WIDTH for stem in open_text)
+    for stem in stems:
+        if wide and stem in open_text:
+            stem.name = stem.name.replace("text_encoder.", "text_encoder_2.", 1)
+        yield stem
+
+
+def _width(stem: Stem) -> int | None:
+    down = stem.shapes.get("down")
+    return down[1] if down and stem.name.endswith(("q_proj", "k_proj", "v_proj", "out_proj", "fc1")) else None
+
+
+def _merge_twins(plans: Iterable[LayerPlan]) -> dict[str, LayerPlan]:
+    layers: dict[str, LayerPlan] = {}
+    for plan in plans:
+        first = layers.get(plan.name)
+        layers[plan.name] = plan if first is None else replace(first, twins=(*first.twins, plan))
+    return layers
+
+
+def _fold(layer: LayerPlan, family: FamilyVerdict) -> LayerPlan:
+    """Give a convolution its kernel back: LyCORIS flattens it in products, and the file does not say its size."""
+    known = {FAMILIES[name].shape_of(layer.name) for name in family.candidates or FAMILIES} - {None}
+    fitting = [shape for shape in known if shape and math.prod(shape) == math.prod(layer.shape)]
+    if len(fitting) != 1 or not layer.shape or fitting[0][0] != layer.shape[0]:
+        return layer
+    return replace(layer, shape=fitting[0], twins=tuple(replace(twin, shape=fitting[0]) for twin in layer.twins))
+
+
+def _all_faults(layers: Mapping[str, LayerPlan]) -> Iterator[str]:
+    for layer in layers.values():
+        yield from layer.faults
+        for twin in layer.twins:
+            yield from twin.faults
+            if twin.shape != layer.shape:
+                yield f"{layer.name} is there twice, with shapes {layer.shape} and {twin.shape}"
+
+
+def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterator[str]:
+    oddities: dict[str, list[str]] = {}
+    for layer in layers.values():
+        if (oddity := worth_knowing(layer)) is not None:
+            oddities.setdefault(oddity, []).append(layer.name)
+    for oddity, names in oddities.items():
+        yield f"{len(names)} layer{'s' if len(names) > 1 else ''} with {oddity}, e.g. {names[0]}"
+    twice = sum(bool(layer.twins) for layer in layers.values())
+    if twice:
+        yield f"{twice} layers are spelt twice; equal ones count once"
+    unused = sum("unused" in stem.roles for stem in stems)
+    if unused:
+        yield f"{unused} pairs that diffusers 0.16 stored and never used are left out"

@@ -1,0 +1,57 @@
+"""Files that are recognised and not read: whole models, and adapters of kinds that no low-rank reader can hold."""
+
+import re
+from collections.abc import Iterable
+
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    (
+        "GLoRA",
+        r"\.(a1|a2|b1|b2|bm)\.weight$",
+        "it rewrites weights and inputs together, which no single change can hold",
+    ),
+    ("IA3", r"\.on_input$", "it multiplies activations and changes no weight"),
+    ("OFT or BOFT", r"\.(oft_blocks|oft_diag|oft_r|oft_R|oft_s|boft_R)(\.|$)|^oft_", "it rotates weights"),
+    ("Custom Diffusion", r"custom_diffusion", "its processors hold whole new projections"),
+    (
+        "a PEFT embedding adapter",
+        r"\.lora_embedding_[AB]",
+        "it changes token embeddings, whose halves are stored turned",
+    ),
+    (
+        "a PEFT adapter with biases",
+        r"\.lora_B(\.[^.]+)?\.bias$",
+        "it was trained with lora_bias=True, whose biases have no layer",
+    ),
+    (
+        "a file saved with modules_to_save",
+        r"\.modules_to_save\.",
+        "it holds whole weights of some modules, not changes",
+    ),
+)
+
+_MODELS: tuple[tuple[str, str], ...] = (
+    (r"^model\.diffusion_model\.", "a whole checkpoint; use it as the base, or its U-Net: --unet"),
+    (r"^(cond_stage_model|conditioner|first_stage_model)\.", "a whole checkpoint; use it as the base"),
+    (r"^(conv_in|down_blocks\..*\.(attn\d\.to_q|conv1))\.weight$", "a whole U-Net, not an adapter: use --unet"),
+    (r"^(text_model\.|encoder\.|)?embeddings\.(token|position)_embedding\.weight$|^text_model\.embeddings\.",
+     "a whole text encoder, not an adapter; put it into a pipeline folder and use that as the base"),
+    (r"^(emb_params|string_to_param\..*|clip_l|clip_g|<[^>]+>)$", "a textual-inversion embedding, not an adapter"),
+)  # fmt: skip
+
+
+def find_refused(keys: Iterable[str]) -> tuple[str, str, str] | None:
+    """``(kind, reason, example)`` of the first tensor that belongs to a kind that is not read."""
+    for key in keys:
+        for kind, pattern, reason in _KINDS:
+            if re.search(pattern, key):
+                return kind, reason, key
+    return None
+
+
+def describe_model(keys: Iterable[str]) -> str | None:
+    """What a file without any adapter layer is, and what to do with it; ``None`` if it is nothing known."""
+    keys = list(keys)
+    for pattern, description in _MODELS:
+        if any(re.search(pattern, key) for key in keys):
+            return description
+    return None

@@ -1,0 +1,48 @@
+"""The ends of tensor names, and the role each end gives its tensor."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+LORA_AB = MappingProxyType(
+    {
+        ".lora_A.weight": "down",
+        ".lora_B.weight": "up",
+        ".lora_magnitude_vector.weight": "magnitude",
+        ".lora_magnitude_vector": "magnitude",
+    }
+)
+LORA_DOWN_UP = MappingProxyType({".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid"})
+ALPHA = MappingProxyType({".alpha": "alpha"})
+LYCORIS = MappingProxyType(
+    {
+        ".dora_scale": "dora",
+        **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+        **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+        ".diff": "diff",
+        ".diff_b": ".bias",
+        ".w_norm": ".weight",
+        ".b_norm": ".bias",
+    }
+)
+"""LyCORIS' ends; the last three change a one-dimensional parameter of the module and name that instead of a role."""
+
+
+def split_suffix(key: str, suffixes: Mapping[str, str]) -> tuple[str, str, str] | None:
+    """``(stem, role, parameter)`` of a name, by its longest known end; ``None`` if it has none.
+
+    ``parameter`` is what the stem lacks to name what is changed: ``.bias`` of ``….q_proj.diff_b``, mostly nothing.
+    """
+    for suffix in sorted(suffixes, key=len, reverse=True):
+        if key.endswith(suffix) and len(key) > len(suffix):
+            role = suffixes[suffix]
+            return key.removesuffix(suffix), *(("diff", role) if role in (".bias", ".weight") else (role, ""))
+    return None
+
+
+def write_suffix(name: str, role: str, suffixes: Mapping[str, str]) -> tuple[str, str] | None:
+    """``(module, end)`` that spell a layer's tensor; ``None`` if these suffixes have no such role."""
+    if role == "diff" and name.endswith((".bias", ".weight")):
+        module, _, parameter = name.rpartition(".")
+        return module, ".diff_b" if parameter == "bias" else ".w_norm"
+    end = next((suffix for suffix, known in suffixes.items() if known == role), None)
+    return None if end is None else (name, end)
