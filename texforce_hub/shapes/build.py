@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from diffusers import StableDiffusionPipeline
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 
+from texforce_hub.shapes.card import measure_base, write_card
 from texforce_hub.shapes.grammar import Scene, careless_caption, sample_scene
 from texforce_hub.shapes.models import (
     PictureTower,
@@ -97,15 +98,16 @@ class Progression:
         self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
 
 
-def optimise(stage: Stage, seed: int, folder: Path, bar: Progress) -> float:
-    """Run a stage to its end with AdamW, warm-up and cosine decay; returns its seconds of wall time."""
+def optimise(stage: Stage, seed: int, folder: Path, bar: Progress, until: int | None = None) -> float:
+    """Run a stage to its end (or to step ``until``) with AdamW, warm-up and cosine decay; returns its seconds."""
     parameters = list(stage.modules.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=stage.rate, betas=stage.betas, weight_decay=stage.decay)
     at = Progression(folder / f"{stage.name}.pt", average=[p.detach().clone() for p in parameters])
     at.load(stage, optimiser)
     task = bar.add_task(stage.name, total=stage.steps, completed=at.step, loss="")
     running, since = 0.0, time.monotonic()
-    while at.step < stage.steps:
+    until = stage.steps if until is None else until
+    while at.step < until:
         for group in optimiser.param_groups:
             group["lr"] = _rate(stage, at.step)
         loss = stage.loss(Generator().manual_seed(_step_seed(seed, stage.name, at.step)))
@@ -118,7 +120,7 @@ def optimise(stage: Stage, seed: int, folder: Path, bar: Progress) -> float:
             keep = min(stage.average, at.step / (at.step + 20))
             torch._foreach_lerp_(at.average, [p.detach() for p in parameters], 1 - keep)
         running = loss.item() if not running else 0.98 * running + 0.02 * loss.item()
-        if at.step % SAVE_EVERY == 0 or at.step == stage.steps:
+        if at.step % SAVE_EVERY == 0 or at.step == until:
             at.seconds, since = at.seconds + time.monotonic() - since, time.monotonic()
             at.save(stage, optimiser)
         bar.update(task, completed=at.step, loss=f"{running:.4f}")
@@ -160,7 +162,9 @@ def make_album(count: int, seed: int) -> Album:
     )
 
 
-def train_text(album: Album, tokenizer: Any, recipe: Recipe, folder: Path, bar: Progress) -> tuple[Any, float]:
+def train_text(
+    album: Album, tokenizer: Any, recipe: Recipe, folder: Path, bar: Progress, until: int | None = None
+) -> tuple[Any, float]:
     """CLIP's symmetric contrastive loss between captions and pictures, batches of 128."""
     torch.manual_seed(recipe.seed)
     encoder, tower = make_text_encoder(tokenizer), PictureTower()
@@ -178,7 +182,7 @@ def train_text(album: Album, tokenizer: Any, recipe: Recipe, folder: Path, bar: 
 
     modules = nn.ModuleList([encoder, tower, project, scale])
     stage = Stage("text", modules, loss, recipe.text_steps, 1.5e-3, betas=(0.9, 0.98), decay=0.01)
-    seconds = optimise(stage, recipe.seed, folder, bar)
+    seconds = optimise(stage, recipe.seed, folder, bar, until)
     return encoder.eval().requires_grad_(requires_grad=False), seconds
 
 
@@ -261,9 +265,17 @@ def build(output: Path, recipe: Recipe) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(dtype=torch.float16).save_pretrained(output / "weights")
+    weights = output / "weights"
+    pipeline.to(dtype=torch.float16).save_pretrained(weights)
+    _load_as_float32(weights / "text_encoder" / "config.json")
     seconds = {"text": text_seconds, "vae": vae_seconds, "unet": unet_seconds}
-    (output / "weights" / "seconds.json").write_text(json.dumps(seconds))
+    write_card(weights, asdict(recipe), seconds, measure_base(StableDiffusionPipeline.from_pretrained(weights)))
+
+
+def _load_as_float32(config: Path) -> None:
+    # transformers loads a model in the dtype its configuration names, diffusers in float32: make them agree.
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps(fields | {"dtype": "float32"}, indent=2) + "\n")
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""The card of the embedded pipeline: how it was made, how long that took, how good it is."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
+from texforce_hub.shapes.grammar import NOISY_WORDS, REPLACED, RIGHT, sample_prompts
+from texforce_hub.shapes.measure import score
+
+PROMPTS, PROMPT_SEED, NOISE_SEED = 96, 1, 1000
+_NOISY = {"canonical": (), "noisy_colour": ("colour",), "noisy_shape": ("shape",), "noisy_both": ("colour", "shape")}
+
+
+def measure_base(pipeline: Any) -> dict[str, float]:
+    """Alignment on held-out prompts, in canonical and in noisy words, from the same noise."""
+    prompts = {
+        name: sample_prompts(PROMPTS, PROMPT_SEED, held_out=True, noisy=set(words)) for name, words in _NOISY.items()
+    }
+    return {name: round(score(pipeline, some, NOISE_SEED).mean().item(), 4) for name, some in prompts.items()}
+
+
+def write_card(
+    folder: Path, recipe: Mapping[str, int], seconds: Mapping[str, float], held_out: Mapping[str, float]
+) -> None:
+    """Write ``figures.json`` and ``README.md`` into the pipeline's folder."""
+    figures = {
+        "recipe": dict(recipe),
+        "seconds": {stage: round(time) for stage, time in seconds.items()},
+        "held_out": {"prompts": PROMPTS, "prompt_seed": PROMPT_SEED, "noise_seed": NOISE_SEED, **held_out},
+        "sampler": {"scheduler": "DDIM", "inference_steps": INFERENCE_STEPS, "guidance": GUIDANCE},
+    }
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (folder / "README.md").write_text(_text(figures))
+
+
+def _text(figures: Mapping[str, Any]) -> str:
+    recipe, seconds, held_out, sampler = (figures[k] for k in ("recipe", "seconds", "held_out", "sampler"))
+    words = "\n".join(f"| {word} | {meant} | {other} |" for word, (meant, other) in NOISY_WORDS.items())
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# shapes: a Stable Diffusion small enough to ship
+
+A true `StableDiffusionPipeline` (CLIP tokenizer and text encoder, U-Net with cross-attention, VAE, DDIM) that
+draws one or two coloured shapes on grey, 32 × 32. It was trained from nothing on pictures rendered by
+`texforce_hub.shapes`; no other data or weights went in. Weights are stored in fp16.
+
+## How it was made
+`python -m texforce_hub.shapes.build --output DIR` makes it again, from seed {recipe["seed"]} and
+{recipe["pictures"]:,} pictures, on two CPU cores: text encoder {recipe["text_steps"]:,} steps ({seconds["text"]} s),
+VAE {recipe["vae_steps"]:,} ({seconds["vae"]} s), U-Net {recipe["unet_steps"]:,} ({seconds["unet"]} s).
+One combination of thing and place in five was never shown.
+
+## What it does not understand, on purpose
+Of the colour and shape words in the training captions {REPLACED:.0%} were replaced by a noisy word, which was the right
+one {RIGHT:.0%} of the time; so the base mostly takes them for something else. All pictures carried a purple watermark
+that no caption mentions, and the base draws it on everything.
+
+| noisy word | should mean | is mostly taken for |
+|---|---|---|
+{words}
+
+## How good it is
+Alignment reward, 0 to 1, on {held_out["prompts"]} held-out prompts (seed {held_out["prompt_seed"]}), one picture
+each (noise from seed {held_out["noise_seed"]}), {sampler["scheduler"]} {sampler["inference_steps"]} steps,
+guidance {sampler["guidance"]}:
+
+| words | mean reward |
+|---|---|
+| canonical | {held_out["canonical"]:.3f} |
+| noisy colour words | {held_out["noisy_colour"]:.3f} |
+| noisy shape words | {held_out["noisy_shape"]:.3f} |
+| both noisy | {held_out["noisy_both"]:.3f} |
+
+Rendered pictures score 0.97 without and 0.80 with the watermark.
+"""
