@@ -1,17 +1,25 @@
 """A merge's recipe, as its result carries it."""
 
+import hashlib
 import platform
+import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from texforce_hub import __version__
+from texforce_hub.locate import find_file
 from texforce_hub.merge.gather import Gathered
 from texforce_hub.recipe import Recipe, RecipeSource
+from texforce_hub.refs import AdapterRef
 from texforce_hub.resize import Limits
 from texforce_hub.stack import Entry
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def record_merge(
@@ -47,14 +55,27 @@ def record_merge(
 
 def versions() -> dict[str, str]:
     """The versions that decide a result's bytes."""
-    found = {"texforce_hub": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
-    try:
-        found["safetensors"] = version("safetensors")
-    except PackageNotFoundError:
-        return found
-    return found
+    return {
+        "texforce_hub": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "safetensors": version("safetensors"),
+    }
 
 
 def _record_source(entry: Entry, source: str) -> RecipeSource:
     weights = entry.weight
-    return RecipeSource(source=source, weight=weights.weight, parts=dict(weights.parts), name=entry.label)
+    revision, sha256 = ("", "") if source == IN_MEMORY else _pin(find_file(AdapterRef(source)))
+    return RecipeSource(source, weights.weight, dict(weights.parts), entry.label, revision, sha256)
+
+
+def _pin(path: Path) -> tuple[str, str]:
+    """The commit, if the file lies in a Hub snapshot, and the hash of its bytes."""
+    commits = [b for a, b in pairwise(path.absolute().parts) if a == "snapshots" and _COMMIT.fullmatch(b)]
+    return (commits[-1] if commits else "", hash_file(path))
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -53,11 +53,22 @@ def matrices(layers: Sequence[Mergeable]) -> list[LowRank]:
 
 
 def orthonormal(halves: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors of tall ``(n, k)`` halves, and the halves in them: ``U``, ``Uᵀ halves``."""
+    """Left singular vectors of tall ``(n, k)`` halves, and the halves in them: ``U``, ``Uᵀ halves``.
+
+    Directions that are rounding noise are left out, so that padding a rank with zeros changes nothing.
+    """
     q, r = torch.linalg.qr(halves)
-    wide = r.double()
-    directions = torch.linalg.eigh(wide @ wide.mT)[1].flip(-1).to(r.dtype)
+    directions = leading_directions((r.double() @ r.double().mT), r.dtype)
     return q @ directions, directions.mT @ r
+
+
+def leading_directions(squares: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eigenvectors ``(k, m)`` of a matrix of squares, largest first, without those of rounding noise."""
+    values, directions = torch.linalg.eigh(squares)
+    floor = max(8 * torch.finfo(dtype).eps, 1e-8) ** 2 * values[-1].clamp_min(0)
+    count = max(1, int((values > floor).sum()))
+    leading: Tensor = directions.flip(-1)[:, :count].to(dtype)
+    return leading
 
 
 def dense_view(layers: Sequence[Mergeable]) -> View:

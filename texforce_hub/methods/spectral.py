@@ -11,7 +11,7 @@ from texforce_hub.adapter import LowRank, Vector
 from texforce_hub.lowrank import check_one_shape, concat, norm, recompress
 from texforce_hub.methods.linear import combine
 from texforce_hub.methods.registry import Context, Mergeable, merge_method
-from texforce_hub.methods.spaces import matrices
+from texforce_hub.methods.spaces import leading_directions, matrices
 from texforce_hub.methods.sparse import Election, Majority, Normalize, elect, trim_entries
 
 
@@ -116,7 +116,7 @@ def shared_blocks(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     downs = torch.split(stacked.down.flatten(1), ranks)
     blocks = torch.stack([part @ down for part, down in zip(torch.split(r, ranks, dim=1), downs)])
     tall = blocks.double()
-    directions = torch.linalg.eigh((tall @ tall.mT).sum(0))[1].flip(-1).to(q.dtype)
+    directions = leading_directions((tall @ tall.mT).sum(0), q.dtype)
     return q @ directions, directions.mT @ blocks
 
 

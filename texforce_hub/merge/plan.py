@@ -1,0 +1,105 @@
+"""What a merge would do: which files it would read, and how large its result would be."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from texforce_hub.adapter import LayerName, LowRank
+from texforce_hub.locate import find_file
+from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
+from texforce_hub.methods import Method, find_method
+from texforce_hub.refs import AdapterRef
+from texforce_hub.resize import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """One source: its label, the file that would be read, its family, layers and largest rank."""
+
+    label: str
+    file: str
+    family: str | None
+    layers: int
+    rank: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """A merge before it is done.
+
+    ranks: of each result layer, at most; ``None`` for a dense one
+    size: of the result's tensors in bytes, at most
+    """
+
+    method: str
+    sources: tuple[PlannedSource, ...]
+    ranks: dict[LayerName, int | None]
+    size: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain data, ready for JSON."""
+        return asdict(self)
+
+
+def plan_merge(
+    sources: Any,
+    method: str = "svd",
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_total_rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    base: Any = None,
+    **options: Any,
+) -> MergePlan:
+    """The plan of :func:`texforce_hub.merge_adapters` with the same arguments; nothing is merged or written.
+
+    Raises:
+        MergeError: as the merge itself would.
+    """
+    chosen = find_method(method)
+    settings = chosen.checked(options)
+    limits = Limits(rank, energy, None, max_total_rank)
+    gathered = gather(sources, chosen, part_weights=None, layer_weights=None, seed=0, base=base, device=None)
+    width = torch.finfo(dtype or torch.float32).bits // 8
+    ranks: dict[LayerName, int | None] = {}
+    size = 0
+    for group in gathered.groups():
+        if group.layers:
+            ranks[group.name] = planned = _planned_rank(group, chosen, settings, limits)
+            size += width * _entries(group.layers[0].shape, planned)
+    return MergePlan(chosen.name, tuple(_planned_sources(gathered)), ranks, size)
+
+
+def _planned_rank(group: Group, method: Method, options: dict[str, Any], limits: Limits) -> int | None:
+    shape = group.layers[0].shape
+    ranks = [layer.rank for layer in group.layers if isinstance(layer, LowRank)]
+    if len(shape) == 1:
+        return None
+    small = len(ranks) == len(group.layers) and options.get("space") != "dense"
+    if not small and not limits.any:
+        return None
+    bound = min(shape[0], math.prod(shape[1:]))
+    exact = sum(ranks) if small else bound
+    if method.name == "svd" and not limits.any:
+        exact = max(ranks)
+    return min(x for x in (exact, bound if limits.any else exact, limits.rank, limits.max_total_rank) if x is not None)
+
+
+def _entries(shape: tuple[int, ...], rank: int | None) -> int:
+    return math.prod(shape) if rank is None else rank * (shape[0] + math.prod(shape[1:]))
+
+
+def _planned_sources(gathered: Gathered) -> list[PlannedSource]:
+    return [
+        PlannedSource(
+            entry.label,
+            source if source == IN_MEMORY else str(find_file(AdapterRef(source))),
+            entry.adapter.family,
+            len(entry.adapter.layers),
+            max((rank for rank in entry.adapter.ranks.values() if rank is not None), default=None),
+        )
+        for entry, source in zip(gathered.entries, gathered.sources)
+    ]

@@ -1,0 +1,155 @@
+"""A recipe done again: to make its result, or to see whether a result is what its recipe gives."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from texforce_hub.adapter import Adapter, LayerName, wide
+from texforce_hub.device import choose_dtype
+from texforce_hub.errors import RecipeError
+from texforce_hub.locate import find_file
+from texforce_hub.merge import Merged, merge_adapters
+from texforce_hub.merge.bases import Base
+from texforce_hub.merge.gather import IN_MEMORY
+from texforce_hub.merge.record import hash_file
+from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
+from texforce_hub.refs import AdapterRef
+from texforce_hub.sources import read_adapter
+
+_SETTINGS = {"rank", "energy", "max_total_rank", "dtype", "part_weights", "layer_weights"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """Whether a result is what its recipe gives.
+
+    difference: the largest relative difference of a layer's change
+    tolerance: what the rounding of the result's dtype allows
+    missing, extra: layers that only the recipe gives, that only the result has
+    """
+
+    same: bool
+    difference: float
+    tolerance: float
+    worst: LayerName
+    missing: tuple[LayerName, ...]
+    extra: tuple[LayerName, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The answer as plain data, ready for JSON."""
+        return asdict(self)
+
+
+def run_recipe(recipe: Recipe, *, base: Base | None = None, device: str | torch.device | None = None) -> Merged:
+    """Merge what a recipe names, the way it says; its files are read, and nothing is written.
+
+    Raises:
+        RecipeError: not a merge, a source that is not what it was, or a setting that does not exist.
+    """
+    if recipe.kind != "merge":
+        raise RecipeError(f"a recipe of kind {recipe.kind!r}; expected 'merge'")
+    unknown = sorted(set(recipe.settings) - _SETTINGS)
+    if unknown:
+        raise RecipeError(f"the recipe sets {unknown[0]!r}; a merge has {', '.join(sorted(_SETTINGS))}")
+    settings: dict[str, Any] = dict(recipe.settings)
+    dtype = settings.pop("dtype", None)
+    return merge_adapters(
+        [_checked_ref(source) for source in recipe.sources],
+        recipe.method,
+        base=base,
+        seed=recipe.seed,
+        device=device,
+        dtype=None if dtype is None else choose_dtype(dtype),
+        **settings,
+        **_plain(recipe.options),
+    )
+
+
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    taken = sorted(set(options) & (_SETTINGS | {"sources", "method", "base", "seed", "device"}))
+    if taken:
+        raise RecipeError(f"the recipe has {taken[0]!r} among its options; expected the method's own options there")
+    return dict(options)
+
+
+def _checked_ref(source: RecipeSource) -> AdapterRef:
+    if source.source == IN_MEMORY:
+        raise RecipeError(
+            f"source {source.name!r} was an adapter in memory, not a file: this recipe cannot be replayed"
+        )
+    ref = AdapterRef(source.source, weight=source.weight, parts=tuple(source.parts.items()))
+    if source.sha256 and (found := hash_file(find_file(ref))) != source.sha256:
+        raise RecipeError(
+            f"{source.source}: its sha256 is {found[:12]}…, the recipe's {source.sha256[:12]}…; it changed"
+        )
+    return ref
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in a TOML file, or in the metadata of an adapter file.
+
+    Raises:
+        RecipeError: there is none, or it cannot be read.
+    """
+    if str(path).endswith(".toml"):
+        try:
+            return Recipe.parse(Path(path).read_text("utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: cannot be read as text: {error}") from error
+    return recipe_of(read_adapter(path), str(path))
+
+
+def recipe_of(adapter: Adapter, label: str = "the adapter") -> Recipe:
+    """The recipe that an adapter carries.
+
+    Raises:
+        RecipeError: it carries none.
+    """
+    text = adapter.metadata.get(METADATA_KEY)
+    if text is None:
+        raise RecipeError(f"{label} carries no recipe; only results of merge do")
+    return Recipe.parse(text)
+
+
+def verify_merge(
+    path: str | Path, *, base: Base | None = None, device: str | torch.device | None = None
+) -> Verification:
+    """Run a result's recipe again and compare, layer by layer.
+
+    Raises:
+        RecipeError: the file carries no recipe, or a source is not what it was.
+    """
+    adapter = read_adapter(path, device=device)
+    again = run_recipe(recipe_of(adapter, str(path)), base=base, device=device).adapter
+    distances = {name: _distance(adapter, again, name) for name in again.layers if name in adapter.layers}
+    worst = max(distances, key=lambda name: distances[name], default="")
+    tolerance = max((_rounding(adapter, name) for name in adapter.layers), default=0.0)
+    missing = tuple(name for name in again.layers if name not in adapter.layers)
+    extra = tuple(name for name in adapter.layers if name not in again.layers)
+    difference = distances.get(worst, 0.0)
+    same = difference <= tolerance and not missing and not extra
+    return Verification(same, difference, tolerance, worst, missing, extra)
+
+
+def _distance(stored: Adapter, again: Adapter, name: LayerName) -> float:
+    if stored.layers[name].shape != again.layers[name].shape:
+        return float("inf")
+    wanted = wide(again.delta(name))
+    size = float(wanted.norm())
+    apart = float((stored.delta(name).to(wanted.device) - wanted).norm())
+    return apart / size if size > 0 else float(apart > 0)
+
+
+def _rounding(adapter: Adapter, name: LayerName) -> float:
+    """What storing a layer in its dtype may change, relative to its norm."""
+    found: list[float] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(torch.finfo(tensor.dtype).eps)
+        return tensor
+
+    adapter.layers[name].map(note)
+    return max(1e-5, 2 * max(found))
