@@ -11,13 +11,21 @@ __version__ = "0.1.0"
 
 _HOMES: dict[str, str] = {
     "Adapter": "adapter",
+    "AdapterRef": "refs",
     "Applied": "apply",
-    "apply_adapter": "apply",
     "Dense": "adapter",
-    "load_pipeline": "pipelines",
     "LowRank": "adapter",
+    "RewardRef": "refs",
+    "Stack": "refs",
     "TexForceHubError": "errors",
     "Vector": "adapter",
+    "apply_adapter": "apply",
+    "check_adapter": "check",
+    "convert_adapter": "convert",
+    "inspect_file": "inspection",
+    "load_pipeline": "pipelines",
+    "read_adapter": "sources",
+    "write_adapter": "sources",
 }
 
 __all__ = sorted(_HOMES)  # the table above is the list

@@ -16,7 +16,7 @@ from texforce_hub import __version__
 from texforce_hub.cli.console import printable, say
 from texforce_hub.errors import TexForceHubError
 
-COMMANDS: tuple[str, ...] = ("apply", "train", "evaluate")
+COMMANDS: tuple[str, ...] = ("apply", "train", "evaluate", "inspect", "convert", "check")
 
 app = typer.Typer(
     name="texforce-hub",

@@ -1,0 +1,159 @@
+"""``texforce-hub inspect``: what a file, a folder or many files hold."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from texforce_hub.cli.console import put, put_json, put_table
+from texforce_hub.cli.progress import track
+from texforce_hub.errors import FileError
+
+if TYPE_CHECKING:
+    from texforce_hub.inspection import Inspection
+    from texforce_hub.inspection.weights import LayerFacts
+
+_LONG = 200  # characters of a metadata value that a table shows; --json has the rest
+_BAR = 24
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``inspect``."""
+    app.command("inspect")(inspect)
+
+
+def inspect(
+    refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    weights: Annotated[bool, typer.Option("--weights", help="Also read the numbers: norms, ranks, NaN.")] = False,
+) -> None:
+    """Say what files hold: layout, base family, parts, ranks, alphas, hash, problems. Headers only, unless --weights.
+
+    Example: texforce-hub inspect downloads/ --json
+    """
+    from texforce_hub.inspection import inspect_files
+    from texforce_hub.locate import find_files
+
+    paths = list(dict.fromkeys(path for ref in refs for path in find_files(ref)))
+    found = list(track(inspect_files(paths), total=len(paths), what="inspecting"))
+    measured = _measure(found) if weights else {}
+    if json:
+        put_json({"files": [_as_dict(one, measured) for one in found]})
+    elif len(found) == 1:
+        _put_one(found[0], measured.get(found[0].path))
+    else:
+        _put_many(found, measured)
+    _fail_on_errors(found)
+
+
+def _fail_on_errors(found: "list[Inspection]") -> None:
+    bad = [one for one in found if one.error is not None]
+    if len(found) == 1 and bad:
+        raise FileError(f"{bad[0].path}: {bad[0].error}")
+    if bad:
+        raise FileError(f"{len(bad)} of {len(found)} files are no readable adapters; the table says why")
+
+
+def _measure(found: "Iterable[Inspection]") -> "dict[Path, list[LayerFacts]]":
+    from texforce_hub.inspection.weights import measure_file
+
+    good = [one.path for one in found if one.error is None]
+    return {path: measure_file(path) for path in track(good, total=len(good), what="measuring")}
+
+
+def _as_dict(one: "Inspection", measured: "Mapping[Path, list[LayerFacts]]") -> dict[str, Any]:
+    values = one.as_dict()
+    for name in ("ranks", "alphas", "kinds", "dtypes"):
+        values[name] = {str(key): count for key, count in values[name].items()}
+    if one.path in measured:
+        values["weights"] = [layer.as_dict() for layer in measured[one.path]]
+    return values
+
+
+def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
+    rows = [
+        ["file", str(one.path)],
+        ["size", f"{one.size:,} bytes, {one.container or 'unknown container'}"],
+        ["SHA-256", f"{one.sha256} (AutoV2 {one.autov2})"],
+        ["layout", ", ".join(one.dialects)],
+        ["family", one.verdict],
+        *(["", line] for line in one.evidence),
+        ["parts", _counts(one.parts)],
+        ["kinds", _counts(one.kinds)],
+        ["ranks", _counts(one.ranks)],
+        ["alphas", _counts(one.alphas, missing="not stored")],
+        ["dtypes", _counts(one.dtypes)],
+        ["extras", ", ".join(one.extras)],
+        *(["problem", line] for line in one.problems),
+        *([key, _clipped(value)] for key, value in one.metadata.items()),
+    ]
+    put_table(["", ""], [row for row in rows if row[1]])
+    if measured is not None:
+        _put_weights(measured)
+
+
+def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFacts]]") -> None:
+    root = Path(os.path.commonpath([one.path.parent for one in found]))
+    problems = {one.path.relative_to(root): _problems(one, measured.get(one.path)) for one in found}
+    columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "state"]
+    put_table(columns, [_row(one, root, len(problems[one.path.relative_to(root)])) for one in found], title=str(root))
+    for path, lines in problems.items():
+        for line in lines:
+            put(f"{path}: {line}")
+
+
+def _problems(one: "Inspection", measured: "list[LayerFacts] | None") -> list[str]:
+    return [*([one.error] if one.error else one.problems), *([] if measured is None else _weight_problems(measured))]
+
+
+def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
+    return [
+        str(one.path.relative_to(root)),
+        ", ".join(one.dialects),
+        ", ".join(one.families),
+        ", ".join(f"{part} {count}" for part, count in one.parts.items()),
+        ", ".join("–" if rank is None else str(rank) for rank in one.ranks),
+        ", ".join("–" if alpha is None else f"{alpha:g}" for alpha in one.alphas),
+        ", ".join(one.dtypes),
+        f"{one.size / 1e6:.2f}",
+        one.autov2,
+        "unreadable" if one.error else f"{problems} to note" if problems else "ok",
+    ]
+
+
+def _weight_problems(measured: "list[LayerFacts]") -> list[str]:
+    broken = sum(bool(layer.broken) for layer in measured)
+    zero = sum(layer.is_zero for layer in measured)
+    return [
+        f"{count} of {len(measured)} layers {what}"
+        for count, what in ((broken, "hold NaN or infinity"), (zero, "are zero"))
+        if count
+    ]
+
+
+def _put_weights(measured: "list[LayerFacts]") -> None:
+    largest = max((layer.norm or 0.0 for layer in measured), default=0.0) or 1.0
+    rows = [
+        [
+            layer.name,
+            "–" if layer.rank is None else str(layer.rank),
+            "–" if layer.effective_rank is None else f"{layer.effective_rank:.1f}",
+            f"NaN or infinity × {layer.broken}" if layer.norm is None else f"{layer.norm:.4g}",
+            "█" * round(_BAR * (layer.norm or 0.0) / largest),
+        ]
+        for layer in measured
+    ]
+    put_table(["layer", "rank", "effective", "norm", "norm of the largest"], rows)
+    for line in _weight_problems(measured):
+        put(line)
+
+
+def _counts(values: Mapping[Any, int], *, missing: str = "none") -> str:
+    named = {missing if key is None else f"{key:g}" if isinstance(key, float) else key: n for key, n in values.items()}
+    return ", ".join(f"{key} × {count}" for key, count in named.items())
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[:_LONG]}… ({len(text)} characters)"

@@ -1,0 +1,112 @@
+"""What the numbers of an adapter are like, layer by layer: size, effective rank, NaN, zeros."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter import Adapter, Decomposed, Hadamard, Kronecker, Layer, LowRank
+from texforce_hub.codec import decode
+from texforce_hub.dialects import plan
+from texforce_hub.files import read_tensors
+from texforce_hub.lowrank import singular_values
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """One layer's numbers.
+
+    ``norm`` is the Frobenius norm of its change, of the part before the magnitudes for DoRA.
+    ``effective_rank`` is the exponential of the entropy of its normed singular values (Roy & Vetterli, 2007),
+    between 1 and the rank. Both are ``None`` where ``broken`` numbers (NaN, infinity) make them meaningless.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int | None
+    norm: float | None
+    effective_rank: float | None
+    broken: int
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing."""
+        return self.norm == 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"is_zero": self.is_zero}
+
+
+def measure_file(path: Path, *, device: str | torch.device | None = None) -> list[LayerFacts]:
+    """The numbers of every layer of a file; NaN and infinity are counted, not refused.
+
+    Raises:
+        FileError, DialectError, AdapterError: the file cannot be read as an adapter.
+    """
+    header, tensors = read_tensors(path, device=device, allow_pickle=True)
+    return measure_layers(decode(plan(header), tensors))
+
+
+def measure_layers(adapter: Adapter) -> list[LayerFacts]:
+    """The numbers of every layer, in the adapter's order."""
+    broken = {name: _count_broken(layer) for name, layer in adapter.layers.items()}
+    whole = {name: layer for name, layer in adapter.layers.items() if not broken[name]}
+    values = _spectra(whole)
+    return [
+        LayerFacts(
+            name,
+            type(layer).__name__,
+            layer.shape,
+            layer.rank,
+            float(values[name].norm()) if name in values else None,
+            _effective_rank(values[name]) if name in values else None,
+            broken[name],
+        )
+        for name, layer in adapter.layers.items()
+    ]
+
+
+def _count_broken(layer: Layer) -> int:
+    counts: list[Tensor] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        counts.append((~torch.isfinite(tensor.float())).sum())
+        return tensor
+
+    layer.map(count)
+    return int(sum(map(int, counts)))
+
+
+def _spectra(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+    """Singular values of every layer's change; low-rank ones together, by their factors."""
+    factored = {name: pair for name, layer in layers.items() if (pair := _factored(layer)) is not None}
+    found = dict(zip(factored, singular_values(list(factored.values())), strict=True)) if factored else {}
+    return found | {name: _dense_values(layer) for name, layer in layers.items() if name not in factored}
+
+
+def _factored(layer: Layer) -> LowRank | None:
+    inner = layer.inner if isinstance(layer, Decomposed) else layer
+    if isinstance(inner, Hadamard | Kronecker):
+        return inner.low_rank()
+    return inner if isinstance(inner, LowRank) else None
+
+
+def _dense_values(layer: Layer) -> Tensor:
+    change = (layer.inner if isinstance(layer, Decomposed) else layer).delta()
+    values: Tensor = torch.linalg.svdvals(change.flatten(1) if change.dim() > 1 else change[None])
+    return values
+
+
+def _effective_rank(values: Tensor) -> float:
+    total = float(values.sum())
+    if total == 0:
+        return 0.0
+    shares = values.double() / total
+    shares = shares[shares > 0]
+    return math.exp(-float((shares * shares.log()).sum()))
