@@ -15,7 +15,7 @@ from texforce_hub.adapter import Adapter, LowRank
 
 TOKENS = 16
 FAMILIES = ("sd1", "sd2", "sdxl", "sd3", "flux", "pixart")
-WORDS = "a red blue green square circle cat of photo the on left big".split()
+WORDS = ["a", "red", "blue", "green", "square", "circle", "cat", "of", "photo", "the", "on", "left", "big"]
 
 
 def tiny_tokenizer():

@@ -23,6 +23,7 @@ from texforce_hub.patch import (
     attach,
     detach,
     free_name,
+    keep,
     register,
     rewrite,
     undo,
@@ -172,6 +173,18 @@ class Applied:
         for place in reversed(self._writes):
             undo(self._writes[place])
         self._attachments.clear()
+        self._writes.clear()
+
+    def keep(self) -> None:
+        """Make a fused stack permanent and forget the way back.
+
+        Raises:
+            MatchError: the stack is attached, or lies on another one.
+        """
+        if self._attachments:
+            raise MatchError("an attached stack rides beside the weights; use mode='fuse' to make it permanent")
+        for entry in self._writes.values():
+            keep(entry)
         self._writes.clear()
 
     def disable(self) -> None:

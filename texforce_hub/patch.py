@@ -108,6 +108,14 @@ def undo(entry: Write) -> None:
         del pile[position]
 
 
+def keep(entry: Write) -> None:
+    """Make a write permanent: the copy of what was there is dropped."""
+    pile: list[Write] = _PILES.get(entry.parameter, [])
+    if pile[:1] != [entry]:
+        raise MatchError("only the first stack on a weight can be kept: take the others off first")
+    del pile[0]
+
+
 def _settle(pile: list[Write], start: int, below: Tensor) -> None:
     """Write the pile's entries from ``start`` on, the first of them on ``below``."""
     for entry in pile[start:]:
@@ -148,7 +156,8 @@ class Attachment:
     @property
     def live(self) -> bool:
         """Whether it is still in the model: ``unload_lora_weights`` may have taken it off."""
-        return self.parent._modules.get(self.child) is self.wrapper and bool(self.name in self.wrapper.r)
+        here: Any = self.parent._modules.get(self.child)
+        return here is self.wrapper and self.name in here.r
 
 
 def attach(root: nn.Module, path: str, name: str, pair: LowRank) -> Attachment:
@@ -230,9 +239,11 @@ def register(root: Any, name: str, ranks: Mapping[str, int]) -> None:
         root.peft_config = {}
     root.peft_config[name] = config  # in place: a PeftModel around the encoder shares this dictionary
     root._hf_peft_config_loaded = True
-    for layer in tuner_layers(root):
-        if name not in layer.active_adapters:
-            layer._active_adapter = [*layer.active_adapters, name]
+    layers = list(tuner_layers(root))
+    others = next((layer.active_adapters for layer in layers if layer.active_adapters != [name]), [])
+    for layer in layers:  # the library asks one layer for the whole model's active adapters: all must agree
+        active = others if layer.active_adapters == [name] else layer.active_adapters
+        layer._active_adapter = [*(other for other in active if other != name), name]
 
 
 def unregister(root: Any, name: str) -> None:

@@ -7,11 +7,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from texforce_hub.adapter import Adapter, Layer
-from texforce_hub.errors import AdapterError, ConfigError
+from texforce_hub.adapter import Adapter
+from texforce_hub.errors import ConfigError
 from texforce_hub.refs import WHOLE, AdapterRef
+from texforce_hub.sources import check_finite, read_adapter
 
 Weight = float | Mapping[str, float]
 Source = str | PathLike[str] | AdapterRef | Adapter
@@ -68,14 +67,12 @@ def _read_entry(item: Any, default: Weight) -> Entry:
     source, weight = item if _is_pair(item) else (item, None)
     if isinstance(source, Adapter):
         label, adapter, ref = "adapter", source, AdapterRef("adapter")
+        check_finite(adapter)
     else:
         ref = source if isinstance(source, AdapterRef) else _parsed(source)
-        from texforce_hub.sources import read_adapter
-
         label, adapter = ref.label, read_adapter(ref)
     if ref.window != WHOLE:
         raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
-    _check_finite(label, adapter)
     if weight is None and (ref.weight != 1.0 or ref.parts):
         _check_patterns(label, adapter, ref)
         return Entry(label, adapter, ref)
@@ -106,22 +103,3 @@ def _check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
         if all(only.weight_of(name) != 0.0 for name in adapter.layers):
             parts = ", ".join(adapter.parts)
             raise ConfigError(f"{label}: no layer is covered by {part!r}; its parts are {parts}, a pattern needs *")
-
-
-def _check_finite(label: str, adapter: Adapter) -> None:
-    sound = {name: _is_finite(layer) for name, layer in adapter.layers.items()}
-    bad = [name for name, flag in sound.items() if not bool(flag)]
-    if bad:
-        raise AdapterError(f"{label}: {bad[0]} holds NaN or infinity ({len(bad)} layers do); nothing was changed")
-
-
-def _is_finite(layer: Layer) -> torch.Tensor:
-    """One flag on the layer's device, so that a GPU is asked once for all of them."""
-    tensors: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    layer.map(note)
-    return torch.stack([torch.isfinite(tensor.sum(dtype=torch.float64)) for tensor in tensors]).all()

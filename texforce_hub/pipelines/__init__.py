@@ -1,5 +1,6 @@
 """Bases and fine-tuned U-Nets: load them, repair spoilt ones, take them away to other tools. One file each."""
 
 from texforce_hub.pipelines.load import load_pipeline
+from texforce_hub.pipelines.repair import repair_pipeline
 
-__all__ = ["load_pipeline"]
+__all__ = ["load_pipeline", "repair_pipeline"]

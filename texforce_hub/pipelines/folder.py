@@ -1,19 +1,63 @@
-"""What lies in a diffusers folder, without loading it."""
+"""What lies in a diffusers folder: weight files, their names and shapes, their tensors."""
 
+import json
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from texforce_hub.container import open_header
+from texforce_hub.errors import PipelineError
+from texforce_hub.files import read_tensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The weight files of one component's folder."""
-    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
 def folder_variant(folder: Path) -> str | None:
     """``fp16`` if some component has its weights only in files of that variant; ``None`` if plain files will do."""
     for component in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        files = weight_files(component)
+        files = [path for path in component.iterdir() if path.suffix in WEIGHT_SUFFIXES]
         if files and all(".fp16." in path.name for path in files):
             return "fp16"
     return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold one model's weights: safetensors before pickles, full precision before fp16, shards all.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    files = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name.startswith(_STEMS)]
+    for suffix in WEIGHT_SUFFIXES:
+        for fp16 in (False, True):
+            if found := sorted(p for p in files if p.suffix == suffix and (".fp16" in p.name) == fp16):
+                return found
+    holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    raise PipelineError(f"{folder} has no weights file; expected {_STEMS[0]}.safetensors or the like, it holds {holds}")
+
+
+def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in these files, from their headers alone."""
+    return {name: info.shape for path in files for name, info in open_header(path).tensors.items()}
+
+
+def read_state(files: list[Path]) -> dict[str, Tensor]:
+    """The tensors of these files, on the CPU. Local pickles are read, tensors only."""
+    return {name: tensor for path in files for name, tensor in read_tensors(path, allow_pickle=True)[1].items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        PipelineError: the file is missing or is no such thing.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise PipelineError(f"{path}: holds no JSON object")
+    return content

@@ -11,6 +11,9 @@ from diffusers import DiffusionPipeline
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import PipelineError
 from texforce_hub.pipelines.folder import folder_variant
+from texforce_hub.pipelines.partner import put_unet
+from texforce_hub.pipelines.repair import repaired_components
+from texforce_hub.pipelines.single_file import load_single_file
 from texforce_hub.shapes import WEIGHTS
 
 logger = logging.getLogger("texforce_hub")
@@ -38,8 +41,6 @@ def load_pipeline(
     place, kind = choose_device(device), choose_dtype(dtype)
     pipe = _load_base(str(base), kind)
     if unet is not None:
-        from texforce_hub.pipelines.partner import put_unet
-
         put_unet(pipe, str(unet))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
@@ -50,8 +51,6 @@ def _load_base(base: str, dtype: torch.dtype) -> Any:
     if path.is_dir():
         return load_folder(path, dtype)
     if path.is_file():
-        from texforce_hub.pipelines.single_file import load_single_file
-
         return load_single_file(path, dtype)
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return _load_from_hub(base, dtype)
@@ -66,9 +65,10 @@ def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
     variant = folder_variant(path)
     if variant is not None:
         logger.info("%s: using its %s files", path, variant)
+    components = {**repaired_components(path, dtype), **components}
     try:
         return DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype, variant=variant, local_files_only=True, **components
+            path, dtype=dtype, variant=variant, local_files_only=True, **components
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise PipelineError(f"{path} cannot be loaded: {_first_line(error)}") from error
@@ -76,7 +76,7 @@ def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
     try:
-        return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise PipelineError(f"no base {name!r} on this machine or on the Hub: {_first_line(error)}") from error
 

@@ -1,0 +1,91 @@
+"""Load a single-file checkpoint (the original latent-diffusion layout) of SD1, SD2 or SDXL, offline."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from texforce_hub.container import open_header
+from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.pipelines.folder import read_json
+from texforce_hub.pipelines.vocabulary import write_tokenizer
+
+logger = logging.getLogger("texforce_hub")
+
+_MARKS = {
+    "sdxl": "conditioner.embedders.1.model.",
+    "sdxl-refiner": "conditioner.embedders.0.model.",
+    "sd2": "cond_stage_model.model.",
+    "sd1": "cond_stage_model.transformer.",
+}
+_PADDING = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
+
+
+def checkpoint_family(names: Iterable[str]) -> str:
+    """``sd1``, ``sd2`` or ``sdxl``, from the tensor names of a checkpoint.
+
+    Raises:
+        FamilyError: a family whose checkpoints are not read.
+        PipelineError: no whole checkpoint.
+    """
+    names = list(names)
+    for family, mark in _MARKS.items():
+        if any(name.startswith(mark) for name in names):
+            if family == "sdxl-refiner":
+                raise FamilyError("an SDXL refiner checkpoint; expected SD1, SD2 or SDXL's base: give its folder")
+            return family
+    if any("conv_in.weight" in name or "input_blocks.0.0.weight" in name for name in names):
+        raise PipelineError("a U-Net without text encoder and VAE; put it into a base with --unet")
+    raise PipelineError(f"no Stable Diffusion checkpoint: its tensors are like {names[0] if names else 'none'!r}")
+
+
+def load_single_file(path: Path, dtype: torch.dtype, *, config: Path | None = None) -> Any:
+    """A pipeline from one file.
+
+    ``config`` is a pipeline folder without weights; by default the family's own, with a tokenizer made from the
+    vocabulary that an installed package carries.
+
+    Raises:
+        PipelineError: the file is no checkpoint, or the vocabulary is not installed.
+    """
+    header = open_header(path)
+    try:
+        family = checkpoint_family(header.tensors)
+    except (FamilyError, PipelineError) as error:
+        raise type(error)(f"{path}: {error}") from error
+    if config is not None:
+        return _from_file(path, family, config, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder)
+        write_config(family, made)
+        pipe = _from_file(path, family, made, dtype)
+    if header.metadata.get("modelspec.prediction_type") == "v":
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+        logger.info("%s: v-prediction, as its header says", path)
+    return pipe
+
+
+def write_config(family: str, folder: Path) -> None:
+    """A pipeline folder of this family with configurations and tokenizers, without weights."""
+    with resources.as_file(resources.files("texforce_hub.pipelines") / "configs" / family) as shipped:
+        shutil.copytree(shipped, folder, dirs_exist_ok=True)
+    for number, padding in enumerate(_PADDING[family]):
+        write_tokenizer(folder / ("tokenizer" if number == 0 else f"tokenizer_{number + 1}"), padding=padding)
+
+
+def _from_file(path: Path, family: str, config: Path, dtype: torch.dtype) -> Any:
+    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    index = read_json(config / "model_index.json")
+    extra = {} if family == "sdxl" else {"safety_checker": None, "feature_extractor": None}
+    extra = {name: value for name, value in extra.items() if name in index}
+    try:
+        pipe = kind.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True, **extra)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise PipelineError(f"{path}: cannot be loaded: {(str(error).splitlines() or ['?'])[0]}") from error
+    return pipe

@@ -1,0 +1,62 @@
+"""The CLIP vocabulary, from an installed package that carries it; it is too big to ship and is always the same."""
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+from texforce_hub.errors import PipelineError
+
+FILE = "bpe_simple_vocab_16e6.txt.gz"
+PACKAGES = ("open_clip", "clip")  # PyPI: open_clip_torch, clip-anytorch; read as files, never imported
+_MERGES = 49152 - 256 - 2
+
+
+def find_vocabulary() -> Path:
+    """The vocabulary's file in an installed package.
+
+    Raises:
+        PipelineError: no installed package carries it.
+    """
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(folder) / FILE).is_file():
+                return Path(folder) / FILE
+    raise PipelineError(
+        "single-file checkpoints need CLIP's vocabulary: pip install 'texforce-hub[single-file]' (open_clip_torch)"
+    )
+
+
+def write_tokenizer(folder: Path, *, padding: str) -> None:
+    """Write a CLIP tokenizer's folder: ``vocab.json``, ``merges.txt``, configuration.
+
+    ``padding``: ``<|endoftext|>`` for SD1 and SDXL's first encoder, ``!`` for OpenCLIP's encoders.
+    """
+    lines = gzip.decompress(find_vocabulary().read_bytes()).decode("utf-8").split("\n")
+    merges = lines[1 : _MERGES + 1]
+    letters = _byte_letters()
+    symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    write_tokenizer_config(folder, padding=padding)
+
+
+def write_tokenizer_config(folder: Path, *, padding: str, length: int = 77) -> None:
+    """The configuration files of a CLIP tokenizer, in the form that every version of the library reads."""
+    marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    config = {**marks, "pad_token": padding, "model_max_length": length, "do_lower_case": True, "errors": "replace"}
+    config |= {"add_prefix_space": False, "tokenizer_class": "CLIPTokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    special = {**marks, "pad_token": padding}
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), encoding="utf-8")
+
+
+def _byte_letters() -> list[str]:
+    """The printable stand-ins of the 256 bytes, in the order in which CLIP numbers them."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return [chr(byte) for byte in shown] + [chr(256 + number) for number in range(len(hidden))]
