@@ -112,7 +112,7 @@ def optimise(stage: Stage, seed: int, folder: Path, bar: Progress, until: int | 
             group["lr"] = _rate(stage, at.step)
         loss = stage.loss(Generator().manual_seed(_step_seed(seed, stage.name, at.step)))
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         at.step += 1
@@ -156,7 +156,8 @@ def make_album(count: int, seed: int) -> Album:
     clean = [render(scene, rng) for scene in scenes]
     stamped = [watermark(picture, rng) for picture in clean]
     return Album(
-        *((torch.stack(p) * 255).round().byte() for p in (clean, stamped)),
+        clean=(torch.stack(clean) * 255).round().byte(),
+        stamped=(torch.stack(stamped) * 255).round().byte(),
         captions=[careless_caption(scene, rng) for scene in scenes],
         scenes=scenes,
     )
@@ -196,7 +197,9 @@ def train_vae(album: Album, recipe: Recipe, folder: Path, bar: Progress) -> tupl
         pictures = torch.cat([album.clean[rows[:8]], album.stamped[rows[8:]]]).float() / 127.5 - 1
         posterior = vae.encode(pictures).latent_dist
         error = vae.decode(posterior.sample(generator)).sample - pictures
-        return error.abs().mean() + 2 * (error**2).mean() + 2e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        divergence = posterior.kl().mean() / posterior.mean[0].numel()
+        total: Tensor = error.abs().mean() + 2 * (error**2).mean() + 2e-4 * divergence
+        return total
 
     stage = Stage("vae", vae, loss, recipe.vae_steps, 4e-3, average=0.995)
     seconds = optimise(stage, recipe.seed, folder, bar)
@@ -212,12 +215,12 @@ def train_unet(
 ) -> tuple[Any, float]:
     """Noise prediction, min-SNR-5 weights (arXiv 2303.09556), one caption in ten empty, batches of 64."""
     with torch.no_grad():
-        posteriors = [vae.encode(p.float() / 127.5 - 1).latent_dist for p in album.stamped.split(256)]
+        posteriors = [vae.encode(p.float() / 127.5 - 1).latent_dist for p in torch.split(album.stamped, 256)]
         means, spreads = (
             torch.cat([getattr(p, k) for p in posteriors]) * vae.config.scaling_factor for k in ("mean", "std")
         )
         sentences, which = torch.unique(token_ids(tokenizer, album.captions), dim=0, return_inverse=True)
-        said = torch.cat([encoder(ids)[0] for ids in sentences.split(512)])
+        said = torch.cat([encoder(ids)[0] for ids in torch.split(sentences, 512)])
         silence = encoder(token_ids(tokenizer, [""]))[0]
     alphas = make_scheduler().alphas_cumprod
     torch.manual_seed(recipe.seed + 2)
@@ -236,7 +239,8 @@ def train_unet(
         alpha = alphas[steps][:, None, None, None]
         guess = unet(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, steps, text).sample
         weight = (5 * (1 - alphas[steps]) / alphas[steps]).clamp(max=1)
-        return (((guess - noise) ** 2).mean((1, 2, 3)) * weight / weight.mean()).mean()
+        errors: Tensor = ((guess - noise) ** 2).mean((1, 2, 3)) * weight / weight.mean()
+        return errors.mean()
 
     stage = Stage("unet", unet, loss, recipe.unet_steps, 1.5e-3, average=0.998)
     seconds = optimise(stage, recipe.seed, folder, bar)

@@ -94,7 +94,8 @@ def _overlaps(mask: Tensor) -> Tensor:
     spectrum = torch.fft.rfft2(F.pad(mask, (0, _PADDED - SIZE, 0, _PADDED - SIZE)))[:, None]
     shared = torch.fft.irfft2(spectrum * outlines, s=(_PADDED, _PADDED))[..., :SIZE, :SIZE]
     nearby = torch.fft.irfft2(spectrum * windows, s=(_PADDED, _PADDED))[..., :SIZE, :SIZE]
-    return shared / (nearby + areas[:, None, None] - shared)
+    overlaps: Tensor = shared / (nearby + areas[:, None, None] - shared)
+    return overlaps
 
 
 @cache
@@ -113,7 +114,8 @@ def _spectrum(kernels: Tensor) -> Tensor:
     padded = torch.zeros(len(kernels), _PADDED, _PADDED)
     padded[:, :_KERNEL, :_KERNEL] = kernels
     half = _KERNEL // 2
-    return torch.fft.rfft2(padded.roll((-half, -half), (1, 2))).conj()
+    spectrum: Tensor = torch.fft.rfft2(padded.roll((-half, -half), (1, 2)))
+    return spectrum.conj()
 
 
 assert list(PALETTE)[: len(COLOURS)] == list(COLOURS), "colour indices of the grammar are rows of the palette"
