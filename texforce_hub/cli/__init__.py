@@ -16,7 +16,19 @@ from texforce_hub import __version__
 from texforce_hub.cli.console import printable, say
 from texforce_hub.errors import TexForceHubError
 
-COMMANDS: tuple[str, ...] = ("apply", "train", "evaluate", "inspect", "convert", "check")
+COMMANDS: tuple[str, ...] = (
+    "apply",
+    "train",
+    "evaluate",
+    "inspect",
+    "convert",
+    "check",
+    "merge",
+    "resize",
+    "extract",
+    "compare",
+    "verify",
+)
 
 app = typer.Typer(
     name="texforce-hub",

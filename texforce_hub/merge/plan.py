@@ -1,6 +1,7 @@
 """What a merge would do: which files it would read, and how large its result would be."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 
 from texforce_hub.adapter import LayerName, LowRank
 from texforce_hub.locate import find_file
+from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
 from texforce_hub.methods import Method, find_method
 from texforce_hub.refs import AdapterRef
@@ -50,8 +52,12 @@ def plan_merge(
     rank: int | None = None,
     energy: float | None = None,
     max_total_rank: int | None = None,
+    part_weights: Mapping[str, float] | None = None,
+    layer_weights: Mapping[str, float] | None = None,
+    base: Base | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    base: Any = None,
     **options: Any,
 ) -> MergePlan:
     """The plan of :func:`texforce_hub.merge_adapters` with the same arguments; nothing is merged or written.
@@ -62,7 +68,9 @@ def plan_merge(
     chosen = find_method(method)
     settings = chosen.checked(options)
     limits = Limits(rank, energy, None, max_total_rank)
-    gathered = gather(sources, chosen, part_weights=None, layer_weights=None, seed=0, base=base, device=None)
+    gathered = gather(
+        sources, chosen, part_weights=part_weights, layer_weights=layer_weights, seed=seed, base=base, device=device
+    )
     width = torch.finfo(dtype or torch.float32).bits // 8
     ranks: dict[LayerName, int | None] = {}
     size = 0

@@ -13,7 +13,7 @@ import torch
 
 from texforce_hub import __version__
 from texforce_hub.locate import find_file
-from texforce_hub.merge.gather import Gathered
+from texforce_hub.merge.gather import IN_MEMORY, Gathered
 from texforce_hub.recipe import Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef
 from texforce_hub.resize import Limits

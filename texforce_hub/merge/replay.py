@@ -19,7 +19,14 @@ from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef
 from texforce_hub.sources import read_adapter
 
-_SETTINGS = {"rank", "energy", "max_total_rank", "dtype", "part_weights", "layer_weights"}
+_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "rank": int,
+    "energy": (int, float),
+    "max_total_rank": int,
+    "dtype": str,
+    "part_weights": Mapping,
+    "layer_weights": Mapping,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +56,30 @@ def run_recipe(recipe: Recipe, *, base: Base | None = None, device: str | torch.
     Raises:
         RecipeError: not a merge, a source that is not what it was, or a setting that does not exist.
     """
+    return merge_adapters(**request_of(recipe), base=base, device=device)
+
+
+def request_of(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of ``merge_adapters`` and ``plan_merge`` that a recipe stands for, its sources checked.
+
+    Raises:
+        RecipeError: as :func:`run_recipe`.
+    """
     if recipe.kind != "merge":
         raise RecipeError(f"a recipe of kind {recipe.kind!r}; expected 'merge'")
-    unknown = sorted(set(recipe.settings) - _SETTINGS)
-    if unknown:
-        raise RecipeError(f"the recipe sets {unknown[0]!r}; a merge has {', '.join(sorted(_SETTINGS))}")
+    for name, value in recipe.settings.items():
+        if name not in _SETTINGS or isinstance(value, bool) or not isinstance(value, _SETTINGS[name]):
+            raise RecipeError(f"the recipe sets {name} = {value!r}; a merge has {', '.join(_SETTINGS)}")
     settings: dict[str, Any] = dict(recipe.settings)
-    dtype = settings.pop("dtype", None)
-    return merge_adapters(
-        [_checked_ref(source) for source in recipe.sources],
-        recipe.method,
-        base=base,
-        seed=recipe.seed,
-        device=device,
-        dtype=None if dtype is None else choose_dtype(dtype),
-        **settings,
-        **_plain(recipe.options),
-    )
+    if "dtype" in settings:
+        settings["dtype"] = choose_dtype(settings["dtype"])
+    sources = [_checked_ref(source) for source in recipe.sources]
+    given = {"sources": sources, "method": recipe.method, "seed": recipe.seed}
+    return {**given, **settings, **_plain(recipe.options)}
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    taken = sorted(set(options) & (_SETTINGS | {"sources", "method", "base", "seed", "device"}))
+    taken = sorted(set(options) & (set(_SETTINGS) | {"sources", "method", "base", "seed", "device"}))
     if taken:
         raise RecipeError(f"the recipe has {taken[0]!r} among its options; expected the method's own options there")
     return dict(options)
@@ -77,9 +87,7 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _checked_ref(source: RecipeSource) -> AdapterRef:
     if source.source == IN_MEMORY:
-        raise RecipeError(
-            f"source {source.name!r} was an adapter in memory, not a file: this recipe cannot be replayed"
-        )
+        raise RecipeError(f"source {source.name!r} was an adapter in memory: the recipe cannot be replayed")
     ref = AdapterRef(source.source, weight=source.weight, parts=tuple(source.parts.items()))
     if source.sha256 and (found := hash_file(find_file(ref))) != source.sha256:
         raise RecipeError(

@@ -1,0 +1,59 @@
+"""``texforce-hub compare``: how alike two adapters are."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from texforce_hub.cli.console import put, put_json, put_table
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``compare``."""
+    app.command("compare")(compare)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(help="PATH, name or Hub id.")],
+    second: Annotated[str, typer.Argument(help="PATH, name or Hub id.")],
+    output: Annotated[Path | None, typer.Option("--output", help="A .png for the heat map of all layers.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two adapters: cosine, principal angles and interference of every layer."""
+    from texforce_hub.compare import compare_adapters
+    from texforce_hub.pipelines import load_pipeline
+    from texforce_hub.sources import read_adapter
+
+    found = compare_adapters(
+        read_adapter(first, device=device),
+        read_adapter(second, device=device),
+        base=None if base is None else load_pipeline(base),
+    )
+    if json:
+        put_json(found.as_dict())
+    else:
+        rows = [
+            [
+                layer.name,
+                f"{layer.norms[0]:.3g} {layer.norms[1]:.3g}",
+                f"{layer.cosine:+.3f}",
+                f"{layer.angles[0]:.0f}° {layer.angles[1]:.0f}°",
+                f"{layer.overlap:.2f}",
+                f"{layer.interference:+.3f}",
+            ]
+            for layer in found.layers
+        ]
+        put_table(["layer", "norms", "cosine", "angles in, out", "overlap", "interference"], rows)
+        put(f"cosine {found.cosine:+.3f}, interference {found.interference:+.3f} over {len(found.layers)} layers; ")
+        put(f"only in the first: {len(found.missing[0])}, only in the second: {len(found.missing[1])}")
+    if output is not None:
+        from texforce_hub.files import writing
+        from texforce_hub.images.heatmap import draw_heatmap
+
+        values = [[layer.cosine, layer.overlap, layer.interference] for layer in found.layers]
+        names = [layer.name for layer in found.layers]
+        picture = draw_heatmap(values, rows=names, columns=["cosine", "overlap", "interference"])
+        with writing(output) as part:
+            picture.save(part, format="PNG")

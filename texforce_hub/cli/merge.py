@@ -1,0 +1,155 @@
+"""``texforce-hub merge``: several adapters into one."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli.merge_methods import METHODS
+from texforce_hub.errors import MergeError, RecipeError
+
+_OPTION = "An option of the method, NAME=VALUE; repeat for more. --list-methods shows them."
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``merge``."""
+    app.command("merge")(merge)
+
+
+def merge(
+    adapters: Annotated[list[str] | None, typer.Argument(help="PATH, name or Hub id, with :WEIGHT.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="File or folder for the result.")] = None,
+    method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")] = "svd",
+    rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of a layer.")] = None,
+    energy: Annotated[float | None, typer.Option("--energy", help="Share to keep of each layer, e.g. 0.99.")] = None,
+    max_total_rank: Annotated[int | None, typer.Option("--max-total-rank", help="Sum of all ranks.")] = None,
+    option: Annotated[list[str] | None, typer.Option("--option", help=_OPTION)] = None,
+    part_weight: Annotated[
+        list[str] | None, typer.Option("--part-weight", help="PART=NUMBER, a factor on that part of all sources.")
+    ] = None,
+    layer_weight: Annotated[
+        list[str] | None, typer.Option("--layer-weight", help="PATTERN=NUMBER, a factor on those layers.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Do again what a .toml or an adapter's recipe says.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random methods.")] = 0,
+    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
+    dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+    list_methods: Annotated[bool, typer.Option("--list-methods", help="Show the methods and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Merge adapters: exactly, or at a rank with the share that is kept."""
+    if list_methods:
+        _print_methods(json=json)
+        return
+    if (recipe is None) == (not adapters):
+        raise MergeError("give either adapters (A:0.7 B:-0.3) or --recipe, one of the two")
+    if output is None and not dry_run:
+        raise MergeError("no --output; expected a file or a folder for the result, or --dry-run")
+    given = _given(
+        rank=rank,
+        energy=energy,
+        max_total_rank=max_total_rank,
+        dtype=dtype,
+        part_weights=parse_pairs(part_weight, "--part-weight"),
+        layer_weights=parse_pairs(layer_weight, "--layer-weight"),
+        **parse_pairs(option, "--option"),
+    )
+    if recipe is None:
+        request = {"sources": adapters, "method": method, "seed": seed, **given}
+    else:
+        request = _read_request(recipe, given)
+    request |= {"base": _load_base(base), "device": device}
+    if dry_run:
+        _print_plan(request, json=json)
+        return
+    from texforce_hub.merge import merge_adapters
+
+    assert output is not None
+    _write(merge_adapters(**request), output, dialect, json=json)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """What was asked for, without what was not."""
+    from texforce_hub.device import choose_dtype
+
+    given = {name: value for name, value in options.items() if value is not None and value != {}}
+    return {name: choose_dtype(value) if name == "dtype" else value for name, value in given.items()}
+
+
+def _read_request(recipe: Path, given: dict[str, Any]) -> dict[str, Any]:
+    from texforce_hub.merge.replay import read_recipe, request_of
+
+    if given:
+        raise RecipeError(f"--recipe decides everything; leave out {', '.join(given)}")
+    return request_of(read_recipe(recipe))
+
+
+def parse_pairs(pairs: list[str] | None, label: str) -> dict[str, Any]:
+    """``NAME=VALUE`` texts as a dictionary; values that read as numbers are numbers."""
+    found: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.rpartition("=")
+        if not equals or not name or name in found:
+            raise MergeError(f"{label} {pair!r}; expected NAME=VALUE, each name once")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def _load_base(base: str | None) -> Any:
+    if base is None:
+        return None
+    from texforce_hub.pipelines import load_pipeline
+
+    return load_pipeline(base)
+
+
+def _print_methods(*, json: bool) -> None:
+    if json:
+        put_json({name: {"summary": summary, "options": options} for name, (summary, options) in METHODS.items()})
+        return
+    rows = [
+        [name, summary, "\n".join(f"{key}={values}" for key, values in options.items())]
+        for name, (summary, options) in METHODS.items()
+    ]
+    put_table(["method", "what it does", "options"], rows)
+
+
+def _print_plan(request: dict[str, Any], *, json: bool) -> None:
+    from texforce_hub.merge.plan import plan_merge
+
+    plan = plan_merge(**request)
+    if json:
+        put_json(plan.as_dict())
+        return
+    rows = [[s.label, s.file, s.family or "?", str(s.layers), str(s.rank or "–")] for s in plan.sources]
+    put_table(["source", "file", "family", "layers", "largest rank"], rows, title=f"{plan.method}: would read")
+    ranks = [rank for rank in plan.ranks.values() if rank is not None]
+    dense = len(plan.ranks) - len(ranks)
+    put(f"result: {len(plan.ranks)} layers, {dense} of them dense, ranks at most {max(ranks, default=0)} each and ")
+    put(f"{sum(ranks)} in all, {plan.size / 1e6:.2f} MB")
+
+
+def _write(merged: Any, output: Path, dialect: str, *, json: bool) -> None:
+    from texforce_hub.merge.report import COLUMNS
+    from texforce_hub.sources import write_adapter
+
+    report = merged.report
+    path = write_adapter(merged.adapter, output, dialect=dialect)
+    if json:
+        put_json({"output": str(path), **report.as_dict()})
+    else:
+        put_table(COLUMNS, report.rows(), title=f"{report.method}: {' + '.join(report.labels)}")
+        labels = report.labels
+        put_table(["cosine", *labels], [[a, *(f"{c:.3f}" for c in row)] for a, row in zip(labels, report.cosines)])
+        put(f"kept {report.kept:.2%} of the merged change; {path}")
+    for warning in report.warnings:
+        say(f"note: {warning}")
