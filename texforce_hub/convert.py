@@ -50,9 +50,9 @@ def convert_adapter(
     source, target, chosen = find_file(ref), Path(output), _dtype(dtype)
     if dialect not in DIALECTS:
         raise DialectError(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-    if source.resolve() in (target.resolve(), (target / DIALECTS[dialect].filename).resolve()):
-        raise FileError(f"{output}: is the adapter that is being read; write somewhere else")
     adapter = read_adapter(source, alpha=alpha)
+    if any(place.exists() and place.samefile(source) for place in (target, target / DIALECTS[dialect].filename)):
+        raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     return write_adapter(adapter, target, dialect=dialect, dtype=chosen)
 
 

@@ -96,7 +96,7 @@ class _Unpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise _ForbiddenError(f"{module}.{name}")
+            raise _ForbiddenError(ascii(f"{module}.{name}")[1:-1])
         return _Global(name)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -152,7 +152,8 @@ def read_pickle_header(path: str | Path) -> Header:
             _check_claims(tensors, archive.sizes, size, path)
             scalars = dict(_read_scalars(tensors, archive.read))
     except _ForbiddenError as error:
-        raise FileError(f"{path}: refused: its pickle asks for {error}; expected tensors and nothing else") from None
+        asked = str(error)[:80]
+        raise FileError(f"{path}: refused: its pickle asks for {asked}; expected tensors and nothing else") from None
     except _DuplicateError as error:
         raise FileError(f"{path}: holds the name {str(error)!r} twice; which one counts cannot be known") from None
     except OSError as error:

@@ -105,7 +105,8 @@ def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFact
 
 
 def _problems(one: "Inspection", measured: "list[LayerFacts] | None") -> list[str]:
-    return [*([one.error] if one.error else one.problems), *([] if measured is None else _weight_problems(measured))]
+    known = one.problems or ([one.error] if one.error else [])
+    return [*known, *([] if measured is None else _weight_problems(measured))]
 
 
 def _row(one: "Inspection", root: Path, problems: int) -> list[str]:

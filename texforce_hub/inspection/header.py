@@ -121,7 +121,7 @@ def _describe(path: Path, size: int, sha256: str, container: str, planned: Plan)
         metadata=dict(planned.metadata),
         extras=planned.extras,
         problems=planned.problems,
-        error=f"{len(planned.faults)} faults, e.g. {planned.faults[0]}" if planned.faults else None,
+        error=planned.faults[0] if planned.faults else None,
     )
 
 
