@@ -1,0 +1,213 @@
+"""convert, and the names of files: every change kept, bulk or single, whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from texforce_hub import cli
+from texforce_hub.catalog import Entry, read_catalog
+from texforce_hub.convert import convert_adapter, plan_conversions
+from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, RefError
+from texforce_hub.inspection import inspect_file
+from texforce_hub.locate import find_file, find_files, pick_file
+from texforce_hub.sources import read_adapter, write_adapter
+
+GOLDEN = Path(__file__).parent / "golden"
+PEFT = GOLDEN / "era0" / "texforce_peft"
+
+
+def same(one, other, atol=1e-6):
+    assert one.layers.keys() == other.layers.keys()
+    for name in one.layers:
+        torch.testing.assert_close(one.delta(name), other.delta(name), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "peft"])
+def test_a_converted_adapter_changes_the_same(tmp_path, dialect):
+    written = convert_adapter(PEFT, tmp_path / "out", dialect=dialect)
+    same(read_adapter(PEFT), read_adapter(written))
+    again = convert_adapter(PEFT, tmp_path / "out", dialect=dialect)  # an existing folder is written into
+    assert (again.is_dir(), len(list((tmp_path / "out").iterdir()))) == (
+        dialect == "peft",
+        2 if dialect == "peft" else 1,
+    )
+
+
+def test_a_folder_is_converted_file_by_file_and_bad_ones_are_reported(tmp_path):
+    source = tmp_path / "in"
+    for name in ("a", "deep/b"):
+        write_adapter(read_adapter(PEFT), source / f"{name}.safetensors", dialect="diffusers")
+    (source / "bad.safetensors").write_bytes(b"nothing")
+    run = CliRunner().invoke(
+        cli.app, ["convert", str(source), "--dialect", "kohya", "--output", str(tmp_path / "out"), "--json"]
+    )
+    found = {Path(one["source"]).name: one["error"] for one in json.loads(run.stdout)["files"]}
+    assert isinstance(run.exception, FileError)
+    assert found["a.safetensors"] is None
+    assert found["b.safetensors"] is None
+    assert "7 bytes long" in found["bad.safetensors"]
+    written = sorted(
+        str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()
+    )
+    assert written == ["a.safetensors", "deep/b.safetensors"]
+    same(read_adapter(PEFT), read_adapter(tmp_path / "out" / "deep" / "b.safetensors"))
+
+
+def test_the_command_converts_one_and_says_where(tmp_path):
+    output = tmp_path / "x.safetensors"
+    run = CliRunner().invoke(
+        cli.app, ["convert", str(PEFT), "--dialect", "kohya", "--output", str(output), "--dtype", "float16"]
+    )
+    assert (run.exit_code, run.stdout.strip()) == (0, str(output))
+    assert set(inspect_file(output).dtypes) == {"F16"}
+    same(read_adapter(PEFT), read_adapter(output), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "phrase"),
+    [
+        ({"dtype": "float7"}, ConfigError, "no dtype 'float7'"),
+        ({"dialect": "klingon"}, DialectError, "no dialect 'klingon'"),
+        ({"dialect": "peft", "output": "x.safetensors"}, FileError, "name a folder"),
+        ({"dtype": "float8_e5m2", "scaled": 1e6}, AdapterError, "do not fit"),
+    ],
+)
+def test_what_cannot_be_converted_leaves_nothing(tmp_path, options, error, phrase):
+    options = dict(options)
+    adapter = read_adapter(PEFT).scaled(options.pop("scaled", 1.0))
+    source = write_adapter(adapter, tmp_path / "in" / "x.safetensors")
+    output = tmp_path / "out" / options.pop("output", "y.safetensors" if options.get("dialect") != "peft" else "y")
+    with pytest.raises(error, match=phrase):
+        convert_adapter(source, output, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_is_not_overwritten_by_its_conversion(tmp_path):
+    path = write_adapter(read_adapter(PEFT), tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match="write somewhere else"):
+        convert_adapter(path, path, dialect="kohya")
+    assert read_adapter(path).layers
+
+
+def test_two_files_that_would_become_one_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        write_adapter(read_adapter(PEFT), tmp_path / folder / "x.safetensors")
+    with pytest.raises(FileError, match="would both become"):
+        plan_conversions([tmp_path / "a", tmp_path / "b"], tmp_path / "out", "kohya")
+
+
+def test_the_file_of_a_folder_is_found_in_the_published_order(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    order = ["pytorch_model.bin"]
+    for name in ("adapter_model.bin", "pytorch_lora_weights.bin"):
+        torch.save({"a": torch.ones(1)}, tmp_path / name)
+        order.append(name)
+    for name in ("some.safetensors", "adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        write_adapter(read_adapter(PEFT), tmp_path / name)
+        order.append(name)
+    for name in reversed(order):
+        assert pick_file(tmp_path).name == name
+        (tmp_path / name).unlink()
+    with pytest.raises(RefError, match="holds no adapter file; it holds nothing"):
+        pick_file(tmp_path)
+
+
+def test_several_candidates_are_refused_and_listed(tmp_path):
+    for name in ("a", "b"):
+        write_adapter(read_adapter(PEFT), tmp_path / f"{name}.safetensors")
+    save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(RefError, match=r"holds 2 adapters, a\.safetensors, b\.safetensors"):
+        pick_file(tmp_path)
+    assert [path.name for path in find_files(tmp_path)] == ["a.safetensors", "b.safetensors", "model.safetensors"]
+
+
+def test_a_trainers_companions_are_no_candidates(tmp_path):
+    for name in ("pytorch_model.bin", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", ".hidden.bin"):
+        torch.save({"a": torch.ones(1)}, tmp_path / name)
+    assert [path.name for path in find_files(tmp_path)] == ["pytorch_model.bin"]
+
+
+def test_nothing_of_a_name_says_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RefError, match="hf download me/x"):
+        find_file("me/x@v1:0.5")
+    with pytest.raises(RefError, match="no catalogue name"):
+        find_file("nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RefError, match="holds no tensor file"):
+        find_files("empty")
+
+
+def test_a_pickle_from_a_hub_cache_needs_permission(tmp_path):
+    folder = tmp_path / "models--me--x" / "snapshots" / "abc"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(PEFT)
+    with pytest.raises(FileError, match="allow_pickle=True"):
+        read_adapter(folder)
+    same(read_adapter(PEFT), read_adapter(folder, allow_pickle=True))
+
+
+def test_a_killed_or_failing_peft_writer_leaves_no_half_folder(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise FileError("the disk is full")
+
+    monkeypatch.setattr("texforce_hub.sources.write_tensors", fail)
+    adapter = read_adapter(PEFT)
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(FileError, match="disk is full"):
+            write_adapter(adapter, folder, dialect="peft")
+        assert sorted(tmp_path.rglob("*")) == before
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / "adapter_config.json").write_text("{}")
+    assert (tmp_path / "old" / "adapter_config.json").read_text() == "{}"
+
+
+ENTRY = 'title = "T"\nfamily = "shapes"\nlicense = "Apache-2.0"\n'
+
+
+def test_catalogue_entries_are_read_and_checked(tmp_path):
+    (tmp_path / "colour.toml").write_text(ENTRY + 'folder = "shapes/colour"\nparts = ["text_encoder"]\n')
+    entry = read_catalog(tmp_path)["colour"]
+    assert (entry.folder, entry.parts, entry.kind) == (
+        (tmp_path / "shapes/colour").resolve(),
+        ("text_encoder",),
+        "adapter",
+    )
+    with pytest.raises(TypeError):
+        read_catalog(tmp_path)["other"] = entry  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        (ENTRY + 'foldr = "x"', "did you mean 'folder'"),
+        (ENTRY, "a folder or a repo"),
+        ('folder = "x"', "lacks title, family, license"),
+        (ENTRY + 'folder = "../x"', "outside the catalogue"),
+        (ENTRY + 'repo = "a/b"\nrevision = "main"', "a full commit"),
+        (ENTRY + 'folder = "x"\nkind = "song"', "kind 'song'"),
+        (ENTRY + 'folder = "x"\nsha256 = "12"', "64 hexadecimal digits"),
+        ("= 1", "catalogue entry"),
+    ],
+)
+def test_a_wrong_catalogue_entry_is_one_line(tmp_path, text, phrase):
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(ConfigError, match=phrase):
+        read_catalog(tmp_path)
+
+
+def test_a_catalogue_name_is_its_folder(tmp_path, monkeypatch):
+    write_adapter(read_adapter(PEFT), tmp_path / "shipped", dialect="diffusers")
+    entries = {
+        "here": Entry("here", "T", "shapes", "x", folder=tmp_path / "shipped"),
+        "away": Entry("away", "T", "sd1", "x", repo="me/x", revision="0" * 40),
+    }
+    monkeypatch.setattr("texforce_hub.locate.read_catalog", lambda: entries)
+    same(read_adapter("here:0.3"), read_adapter(PEFT))
+    with pytest.raises(RefError, match="hf download me/x --revision 0000"):
+        read_adapter("away")
