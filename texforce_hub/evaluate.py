@@ -112,7 +112,7 @@ def evaluate_variants(
         raise PromptError("no prompt to evaluate on; give at least one")
     scores: dict[str, dict[str, np.ndarray]] = {reward.name: {} for reward in rewards}
     for name, variant in variants.items():
-        with _in_place(pipe, variant):
+        with in_place(pipe, variant):
             rows: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
             for texts, images in draw_images(pipe, prompts, sampling):
                 for reward in rewards:
@@ -154,7 +154,8 @@ def bootstrap_mean(values: np.ndarray, *, resamples: int = _RESAMPLES) -> Interv
 
 
 @contextmanager
-def _in_place(pipe: Any, variant: Variant) -> Iterator[None]:
+def in_place(pipe: Any, variant: Variant) -> Iterator[None]:
+    """The pipeline with a variant put on it, and afterwards as it was."""
     before = pipe.unet
     if variant.unet is not None:
         pipe.unet = variant.unet

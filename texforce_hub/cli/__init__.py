@@ -24,10 +24,12 @@ COMMANDS: tuple[str, ...] = (
     "convert",
     "check",
     "merge",
+    "repair",
     "resize",
     "extract",
     "compare",
     "verify",
+    "demo",
 )
 
 app = typer.Typer(
