@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from texforce_hub.adapter import Adapter
 from texforce_hub.errors import ConfigError, RewardError, TrainingError
+from texforce_hub.pipelines import load_pipeline
 from texforce_hub.rewards import Reward, resolve_rewards
 from texforce_hub.train.checkpoint import State, read_checkpoint, write_checkpoint
 from texforce_hub.train.config import TrainConfig, differing, make_config
@@ -180,9 +181,7 @@ def train_adapter(
 
 def _make_run(config: TrainConfig, pipeline: Any, prompts: PromptSet, folder: RunFolder) -> Run:
     if pipeline is None:
-        from texforce_hub.pipelines import load_pipeline
-
-        pipeline = load_pipeline(config.base, device=config.device, dtype=getattr(torch, config.dtype))
+        pipeline = load_pipeline(config.base, device=config.device, dtype=config.dtype)
     _check_pipeline(pipeline)
     rewards = resolve_rewards(config.reward, pipeline.unet.device)
     encoder, parameters = attach_lora(

@@ -59,8 +59,11 @@ def policy_loss(
 
 @torch.no_grad()
 def _base_mean(actor: Actor, rollout: Rollout, rows: Tensor, at: Tensor, unconditional: Tensor | None) -> Tensor:
-    """The step the frozen encoder would take from the same latents, beside the same negative prediction."""
+    """The step the frozen encoder would take from the same latents; its negative prompt, too, if that is trained."""
     latents, schedule = rollout.latents[rows, at], rollout.schedule
+    if actor.guided and actor.config.uncond == "full":
+        negative = actor.encode_reference([actor.config.negative_prompt]).expand(len(rows), -1, -1)
+        unconditional = actor.predict(latents, schedule.timesteps[at], negative)
     embeddings = actor.encode_reference(rollout.prompts)[rollout.group[rows]]
     prediction = actor.guide(actor.predict(latents, schedule.timesteps[at], embeddings), unconditional)
     return step_distribution(latents, prediction, at, schedule, actor.config.eta)[0]

@@ -1,0 +1,327 @@
+"""Runs from start to finish: what they write, how they stop, that they go on with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training import short_config, tiny_pipeline
+from texforce_hub.errors import ConfigError, PromptError, TrainingError
+from texforce_hub.files import read_tensors
+from texforce_hub.train.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
+from texforce_hub.train.config import TrainConfig, make_config, read_config, write_config
+from texforce_hub.train.folder import ADAPTER
+from texforce_hub.train.loop import train_adapter
+from texforce_hub.train.promptset import load_prompts
+from texforce_hub.train.state import Learner, learning_rate_share
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(output, *, on_step=None, **changes):
+    return train_adapter(short_config(output, **changes), pipeline=tiny_pipeline(), on_step=on_step)
+
+
+def bits(folder):
+    return {name: tensor.numpy().tobytes() for name, tensor in read_tensors(Path(folder) / ADAPTER)[1].items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def test_a_run_writes_everything_it_promises(whole):
+    assert {p.name for p in whole.iterdir()} >= {ADAPTER, "config.toml", "metrics.jsonl", "reward.png", "samples"}
+    assert [p.name for p in list_checkpoints(whole)] == ["checkpoint-2", "checkpoint-3"]
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == [1, 2, 3]
+    assert metrics[1]["validation"] is not None
+    assert make_config(read_config(whole / "config.toml")) == short_config(whole)
+    header, tensors = read_tensors(whole / ADAPTER)
+    assert len(tensors) == 2 * 3 * 4
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in tensors)
+    assert header.metadata["texforce_hub.steps"] == "3"
+    assert header.metadata["texforce_hub.uncond"] == "detach"
+    assert str(whole) not in str(dict(header.metadata))
+
+
+def test_the_file_does_in_a_plain_pipeline_what_the_trained_encoder_does(whole):
+    from diffusers import StableDiffusionPipeline
+
+    from texforce_hub.train.lora import attach_lora
+
+    pipe = tiny_pipeline()
+    state = read_checkpoint(whole)
+    encoder, parameters = attach_lora(pipe.text_encoder, rank=4, alpha=8.0, seed=0)
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state.tensors[f"average/{name}"])
+    ids = pipe.tokenizer("a lime disc", padding="max_length", return_tensors="pt").input_ids
+    plain = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    with torch.no_grad():
+        base = plain.text_encoder(ids)[0]
+        plain.load_lora_weights(str(whole))
+        try:
+            torch.testing.assert_close(plain.text_encoder(ids)[0], encoder(ids)[0], rtol=1e-5, atol=1e-6)
+        finally:
+            plain.unload_lora_weights()
+        assert not torch.equal(encoder(ids)[0], base)
+
+
+def test_the_pipeline_is_left_as_it_was(tmp_path):
+    pipe = tiny_pipeline()
+    pipe.unet.requires_grad_(True)
+    before = {
+        n: t.clone() for part in ("text_encoder", "unet", "vae") for n, t in getattr(pipe, part).state_dict().items()
+    }
+    run(tmp_path, steps=1)
+    after = {n: t for part in ("text_encoder", "unet", "vae") for n, t in getattr(pipe, part).state_dict().items()}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(p.requires_grad for p in pipe.unet.parameters())
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+@pytest.mark.parametrize("reason", [Stopped, KeyboardInterrupt])
+def test_a_stopped_run_goes_on_with_the_same_bits(whole, tmp_path, stop, reason):
+    def interrupt(report):
+        if report.step == stop:
+            raise reason
+
+    with pytest.raises(reason):
+        run(tmp_path, on_step=interrupt, checkpoint_every=50)
+    assert read_checkpoint(tmp_path).step == stop
+    torch.manual_seed(time.time_ns() % 1000)  # whatever else the process did
+    steps = []
+    run(tmp_path, on_step=lambda report: steps.append(report.step), checkpoint_every=50)
+    assert steps == list(range(stop + 1, 4))
+    assert bits(tmp_path) == bits(whole)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    before = bits(whole)
+    run(whole, on_step=lambda report: pytest.fail("a step was taken"))
+    assert bits(whole) == before
+
+
+def test_other_settings_in_the_same_folder_are_refused(whole):
+    with pytest.raises(ConfigError, match="rank was 4"):
+        run(whole, rank=8)
+
+
+@pytest.mark.parametrize("bad", ["nan", "raise"])
+def test_a_bad_reward_stops_with_prompt_and_step_and_loses_nothing(tmp_path, monkeypatch, bad):
+    import types
+
+    module = types.ModuleType("failing_rewards")
+    calls = []
+
+    def score(images, prompts):
+        calls.append(prompts)
+        if len(calls) < 2:
+            return images.mean((1, 2, 3))
+        if bad == "raise":
+            raise RuntimeError("out of order")
+        return torch.full((len(prompts),), torch.nan)
+
+    module.score = score
+    monkeypatch.setitem(sys.modules, "failing_rewards", module)
+    with pytest.raises(TrainingError, match=r"step 2: reward .* for the prompt '.+'.*checkpoint-1"):
+        run(tmp_path, reward=("python:failing_rewards:score",), validate_every=0, checkpoint_every=50)
+    assert read_checkpoint(tmp_path).step == 1
+
+
+def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
+    def second(report):
+        with pytest.raises(TrainingError, match=f"process {os.getpid()} is training"):
+            run(tmp_path)
+
+    run(tmp_path, steps=1, on_step=second)
+
+
+def test_the_best_weights_are_kept_and_remembered(tmp_path):
+    adapter = run(tmp_path, keep="best", validate_every=1, learning_rate=0.05)
+    state = read_checkpoint(tmp_path)
+    scores = dict(state.facts["validations"])
+    assert sorted(scores) == [0, 1, 2, 3]
+    assert int(adapter.metadata["texforce_hub.steps"]) == max(scores, key=lambda step: scores[step])
+
+
+def test_training_on_brightness_makes_pictures_brighter(tmp_path):
+    reports = []
+    settings = {"steps": 8, "prompts_per_step": 1, "images_per_prompt": 24, "learning_rate": 0.02, "train_timesteps": 3}
+    run(tmp_path, on_step=reports.append, ema=0.0, validate_every=8, warmup=0, decay="constant", **settings)
+    before, after = read_checkpoint(tmp_path).facts["validations"]
+    assert after[1] > before[1] + 0.01
+
+
+def test_a_learner_restores_what_it_saw():
+    parameters = {"a": torch.nn.Parameter(torch.ones(2, 2))}
+    learner = Learner(parameters, short_config("unused"))
+    parameters["a"].grad = torch.ones(2, 2)
+    learner.optimizer.step()
+    learner.finish_step()
+    learner.note_validation(0.5)
+    state = learner.snapshot()
+    parameters["a"].grad = -torch.ones(2, 2)
+    learner.optimizer.step()
+    learner.finish_step()
+    learner.restore(state)
+    again = learner.snapshot()
+    assert (again.step, again.facts) == (state.step, state.facts)
+    assert again.tensors.keys() == state.tensors.keys()
+    assert all(torch.equal(again.tensors[n], t) for n, t in state.tensors.items())
+
+
+def test_an_unreadable_checkpoint_is_passed_over(tmp_path, caplog):
+    config = short_config(tmp_path)
+    learner = Learner({"a": torch.nn.Parameter(torch.ones(2))}, config)
+    for _ in range(3):
+        learner.finish_step()
+        write_checkpoint(tmp_path, learner.snapshot(), keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
+    (tmp_path / "checkpoint-3" / "state.safetensors").write_bytes(b"torn")
+    assert read_checkpoint(tmp_path).step == 2
+    assert "checkpoint-3" in caplog.text
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_the_learning_rate_warms_up_and_decays(decay):
+    config = short_config("unused", steps=10, warmup=4, decay=decay)
+    shares = [learning_rate_share(config, step) for step in range(10)]
+    assert shares[0] == pytest.approx(0.25)
+    assert all(0 < share <= 1 for share in shares)
+    assert (shares[-1] == 1) == (decay == "constant")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
+        ({"steps": "many"}, "expected a whole number"),
+        ({"steps": True}, "expected a whole number"),
+        ({"kl": -1.0}, "at least 0"),
+        ({"clip": 0.0}, "more than 0"),
+        ({"clip": float("nan")}, "expected a number"),
+        ({"uncond": "none"}, "'detach' or 'base' or 'full'"),
+        ({"canonical": 1.5}, "from 0 to 1"),
+        ({"skip_last": 10}, "leaves none"),
+        ({"updates": 100}, "only 64 pictures"),
+        ({"reward": []}, "no reward"),
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        make_config({"output": "x", **settings})
+
+
+def test_a_config_survives_toml(tmp_path):
+    config = TrainConfig(output='a "b"\\c é', reward=("jpeg=-1", "brightness"), prompts="p.txt", kl=0.1)
+    (tmp_path / "run.toml").write_text(write_config(config), encoding="utf-8")
+    assert make_config(read_config(tmp_path / "run.toml")) == config
+
+
+def test_a_config_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "bad.toml").write_text("steps = = 3")
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_config(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_shapes_prompts_are_seen_combinations_half_of_them_canonical():
+    from texforce_hub.shapes.grammar import NOISY_COLOURS, is_held_out, parse
+
+    prompts = load_prompts(None, base="shapes", canonical=0.5)
+    drawn = [prompts.draw(step, 8, seed=0) for step in range(20)]
+    assert drawn[3] == prompts.draw(3, 8, seed=0) != prompts.draw(3, 8, seed=1)
+    for texts in drawn:
+        assert len(set(texts)) == 8
+        assert not any(is_held_out(parse(text)) for text in texts)
+        assert sum(any(word in text.split() for word in NOISY_COLOURS.values()) for text in texts) == 4
+
+
+def test_listed_prompts_come_all_before_any_comes_again(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n# no\ntwo\nthree\n")
+    prompts = load_prompts(str(tmp_path / "p.txt"), base="anything", canonical=0.5)
+    drawn = [text for step in range(3) for text in prompts.draw(step, 2, seed=0)]
+    assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["one", "three", "two"]
+    assert len(prompts.sample(2)) == 2
+
+
+@pytest.mark.parametrize(("source", "base"), [(None, "me/other"), ("shapes:size", "shapes"), ("no/such.txt", "shapes")])
+def test_prompts_that_cannot_be_are_refused(source, base):
+    with pytest.raises(PromptError):
+        load_prompts(source, base=base, canonical=0.5)
+
+
+CHILD = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+from tests.test_train_loop import run
+print("ready", flush=True)
+run(sys.argv[1])
+"""
+
+
+def start_child(folder):
+    """A process that trains in ``folder``; returns once it begins."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), str(ROOT)], stdout=subprocess.PIPE, env=environment, cwd=ROOT
+    )
+    assert child.stdout.readline() == b"ready\n"
+    return child
+
+
+def finish_child(folder):
+    child = start_child(folder)
+    assert child.wait(timeout=600) == 0
+
+
+def kill_after(folder, seconds):
+    """``kill -9`` a training process so long after it began; returns whether it was still running."""
+    child = start_child(folder)
+    time.sleep(seconds)
+    running = child.poll() is None
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    return running
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
+    child = start_child(tmp_path)
+    wait_for(lambda: list_checkpoints(tmp_path))
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    resumed = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run(tmp_path, on_step=lambda report: resumed.append(report.step))
+    finally:
+        torch.set_num_threads(threads)
+    assert resumed in ([2, 3], [3], [])
+    assert bits(tmp_path) == bits(whole)
