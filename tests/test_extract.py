@@ -1,0 +1,112 @@
+import copy
+
+import pytest
+import torch
+
+from tests.reference import truncated
+from texforce_hub.adapter import Adapter, LowRank
+from texforce_hub.apply import apply_adapter
+from texforce_hub.errors import MergeError
+from texforce_hub.extract import extract_adapter
+from texforce_hub.shapes.models import make_text_encoder, make_tokenizer
+
+LAYER = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    return make_text_encoder(make_tokenizer())
+
+
+def tuned(base, **changes):
+    model = copy.deepcopy(base)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for ending, change in changes.items():
+            name = next(n for n in parameters if n.endswith(ending.replace("__", ".")))
+            parameters[name].add_(change(parameters[name]))
+    return model
+
+
+def low_rank(weight, rank=3):
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(weight.shape[0], rank, generator=generator)
+        @ torch.randn(rank, weight.shape[1], generator=generator)
+        * 0.01
+    )
+
+
+def test_a_low_rank_change_comes_back_exactly_under_its_published_name(base):
+    model = tuned(base, layers__1__mlp__fc1__weight=low_rank)
+    found = extract_adapter(model, base, rank=4)
+    assert list(found.adapter.layers) == [LAYER]
+    wanted = low_rank(torch.empty(found.adapter.layers[LAYER].shape))
+    assert float((found.adapter.delta(LAYER) - wanted).norm() / wanted.norm()) < 1e-3
+    assert found.layers[0].kept == pytest.approx(1.0, abs=1e-6)
+    assert found.unchanged == sum(1 for _ in base.parameters()) - 1
+
+
+def test_the_extracted_adapter_on_the_base_is_the_tuned_model(base):
+    model = tuned(base, layers__1__mlp__fc1__weight=low_rank, layers__0__self_attn__q_proj__weight=low_rank)
+    found = extract_adapter(model, base, energy=1.0)
+    inputs = torch.arange(8)[None]
+    with torch.no_grad(), apply_adapter(copy.deepcopy(base), found.adapter, mode="fuse") as applied:
+        ours = next(iter(applied.roots.values()))(inputs).last_hidden_state
+        theirs = model(inputs).last_hidden_state
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_a_full_rank_change_is_cut_at_its_best_and_the_loss_is_told(base):
+    def noise(weight):
+        return torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.01
+
+    found = extract_adapter(tuned(base, layers__1__mlp__fc1__weight=noise), base, rank=5)
+    change = noise(torch.empty(found.adapter.layers[LAYER].shape))
+    best = truncated(change.double(), 5)
+    assert float((found.adapter.delta(LAYER) - best).norm() / best.norm()) < 1e-3
+    assert found.layers[0].kept == pytest.approx(float((best.norm() / change.norm()) ** 2), abs=1e-3)
+
+
+def test_what_is_no_matrix_is_listed_or_kept_on_request_never_dropped_silently(base):
+    changes = {
+        "layers__1__mlp__fc1__weight": low_rank,
+        "layers__1__mlp__fc1__bias": lambda w: torch.full_like(w, 0.1),
+        "final_layer_norm__weight": lambda w: torch.full_like(w, 0.2),
+        "token_embedding__weight": lambda w: torch.full_like(w, 0.3),
+    }
+    model = tuned(base, **changes)
+    without = extract_adapter(model, base, rank=4)
+    assert list(without.adapter.layers) == [LAYER]
+    assert len(without.left_out) == 3
+    assert all(layer.reason for layer in without.left_out)
+    whole = extract_adapter(model, base, rank=4, rest=True)
+    assert not whole.left_out
+    kinds = {name.rpartition("model.")[2]: type(layer).__name__ for name, layer in whole.adapter.layers.items()}
+    assert kinds["embeddings.token_embedding"] == "Dense"
+    assert kinds["encoder.layers.1.mlp.fc1.bias"] == "Vector"
+
+
+def test_the_threshold_is_relative_to_the_weight(base):
+    model = tuned(base, layers__1__mlp__fc1__weight=lambda w: w * 1e-3)
+    assert extract_adapter(model, base, rank=1).layers[0].change == pytest.approx(1e-3, rel=1e-2)
+    with pytest.raises(MergeError, match="nothing changed"):
+        extract_adapter(model, base, rank=1, threshold=1e-2)
+
+
+def test_mappings_of_tensors_work_and_models_that_do_not_match_are_refused():
+    before = {"unet.conv_in.weight": torch.zeros(4, 3, 3, 3), "unet.conv_in.bias": torch.zeros(4)}
+    after = {**before, "unet.conv_in.weight": torch.ones(4, 3, 3, 3)}
+    layer = extract_adapter(after, before, rank=2).adapter.layers["unet.conv_in"]
+    assert isinstance(layer, LowRank)
+    torch.testing.assert_close(layer.delta(), torch.ones(4, 3, 3, 3))
+    with pytest.raises(MergeError, match="in one model only"):
+        extract_adapter(after, {"unet.conv_in.weight": torch.zeros(4, 3, 3, 3)}, rank=2)
+    with pytest.raises(MergeError, match="shapes"):
+        extract_adapter(after, {**before, "unet.conv_in.bias": torch.zeros(5)}, rank=2)
+    with pytest.raises(MergeError, match="NaN"):
+        extract_adapter({**after, "unet.conv_in.bias": torch.full((4,), torch.nan)}, before, rank=2)
+    with pytest.raises(MergeError, match="give rank or energy"):
+        extract_adapter(after, before)
+    assert isinstance(extract_adapter(after, before, rank=1).adapter, Adapter)
