@@ -4,7 +4,7 @@ Any LoRA half's end may follow, with an ``.alpha`` beside it. The U-Net is named
 """
 
 from texforce_hub.dialects.layout import EVERY_KIND, Dialect, Reading
-from texforce_hub.dialects.ldm import to_ldm
+from texforce_hub.dialects.ldm import is_ldm, to_ldm
 from texforce_hub.dialects.paths import infer_part, publish
 from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, split_suffix, write_suffix
 from texforce_hub.errors import DialectError
@@ -27,7 +27,7 @@ def read_name(key: str) -> Reading | None:
         tower, _, rest = rest.partition(".transformer.")
         part = _TOWERS.get(tower)
     elif head == "diffusion_model":
-        part = infer_part(rest) or "unet"
+        part = "unet" if is_ldm(rest) or infer_part(rest) == "unet" else "transformer"
     name = publish(part, rest) if part and rest else None
     return None if name is None else Reading(name + parameter, role, stem)
 

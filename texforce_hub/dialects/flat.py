@@ -57,6 +57,8 @@ def _known_paths() -> Iterator[tuple[str, str]]:
             modules = dict.fromkeys(name.rpartition(".")[0] for name in row.weights())
             for module in filter(None, modules):
                 yield kind, module
+                if module.startswith("text_model."):  # what transformers calls it since 5.6
+                    yield kind, module.removeprefix("text_model.")
                 original = to_ldm(module, family.name) if kind == "unet" else None
                 if original is not None:
                     yield kind, original

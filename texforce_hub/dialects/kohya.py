@@ -10,12 +10,13 @@ import re
 from texforce_hub.dialects.flat import flatten, unflatten
 from texforce_hub.dialects.layout import EVERY_KIND, Dialect, Reading
 from texforce_hub.dialects.ldm import to_ldm
+from texforce_hub.dialects.paths import publish
 from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, split_suffix, write_suffix
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 
 _WRITTEN = LORA_DOWN_UP | ALPHA | LYCORIS
-_READ = _WRITTEN | LORA_AB
+_READ = _WRITTEN | LORA_AB | {"_lora.down.weight": "down", "_lora.up.weight": "up"}
 _PREFIX = re.compile(r"(?:unet\.|text_encoder\.|transformer\.)?(lora_te[123]?|lora_unet|lora_transformer|lycoris)_(.+)")
 _TEXT_PARTS = {
     "lora_te": "text_encoder",
@@ -35,9 +36,8 @@ def read_name(key: str) -> Reading | None:
         return None
     found = unflatten(match[2])
     part = None if found is None else _part(match[1], found[0])
-    if found is None or part is None:
-        return None
-    return Reading(f"{part}.{found[1]}{split[2]}", split[1], split[0])
+    name = None if found is None or part is None else publish(part, found[1])
+    return None if name is None else Reading(name + split[2], split[1], split[0])
 
 
 def _part(prefix: str, kind: str) -> str | None:
@@ -63,7 +63,7 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
         path = to_ldm(path, family) or path
     key = f"{_prefix(part, path, family)}_{flatten(path)}{spelt[1]}"
     reading = read_name(key)
-    if reading is None or reading.name != name:
+    if reading is None or reading.name.partition(".")[2] != name.partition(".")[2]:
         raise DialectError(f"kohya: {name} cannot be flattened so that readers find it again; write it as 'diffusers'")
     return key
 

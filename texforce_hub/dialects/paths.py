@@ -7,7 +7,7 @@ PARTS = ("text_encoder_3", "text_encoder_2", "text_encoder", "unet", "transforme
 
 _OWN_MODULES = {
     "text_encoder": ("text_model.", "encoder.layers.", "text_projection"),
-    "text_encoder_3": ("encoder.block.",),
+    "text_encoder_3": ("encoder.block.", "shared"),
     "unet": (
         *("down_blocks.", "mid_block.", "up_blocks.", "conv_in", "conv_out", "time_embedding.", "add_embedding."),
         *("input_blocks.", "middle_block.", "output_blocks."),
