@@ -1,5 +1,6 @@
 """Drive a pipeline: prompts in, images with their origin out."""
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -63,21 +64,27 @@ def sample(
     on_step: Callable[[], None] | None = None,
 ) -> list[Image.Image]:
     """One call of the pipeline; ``given`` holds its prompts or embeddings. Each image has a generator of its own."""
+    accepted = inspect.signature(pipe.__call__).parameters
     optional = {"width": settings.width, "height": settings.height, "clip_skip": settings.clip_skip}
+    keywords: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+    if unknown := sorted(set(keywords) - set(accepted)):
+        raise ConfigError(f"{type(pipe).__name__} takes no {unknown[0]}")
+    if "prompt_embeds" in given and "negative_prompt" in accepted:
+        keywords["negative_prompt"] = None  # some pipelines have a default that clashes with embeddings
 
     def count(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if on_step is not None:
             on_step()
         return values
 
-    result = pipe(
-        **given,
-        **{name: value for name, value in optional.items() if value is not None},
-        num_inference_steps=settings.inference_steps,
-        guidance_scale=settings.guidance,
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        callback_on_step_end=count,
-    )
+    if "callback_on_step_end" in accepted:
+        keywords["callback_on_step_end"] = count
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    steps = {"num_inference_steps": settings.inference_steps, "guidance_scale": settings.guidance}
+    try:
+        result = pipe(**given, **keywords, **steps, generator=generators)
+    except ValueError as error:
+        raise ConfigError(f"{type(pipe).__name__}: {(str(error).splitlines() or ['?'])[0]}") from error
     return list(result.images)
 
 

@@ -240,7 +240,7 @@ def register(root: Any, name: str, ranks: Mapping[str, int]) -> None:
     root.peft_config[name] = config  # in place: a PeftModel around the encoder shares this dictionary
     root._hf_peft_config_loaded = True
     layers = list(tuner_layers(root))
-    others = next((layer.active_adapters for layer in layers if layer.active_adapters != [name]), [])
+    others: list[str] = next((layer.active_adapters for layer in layers if layer.active_adapters != [name]), [])
     for layer in layers:  # the library asks one layer for the whole model's active adapters: all must agree
         active = others if layer.active_adapters == [name] else layer.active_adapters
         layer._active_adapter = [*(other for other in active if other != name), name]

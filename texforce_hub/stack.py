@@ -25,6 +25,11 @@ class Entry:
     adapter: Adapter
     weight: AdapterRef
 
+    @property
+    def item(self) -> tuple[Adapter, Weight]:
+        """The entry as ``apply_adapter`` takes it: nothing is read again."""
+        return self.adapter, dict(self.weight.parts) if self.weight.parts else self.weight.weight
+
     def reweighted(self, weight: Weight) -> "Entry":
         """The same entry with another weight.
 

@@ -1,11 +1,11 @@
-"""``texforce-hub apply``: images with and without a stack of adapters."""
+"""``texforce-hub apply``: images with and without a stack of adapters, and the stack taken away to other tools."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.console import put, say
+from texforce_hub.errors import ConfigError
 
 
 def register(app: typer.Typer) -> None:
@@ -14,45 +14,71 @@ def register(app: typer.Typer) -> None:
 
 
 def apply(
-    output: Annotated[Path, typer.Option("--output", help="Folder for the images and the sheet.")],
+    output: Annotated[Path | None, typer.Option("--output", help="Folder for the images and the sheet.")] = None,
     base: Annotated[str, typer.Option("--base", help="shapes, a folder, a checkpoint file, or a Hub id.")] = "shapes",
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="PATH, name or Hub id, with :WEIGHT; repeat to stack.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; repeat for more.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
-    unet: Annotated[
-        str | None, typer.Option("--unet", help="A fine-tuned U-Net, or a U-Net LoRA with :WEIGHT.")
-    ] = None,
-    negative_prompt: Annotated[str, typer.Option("--negative-prompt")] = "",
-    inference_steps: Annotated[int | None, typer.Option("--inference-steps", min=1)] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance")] = None,
+    unet: Annotated[str | None, typer.Option("--unet", help="A tuned U-Net, or a U-Net LoRA with :WEIGHT.")] = None,
+    each: Annotated[bool, typer.Option("--each", help="One column for each adapter, all in one batch.")] = False,
+    sweep: Annotated[str | None, typer.Option("--sweep", help="NAME=FROM:TO:COUNT, a column for each weight.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")] = None,
+    inference_steps: Annotated[int | None, typer.Option("--inference-steps", min=1, help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Image i of a prompt has seed SEED + i.")] = 0,
-    width: Annotated[int | None, typer.Option("--width")] = None,
-    height: Annotated[int | None, typer.Option("--height")] = None,
+    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
+    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
+    scheduler: Annotated[str, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++, lcm …")] = "",
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="For each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 8,
-    clip_skip: Annotated[int | None, typer.Option("--clip-skip", min=0)] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn at once.")] = 8,
+    clip_skip: Annotated[int | None, typer.Option("--clip-skip", min=0, help="Last CLIP layers to skip.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep models in main memory between uses.")] = False,
     mode: Annotated[str, typer.Option("--mode", help="attach or fuse.")] = "attach",
+    save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Write what was done, with hashes.")] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="Do again what a recipe says.")] = None,
+    pipeline: Annotated[Path | None, typer.Option("--save-pipeline", help="Folder: all of it, stack baked in.")] = None,
+    portable: Annotated[bool, typer.Option("--portable", help="With --save-pipeline: for transformers 4 too.")] = False,
+    checkpoint: Annotated[Path | None, typer.Option("--save-checkpoint", help="One file, stack baked in.")] = None,
+    text_encoder: Annotated[Path | None, typer.Option("--save-text-encoder", help="For ComfyUI's CLIP loader.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the files written as JSON.")] = False,
 ) -> None:
-    """Draw prompts with and without a stack of adapters, at the same seeds."""
-    from texforce_hub.cli.drawing import draw, read_prompts
+    """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
+    from texforce_hub.cli.drawing import Drawing, print_files, read_prompts
     from texforce_hub.generate import Settings
-    from texforce_hub.pipelines import load_pipeline
+    from texforce_hub.refs import AdapterRef
+    from texforce_hub.replay import Run, record_run, replay_run
     from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 
-    own = base == "shapes"
-    settings = Settings(
-        prompts=read_prompts(prompt or [], prompts),
-        negative=negative_prompt,
-        inference_steps=inference_steps or (INFERENCE_STEPS if own else 30),
-        guidance=guidance if guidance is not None else (GUIDANCE if own else 7.5),
-        seed=seed, width=width, height=height, num_images=num_images,
-        batch_size=batch_size, clip_skip=clip_skip,
-    )
-    pipe = load_pipeline(base, unet=unet, device=device, dtype=dtype)
-    paths = draw(pipe, adapter or [], settings, output, mode=mode, origin={"base": base, "unet": unet})
-    say(f"{len(paths)} files in {output}")
-    put(str(paths[-1]))
+    saves = {"pipeline": pipeline, "checkpoint": checkpoint, "text_encoder": text_encoder}
+    if output is None and not any(saves.values()):
+        raise ConfigError("nothing to write: give --output DIR, or one of the --save options")
+    if recipe is not None:
+        run = replay_run(recipe)
+    else:
+        own = base == "shapes"
+        settings = Settings(
+            prompts=read_prompts(prompt or [], prompts, needed=output is not None),
+            negative=negative_prompt or "",
+            inference_steps=inference_steps or (INFERENCE_STEPS if own else 30),
+            guidance=guidance if guidance is not None else (GUIDANCE if own else 7.5),
+            seed=seed,
+            width=width,
+            height=height,
+            num_images=num_images,
+            batch_size=batch_size,
+            clip_skip=clip_skip,
+        )
+        refs = tuple(AdapterRef.parse(text) for text in adapter or [])
+        run = Run(base, refs, settings, unet=unet or "", mode=mode, scheduler=scheduler)
+    drawing = Drawing(run, each=each, sweep=sweep)
+    drawing.load(device=device, dtype=dtype, offload=offload)
+    files = drawing.draw(output) if output is not None else []
+    files += drawing.save(saves, portable=portable)
+    if save_recipe is not None:
+        record_run(run, save_recipe)
+        files.append(save_recipe)
+    print_files(files, as_json=as_json)

@@ -1,12 +1,16 @@
 """Load a base: the embedded one, a folder, a single-file checkpoint, or a Hub id; put a tuned U-Net in it."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import PipelineError
@@ -39,11 +43,27 @@ def load_pipeline(
         FamilyError: a U-Net of another family than the base.
     """
     place, kind = choose_device(device), choose_dtype(dtype)
-    pipe = _load_base(str(base), kind)
-    if unet is not None:
-        put_unet(pipe, str(unet))
+    with _quiet():
+        pipe = _load_base(str(base), kind)
+        if unet is not None:
+            put_unet(pipe, str(unet))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The libraries' progress bars for loading off, and back as they were."""
+    bars = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if bars[1]:
+            diffusers_logging.enable_progress_bar()
 
 
 def _load_base(base: str, dtype: torch.dtype) -> Any:

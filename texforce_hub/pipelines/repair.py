@@ -55,6 +55,11 @@ def repair_state(state: Mapping[str, Tensor], *, tuned: bool = True) -> dict[str
 def spoilt_components(folder: Path) -> list[str]:
     """The components of a pipeline folder that were saved with live adapters."""
     parts = [entry for entry in sorted(folder.iterdir()) if entry.name.startswith(("text_encoder", "unet"))]
+    for entry in parts:
+        if (entry / "adapter_config.json").is_file() and not (entry / "config.json").is_file():
+            raise PipelineError(
+                f"{entry} holds an adapter and no model: its base was not saved; put it on one with --adapter {entry}"
+            )
     homes = [entry for entry in parts if entry.is_dir() and (entry / "config.json").is_file()]
     return [home.name for home in homes if is_spoilt(read_shapes(weight_files(home)))]
 

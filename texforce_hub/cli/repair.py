@@ -1,0 +1,25 @@
+"""``texforce-hub repair``: a pipeline that was saved with live adapters, sound again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from texforce_hub.cli.console import put
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``repair``."""
+    app.command("repair")(repair)
+
+
+def repair(
+    path: Annotated[Path, typer.Argument(help="Pipeline folder that was saved with live adapters.")],
+    output: Annotated[Path, typer.Option("--output", help="New folder for the repaired pipeline.")],
+    drop: Annotated[bool, typer.Option("--drop", help="Drop the adapters: the base they were trained on.")] = False,
+    portable: Annotated[bool, typer.Option("--portable", help="Readable by transformers 4 as well.")] = False,
+) -> None:
+    """Rewrite a pipeline spoilt by saving it with live adapters, with what they learnt or without."""
+    from texforce_hub.pipelines import repair_pipeline, save_pipeline
+
+    put(str(save_pipeline(repair_pipeline(path, tuned=not drop), output, portable=portable)))

@@ -1,0 +1,128 @@
+"""A drawing run as a recipe: recorded with the hashes of what went in, replayed only if they still hold."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from texforce_hub.errors import FileError, RecipeError, RefError
+from texforce_hub.files import writing
+from texforce_hub.generate import Settings
+from texforce_hub.locate import find_file
+from texforce_hub.recipe import Recipe, RecipeSource
+from texforce_hub.refs import AdapterRef
+
+_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One drawing run: base, partner, stack, how it is put on, and how to sample."""
+
+    base: str
+    adapters: tuple[AdapterRef, ...]
+    settings: Settings
+    unet: str = ""
+    mode: str = "attach"
+    scheduler: str = ""
+
+
+def record_run(run: Run, path: Path) -> None:
+    """Write a run's recipe.
+
+    Raises:
+        RecipeError: a run without adapters.
+    """
+    sources = tuple(
+        RecipeSource(ref.source, ref.weight, dict(ref.parts), ref.name or "", sha256=hash_place(find_file(ref)))
+        for ref in run.adapters
+    )
+    chosen = asdict(run.settings)
+    prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
+    table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    table |= {"base": run.base, "mode": run.mode, "prompts": {str(i): text for i, text in enumerate(prompts)}}
+    table |= {name: getattr(run, name) for name in ("unet", "scheduler") if getattr(run, name)}
+    for name, source in (("base", run.base), ("unet", run.unet)):
+        if digest := _hash_local(source):
+            table[f"{name}_sha256"] = digest
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "texforce-hub")}
+    recipe = Recipe("apply", sources, settings=table, seed=seed, versions=versions)
+    with writing(path) as part:
+        part.write_text(str(recipe), encoding="utf-8")
+
+
+def replay_run(path: Path) -> Run:
+    """The run that a recipe describes, every local file checked against its hash.
+
+    Raises:
+        RecipeError: no recipe of a drawing run, or a file that is not the one recorded.
+    """
+    try:
+        recipe = Recipe.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    if recipe.kind != "apply":
+        raise RecipeError(f"{path}: a recipe of kind {recipe.kind!r}; expected 'apply'")
+    table = dict(recipe.settings)
+    for source in recipe.sources:
+        _check_hash(source.source, hash_place(find_file(AdapterRef(source.source))), source.sha256)
+    for name in ("base", "unet"):
+        recorded = table.pop(f"{name}_sha256", "")
+        _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), str(recorded))
+    refs = tuple(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())) for s in recipe.sources)
+    outer = {name: str(table.pop(name)) for name in ("base", "unet", "mode", "scheduler") if name in table}
+    return Run(adapters=refs, settings=_read_settings(table, recipe.seed, path), **outer)
+
+
+_SETTINGS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
+    "prompts": Mapping, "negative": str, "guidance": (int, float),
+}
+
+
+def _read_settings(table: Mapping[str, Any], seed: int, path: Path) -> Settings:
+    for name, value in table.items():
+        if name not in _SETTINGS or not isinstance(value, _SETTINGS[name]):
+            raise RecipeError(f"{path}: {name} = {value!r} is no setting of a drawing run")
+    if "prompts" not in table:
+        raise RecipeError(f"{path}: it holds no prompts")
+    values = {name: value for name, value in table.items() if name != "prompts"}
+    return Settings(prompts=tuple(str(text) for text in table["prompts"].values()), seed=seed, **values)
+
+
+def _check_hash(source: str, found: str, recorded: str) -> None:
+    if recorded and found != recorded:
+        raise RecipeError(f"{source} is not what the recipe was made with: sha256 {found[:12]}…, not {recorded[:12]}…")
+
+
+def _hash_local(source: str) -> str:
+    """The hash of a local file or folder that a base or partner names; empty if it is not local."""
+    if not source or source == "shapes":
+        return ""
+    try:
+        place = Path(AdapterRef.parse(source).source)
+    except RefError:
+        return ""
+    return hash_place(place) if place.exists() else ""
+
+
+def hash_place(place: Path) -> str:
+    """SHA-256 of a file, or of a folder's weight files in the order of their names.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    files: Sequence[Path] = [place]
+    if place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.suffix in _SUFFIXES)
+    digest = hashlib.sha256()
+    try:
+        for path in files:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+    except OSError as error:
+        raise FileError(f"{place}: cannot be read: {error.strerror}") from error
+    return digest.hexdigest()
