@@ -10,6 +10,8 @@ from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.lora import attach_lora
 from texforce_hub.train.rollout import Actor
 
+torch.set_num_threads(1)  # on models this small more threads only wait for each other
+
 
 @cache
 def tiny_pipeline():
