@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reference import truncated
-from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, LowRank, Vector
+from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Layer, LowRank, Vector
 from texforce_hub.errors import MergeError
 from texforce_hub.resize import resize_adapter
 
@@ -62,7 +62,7 @@ def test_every_kind_that_is_a_matrix_becomes_low_rank_and_vectors_stay():
     up1, down1, up2, down2 = (
         torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in ((12, 2), (2, 10), (12, 1), (1, 10))
     )
-    layers = {
+    layers: dict[str, Layer] = {
         f"{PREFIX}.0.mlp.fc1": Hadamard(up1, down1, up2, down2),
         f"{PREFIX}.0.mlp.fc2": Dense(low(3, rank=2).delta()),
         f"{PREFIX}.0.mlp.fc1.bias": Vector(torch.ones(12)),

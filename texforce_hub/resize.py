@@ -157,7 +157,11 @@ def resize_adapter(
 def _fact(name: LayerName, adapter: Adapter, after: int | None, kept: tuple[LowRank, float] | None) -> ResizedLayer:
     if kept is None:
         return ResizedLayer(name, None, None, 1.0, float(adapter.layers[name].delta().norm()))
-    shrunk, share = kept
+    return ResizedLayer(name, adapter.layers[name].rank, after, kept[1], norm_before(*kept))
+
+
+def norm_before(shrunk: LowRank, share: float) -> float:
+    """The norm of a change before truncation, from what truncation left and the share that is."""
     # Balanced halves: the squared lengths of the columns of up are the singular values.
     squares = float(shrunk.up.double().square().sum(0).square().sum())
-    return ResizedLayer(name, adapter.layers[name].rank, after, share, math.sqrt(squares / share) if share else 0.0)
+    return math.sqrt(squares / share) if share > 0 else 0.0

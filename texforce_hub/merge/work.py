@@ -15,7 +15,7 @@ from texforce_hub.methods import Mergeable, Method
 from texforce_hub.methods.linear import products
 from texforce_hub.methods.spaces import as_low_rank
 from texforce_hub.methods.sparse import survey_floors
-from texforce_hub.resize import Limits, shrink
+from texforce_hub.resize import Limits, norm_before, shrink
 
 #: A layer whose norm is below this share of its sources' weighted norms has cancelled.
 CANCELLED = 1e-6
@@ -33,6 +33,7 @@ class Work:
         self.kept: dict[LayerName, float] = {}
         self.removed: list[LayerName] = []
         self.ranks: dict[LayerName, int] = {}
+        self.sizes: dict[LayerName, float] = {}
 
     def run(self) -> tuple[Adapter, MergeReport]:
         """The merged layers as an adapter without metadata, and the report."""
@@ -42,7 +43,9 @@ class Work:
             merged = self._merge(group, floors)
             if merged is not None:
                 layers[group.name] = self._limited(group.name, merged)
-        layers |= self._truncate({n: layer for n, layer in layers.items() if isinstance(layer, LowRank)})
+        low = {n: layer for n, layer in layers.items() if isinstance(layer, LowRank) and self._truncates(n)}
+        layers |= self._truncate(low)
+        layers = {name: layer for name, layer in layers.items() if name not in self.removed}
         return Adapter(layers), self._report(layers)
 
     def _survey(self) -> dict[int, float] | None:
@@ -63,15 +66,25 @@ class Work:
         if size == 0:
             self.removed.append(group.name)
             return None
+        self.sizes[group.name] = size
         merged = self.method.merge(group.layers, group.weights, self.options, group.context.with_floors(floors))
-        self.norms[group.name] = _norm(merged)
-        if self.norms[group.name] <= CANCELLED * size:
-            self.removed.append(group.name)
-            return None
         ranks = [layer.rank for layer in group.layers if isinstance(layer, LowRank)]
         if self.method.name == "svd" and not self.limits.any and len(ranks) == len(group.layers):
             self.ranks[group.name] = max(ranks)
-        return merged
+        if isinstance(merged, LowRank) and self._truncates(group.name):
+            return merged  # its singular values, soon to be known, give the norm
+        return None if self._has_cancelled(group.name, _norm(merged)) else merged
+
+    def _truncates(self, name: LayerName) -> bool:
+        return self.limits.any or name in self.ranks
+
+    def _has_cancelled(self, name: LayerName, length: float) -> bool:
+        """Note a merged layer's norm; nothing is left of it if that is rounding noise beside its sources."""
+        self.norms[name] = length
+        cancelled = length <= CANCELLED * self.sizes[name]
+        if cancelled:
+            self.removed.append(name)
+        return cancelled
 
     def _note_products(self, group: Group) -> float:
         """Add the layer to the sources' inner products; the sum of its weighted norms."""
@@ -95,10 +108,11 @@ class Work:
         return shrunk
 
     def _truncate(self, layers: dict[LayerName, LowRank]) -> dict[LayerName, LowRank]:
-        todo = layers if self.limits.any else {n: layer for n, layer in layers.items() if n in self.ranks}
-        results = shrink(todo, self.limits, ranks=self.ranks) if todo else {}
-        for name, (_, share) in results.items():
+        results = shrink(layers, self.limits, ranks=self.ranks) if layers else {}
+        for name, (layer, share) in results.items():
             self.kept[name] = self.kept.get(name, 1.0) * share
+            if name not in self.norms:
+                self._has_cancelled(name, norm_before(layer, share))
         return {name: layer for name, (layer, _) in results.items()}
 
     def _report(self, layers: dict[LayerName, Mergeable]) -> MergeReport:
