@@ -11,7 +11,9 @@ from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, LowRank, 
 from texforce_hub.apply import apply_adapter
 from texforce_hub.errors import AdapterError, ConfigError, MatchError
 from texforce_hub.families import live_name
+from texforce_hub.files import write_tensors
 from texforce_hub.matching import Matched, Unmatched
+from texforce_hub.sources import write_adapter
 
 
 @functools.cache
@@ -411,3 +413,68 @@ def test_a_kept_stack_stays_and_only_a_fused_one_can_be():
     applied.keep()
     applied.remove()
     assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
+
+
+WRITTEN = ["diffusers", "kohya", "comfy", "peft"]
+
+
+@pytest.mark.parametrize("mode", ["attach", "fuse"])
+@pytest.mark.parametrize("dialect", WRITTEN)
+def test_every_dialect_that_is_written_applies_from_its_file(dialect, mode, tmp_path):
+    pipe = shared_pipeline("sd1")
+    before = bits(pipe)
+    adapter = random_adapter(pipe, rank=3, scale=0.5)
+    gold = gold_outputs(pipe, [(adapter, 0.7)])[0]
+    where = write_adapter(adapter, tmp_path / dialect, dialect=dialect)
+    with apply_adapter(pipe, f"{where}:0.7", mode=mode):
+        assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
+    assert same_bits(pipe, before)
+
+
+@pytest.mark.parametrize("layout", ["lora_linear_layer", "to_q_lora", "hada", "dora"])
+def test_layouts_that_are_only_read_apply_exactly(layout, tmp_path):
+    pipe = shared_pipeline("sd1")
+    torch.manual_seed(0)
+    path = "text_model.encoder.layers.0.self_attn.q_proj"
+    flat = path.replace(".", "_")
+    down, up = torch.randn(2, 32) * 0.1, torch.randn(32, 2)
+    more, less = torch.randn(2, 32), torch.randn(32, 2) * 0.1
+    low, magnitude = LowRank(down, up), torch.rand(32) + 0.5
+    tensors, layer = {
+        "lora_linear_layer": (
+            {f"text_encoder.{path}.lora_linear_layer.down.weight": down}
+            | {f"text_encoder.{path}.lora_linear_layer.up.weight": up},
+            low,
+        ),
+        "to_q_lora": (
+            {f"text_encoder.{path[:-7]}.to_q_lora.down.weight": down}
+            | {f"text_encoder.{path[:-7]}.to_q_lora.up.weight": up},
+            low,
+        ),
+        "hada": (
+            {f"lora_te_{flat}.hada_w1_a": up, f"lora_te_{flat}.hada_w1_b": down}
+            | {f"lora_te_{flat}.hada_w2_a": less, f"lora_te_{flat}.hada_w2_b": more}
+            | {f"lora_te_{flat}.alpha": torch.tensor(2.0)},
+            Hadamard(up, down, less, more),
+        ),
+        "dora": (
+            {f"lora_te_{flat}.lora_down.weight": down, f"lora_te_{flat}.lora_up.weight": up}
+            | {f"lora_te_{flat}.alpha": torch.tensor(2.0), f"lora_te_{flat}.dora_scale": magnitude[:, None]},
+            Decomposed(low, magnitude),
+        ),
+    }[layout]
+    gold = gold_outputs(pipe, [(Adapter({f"text_encoder.{path}": layer}), 1.0)])[0]
+    file = write_tensors(tmp_path / "x.safetensors", tensors)
+    with apply_adapter(pipe, file):
+        assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "peft"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_its_files_in_two_dialects(family, dialect, tmp_path):
+    pipe = shared_pipeline(family)
+    adapter = random_adapter(pipe, parts=["text_encoder"])
+    gold = gold_outputs(pipe, [(adapter, 1.0)])[0]
+    where = write_adapter(adapter, tmp_path / dialect, dialect=dialect)
+    with apply_adapter(pipe, where):
+        assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)

@@ -1,6 +1,7 @@
 """Put a fine-tuned U-Net into a pipeline: a full one in any of the layouts trainers leave, or a U-Net LoRA."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from texforce_hub.apply import apply_adapter
 from texforce_hub.container import open_header
 from texforce_hub.dialects.ldm import from_ldm
 from texforce_hub.errors import FamilyError, PipelineError, RefError
-from texforce_hub.locate import find_place, pick_file
+from texforce_hub.locate import PICKLED, PREFERRED, find_place, pick_file
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
@@ -23,6 +24,7 @@ logger = logging.getLogger("texforce_hub")
 
 LDM_UNET = "model.diffusion_model."
 _IN_A_FOLDER = ("unet", "unet_ema", "")
+_CHECKPOINT = re.compile(r"(?:checkpoint|save)[-_](\d+)")
 
 
 def put_unet(pipe: Any, unet: str) -> None:
@@ -85,10 +87,24 @@ def _full_unet(place: Path) -> tuple[list[Path], dict[str, Any] | None]:
         home = place / name
         if (home / "config.json").is_file():
             return weight_files(home), read_json(home / "config.json")
+    if (latest := latest_checkpoint(place)) is not None:
+        logger.info("%s: using its latest checkpoint, %s", place, latest.name)
+        return _full_unet(latest)
     bare = [path for path in sorted(place.iterdir()) if path.suffix == ".safetensors" and _holds_unet([path])]
     if len(bare) > 1:
         raise PipelineError(f"{place} holds several U-Nets: {', '.join(path.name for path in bare)}; name one")
     return bare, None
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of the highest number in a training run's folder that holds no adapter of its own."""
+    numbered = {
+        int(found[1]): entry
+        for entry in run.iterdir()
+        if (found := _CHECKPOINT.fullmatch(entry.name)) and entry.is_dir()
+    }
+    final = any((run / name).is_file() for name in (*PREFERRED, *PICKLED))
+    return numbered[max(numbered)] if numbered and not final else None
 
 
 def _holds_unet(files: list[Path]) -> bool:
@@ -139,6 +155,8 @@ def _renamed_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
 
 def _put_lora(pipe: Any, ref: AdapterRef) -> None:
     place = find_place(ref)
+    if place.is_dir():
+        place = latest_checkpoint(place) or place
     file = pick_file(place) if place.is_dir() else place
     adapter = read_adapter(file)
     part = adapter.only("unet")

@@ -1,0 +1,47 @@
+"""Every example runs, and shows what it says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.pipelines_tiny import random_adapter
+from texforce_hub.pipelines import load_pipeline
+from texforce_hub.sources import write_adapter
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    pipe = load_pipeline("shapes", device="cpu")
+    return [str(write_adapter(random_adapter(pipe, seed=s, size=0.2), folder / f"a{s}")) for s in (1, 2)]
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("01_apply", 3), ("02_stack", 3), ("03_finetuned_unet", 4), ("04_many_adapters", 4)]
+)
+def test_an_example_draws_its_sheet(name, columns, adapters, tmp_path, capsys):
+    partner = ("shapes-refl",) if name.startswith("03") else ()
+    sheet = load_example(name).main(adapters, *partner, tmp_path / "out")
+    assert Image.open(sheet).width > columns * 96
+    if name == "04_many_adapters":
+        assert "8 images under 4 stacks: 15 U-Net calls" in capsys.readouterr().out
+
+
+def test_every_numbered_example_is_run():
+    assert [p.stem for p in sorted(EXAMPLES.glob("0*.py"))] == [
+        "01_apply",
+        "02_stack",
+        "03_finetuned_unet",
+        "04_many_adapters",
+    ]
