@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Adapter, LayerName, LowRank, Vector
+from texforce_hub.adapter import Adapter, Decomposed, LayerName, LowRank, Vector
 from texforce_hub.errors import MergeError
 from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Mergeable
@@ -95,7 +95,8 @@ def _compare_layer(name: LayerName, a: Adapter, b: Adapter, base: Base | None) -
 
 
 def _resolved(name: LayerName, adapter: Adapter, base: Base | None) -> Mergeable:
-    return resolve(name, adapter.layers[name], find_weight(base, name))
+    layer = adapter.layers[name]
+    return resolve(name, layer, find_weight(base, name) if isinstance(layer, Decomposed) else None)
 
 
 def _cosine(inner: float, first: float, second: float) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from texforce_hub.adapter import LayerName
 from texforce_hub.errors import MergeError
@@ -36,8 +36,17 @@ def _live_weight(base: Base, name: LayerName) -> Any:
     if part not in modules:
         return None
     root = plain(modules[part])
+    live = live_name(path, hasattr(root, "text_model"))
     try:
-        module = root.get_submodule(live_name(path, hasattr(root, "text_model")))
+        return getattr(unwrapped(root.get_submodule(live)), "weight", None)
+    except AttributeError:
+        return _live_parameter(root, live)
+
+
+def _live_parameter(root: nn.Module, path: str) -> Any:
+    """A parameter by its own name (a bias, a norm's weight), as vector layers name theirs."""
+    module, _, parameter = path.rpartition(".")
+    try:
+        return getattr(unwrapped(root.get_submodule(module)), parameter, None)
     except AttributeError:
         return None
-    return getattr(unwrapped(module), "weight", None)
