@@ -1,14 +1,20 @@
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.reference import truncated
+from texforce_hub import pipelines
 from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.apply import apply_adapter
+from texforce_hub.cli import app
 from texforce_hub.errors import MergeError
 from texforce_hub.extract import extract_adapter
 from texforce_hub.shapes.models import make_text_encoder, make_tokenizer
+from texforce_hub.sources import read_adapter
 
 LAYER = "text_encoder.text_model.encoder.layers.1.mlp.fc1"
 
@@ -110,3 +116,16 @@ def test_mappings_of_tensors_work_and_models_that_do_not_match_are_refused():
     with pytest.raises(MergeError, match="give rank or energy"):
         extract_adapter(after, before)
     assert isinstance(extract_adapter(after, before, rank=1).adapter, Adapter)
+
+
+def test_the_command_extracts_what_a_pipeline_changed_and_lists_what_it_left_out(base, tmp_path, monkeypatch):
+    model = tuned(base, layers__1__mlp__fc1__weight=low_rank, layers__1__mlp__fc1__bias=lambda w: torch.ones_like(w))
+    found = {"tuned": SimpleNamespace(text_encoder=model), "base": SimpleNamespace(text_encoder=base)}
+    monkeypatch.setattr(pipelines, "load_pipeline", lambda name, **options: found[name])
+    output = tmp_path / "extracted.safetensors"
+    arguments = ["extract", "tuned", "--base", "base", "--rank", "3", "--output", str(output), "--json"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "left out" in done.stderr
+    assert {layer["kept"] > 0 for layer in json.loads(done.stdout)["layers"]} == {True, False}
+    assert list(read_adapter(output).layers) == [LAYER]
