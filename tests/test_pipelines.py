@@ -224,6 +224,17 @@ def test_every_layout_of_a_full_unet_is_put_in_under_a_text_stack(kind, shelf, t
     assert torch.equal(text_out(pipe), before)
 
 
+def test_a_training_run_gives_its_latest_checkpoint(shelf, tmp_path):
+    for number, seed in ((50, 4), (100, 5)):
+        tuned_unet(seed).save_pretrained(tmp_path / "run" / f"checkpoint-{number}" / "unet")
+    assert torch.equal(unet_out(load(saved(shelf), unet=tmp_path / "run").unet), unet_out(tuned_unet(5)))
+    adapter = random_adapter(tiny_pipeline("sd1"), parts=["unet"])
+    write_adapter(adapter, tmp_path / "logs" / "checkpoint_3")
+    write_adapter(adapter.scaled(0.0), tmp_path / "logs" / "checkpoint_2")
+    gold = load(saved(shelf), unet=tmp_path / "logs" / "checkpoint_3")
+    assert torch.equal(unet_out(load(saved(shelf), unet=tmp_path / "logs").unet), unet_out(gold.unet))
+
+
 def test_a_checkpoint_in_the_original_layout_is_a_partner_too(tmp_path):
     pipe = original_topology("sd1")
     pipe.save_pretrained(tmp_path / "base")

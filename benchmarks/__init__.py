@@ -1,0 +1,1 @@
+"""What BENCHMARKS.md reports, measured side by side."""

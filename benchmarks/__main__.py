@@ -1,0 +1,7 @@
+"""``python -m benchmarks``: every section of BENCHMARKS.md, one after the other."""
+
+from benchmarks import apply, merge
+
+apply.main()
+print()
+merge.main()
