@@ -205,9 +205,12 @@ def test_a_catalogue_name_is_its_folder(tmp_path, monkeypatch):
     write_adapter(read_adapter(PEFT), tmp_path / "shipped", dialect="diffusers")
     entries = {
         "here": Entry("here", "T", "shapes", "x", folder=tmp_path / "shipped"),
+        "lost": Entry("lost", "T", "shapes", "x", folder=tmp_path / "nowhere"),
         "away": Entry("away", "T", "sd1", "x", repo="me/x", revision="0" * 40),
     }
     monkeypatch.setattr("texforce_hub.locate.read_catalog", lambda: entries)
     same(read_adapter("here:0.3"), read_adapter(PEFT))
     with pytest.raises(RefError, match="hf download me/x --revision 0000"):
         read_adapter("away")
+    with pytest.raises(RefError, match="not in this installation"):
+        read_adapter("lost")

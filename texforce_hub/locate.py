@@ -49,7 +49,9 @@ def _parsed(ref: str | AdapterRef) -> AdapterRef:
 
 def _entry_folder(entry: Entry) -> Path:
     if entry.folder is not None:
-        return entry.folder
+        if entry.folder.exists():
+            return entry.folder
+        raise RefError(f"catalogue entry {entry.name!r}: its weights are not in this installation ({entry.folder})")
     raise RefError(
         f"catalogue entry {entry.name!r} is on the Hub: download it first, "
         f"'hf download {entry.repo} --revision {entry.revision}', and give the folder"
