@@ -478,3 +478,49 @@ def test_every_family_takes_its_files_in_two_dialects(family, dialect, tmp_path)
     where = write_adapter(adapter, tmp_path / dialect, dialect=dialect)
     with apply_adapter(pipe, where):
         assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
+
+
+def test_image_to_image_inpainting_and_controlnet_take_a_stack():
+    from diffusers import (
+        ControlNetModel,
+        StableDiffusionControlNetPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+    )
+    from PIL import Image
+
+    pipe = tiny_pipeline("sd1")
+    picture, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+    control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8,))
+    parts = {**pipe.components, "requires_safety_checker": False}
+    adapter = random_adapter(pipe, size=0.3)
+    kinds = (
+        (StableDiffusionImg2ImgPipeline, {}, {"image": picture, "strength": 1.0}),
+        (StableDiffusionInpaintPipeline, {}, {"image": picture, "mask_image": mask, "width": 16, "height": 16}),
+        (StableDiffusionControlNetPipeline, {"controlnet": control}, {"image": picture}),
+    )
+    for kind, extra, given in kinds:
+        other = kind(**parts, **extra)
+        other.set_progress_bar_config(disable=True)
+
+        def draw(other=other, given=given):
+            generator = torch.Generator().manual_seed(0)
+            keywords = {"num_inference_steps": 2, "output_type": "pt", "generator": generator}
+            return other("a red cat", **given, **keywords).images
+
+        before = draw()
+        with apply_adapter(other, adapter):
+            assert not torch.allclose(draw(), before, atol=1e-4)
+        assert torch.equal(draw(), before)
+
+
+def test_a_stack_survives_a_move_and_comes_off_after_it():
+    pipe = tiny_pipeline("sd1")
+    base = text_outputs(pipe)[0]
+    for mode in ("attach", "fuse"):
+        applied = apply_adapter(pipe, random_adapter(pipe), mode=mode)
+        pipe.to("cpu", torch.float64)
+        assert text_outputs(pipe)[0].dtype == torch.float64
+        pipe.to("cpu", torch.float32)
+        applied.remove()
+        assert torch.equal(text_outputs(pipe)[0], base)

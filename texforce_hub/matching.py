@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector
 from texforce_hub.errors import MatchError
 from texforce_hub.families import live_name
-from texforce_hub.patch import can_attach, tuner_layers, unwrapped
+from texforce_hub.patch import TunerLayer, can_attach, unwrapped
 
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
 
@@ -81,17 +81,17 @@ def check_ready(part: str, module: nn.Module, *, attaching: bool) -> None:
         MatchError: weights on the meta device (sequential offload), a compiled module to attach to, adapters
             that are switched off or fused by PEFT.
     """
-    root = plain(module)
-    if any(parameter.is_meta for parameter in root.parameters()):
+    layers = list(plain(module).modules())
+    if any(p.is_meta for layer in layers for p in layer._parameters.values() if p is not None):
         raise MatchError(f"{part} has no weights in memory (sequential offload): apply the stack first, offload after")
     if not attaching:
         return
-    compiled = hasattr(module, "_orig_mod") or any(m._compiled_call_impl is not None for m in root.modules())
-    if compiled:
+    if hasattr(module, "_orig_mod") or any(layer._compiled_call_impl is not None for layer in layers):
         raise MatchError(f"{part} is compiled, its layers are fixed: use mode='fuse', or apply before compiling")
-    if any(layer.disable_adapters for layer in tuner_layers(root)):
+    tuners = [layer for layer in layers if isinstance(layer, TunerLayer)]
+    if any(layer.disable_adapters for layer in tuners):
         raise MatchError(f"adapters are switched off on {part}: call enable_lora() first, or use mode='fuse'")
-    if any(layer.merged for layer in tuner_layers(root)):
+    if any(layer.merged for layer in tuners):
         raise MatchError(f"{part} holds adapters fused by PEFT: unfuse them first, or use mode='fuse'")
 
 

@@ -28,6 +28,7 @@ from texforce_hub.errors import MatchError
 from texforce_hub.lowrank import concat
 
 Term = tuple[Layer, float]
+TunerLayer = BaseTunerLayer
 
 _WRAPPERS: Mapping[type[nn.Module], Any] = {nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d}
 
@@ -61,19 +62,25 @@ class Write:
 _PILES: Any = WeakIdKeyDictionary()  # parameter → list[Write]
 
 
-def summed(base: Tensor, terms: Sequence[Term]) -> Tensor:
-    """``base + Σ weight · delta`` in float32, rounded once to the dtype of ``base``; runs on its device."""
+def summed(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
+    """``base + Σ weight · delta`` in float32, rounded once to the dtype of ``base``; runs on its device.
+
+    ``out``, another tensor of the same shape and dtype, takes the result.
+    """
     terms = [(layer.map(lambda t: t.to(base.device)), weight) for layer, weight in terms]
     pairs = [(layer, weight) for layer, weight in terms if isinstance(layer, LowRank)]
+    others = [(layer, weight) for layer, weight in terms if not isinstance(layer, LowRank)]
     total = wide(base)
     if pairs:
         pair = concat([layer for layer, _ in pairs], [weight for _, weight in pairs])
-        up, down = (pair.scale * wide(pair.up)).to(total.dtype), wide(pair.down).flatten(1).to(total.dtype)
+        up, down = pair.up.to(total.dtype), pair.down.flatten(1).to(total.dtype)
+        if out is not None and not others and out.dtype == total.dtype and out.is_contiguous():
+            torch.addmm(total.flatten(1), up, down, out=out.view(out.shape[0], -1))
+            return out
         total = torch.addmm(total.flatten(1), up, down).view(base.shape)
-    for layer, weight in terms:
-        if not isinstance(layer, LowRank):
-            total = total + weight * layer.delta(base)
-    return total.to(base.dtype)
+    for layer, weight in others:
+        total = total + weight * layer.delta(base)
+    return total.to(base.dtype) if out is None else out.copy_(total)
 
 
 @torch.no_grad()
@@ -118,11 +125,11 @@ def keep(entry: Write) -> None:
 
 def _settle(pile: list[Write], start: int, below: Tensor) -> None:
     """Write the pile's entries from ``start`` on, the first of them on ``below``."""
-    for entry in pile[start:]:
+    for entry in pile[start:-1]:
         entry.saved = below
-        # A write whose terms are still to come leaves the parameter as it was.
-        below = summed(below, entry.terms) if entry.terms else below
-    pile[-1].parameter.copy_(below)
+        below = summed(below, entry.terms)
+    pile[-1].saved = below
+    summed(below, pile[-1].terms, out=pile[-1].parameter.detach())
 
 
 def _present(entry: Write) -> nn.Parameter:
