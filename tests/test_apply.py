@@ -316,6 +316,9 @@ def test_a_t5_and_a_bare_encoder_can_be_switched_off_and_on(mode):
         assert not torch.allclose(tuned, base, atol=1e-3)
         applied.disable()
         assert torch.equal(hidden(encoder), base)
+        applied.set_weights([2.0])
+        assert torch.equal(hidden(encoder), base)
+        applied.set_weights([1.0])
         applied.enable()
         assert torch.equal(hidden(encoder), tuned)
     assert torch.equal(hidden(encoder), base)
@@ -524,3 +527,33 @@ def test_a_stack_survives_a_move_and_comes_off_after_it():
         pipe.to("cpu", torch.float32)
         applied.remove()
         assert torch.equal(text_outputs(pipe)[0], base)
+
+
+def test_model_offload_works_and_sequential_offload_comes_after_the_stack():
+    from accelerate import cpu_offload, cpu_offload_with_hook
+    from accelerate.hooks import remove_hook_from_module
+
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe)
+    base, gold = text_outputs(pipe)[0], gold_outputs(pipe, [(adapter, 1.0)])[0]
+    _, hook = cpu_offload_with_hook(pipe.text_encoder, "cpu")
+    for mode in ("attach", "fuse"):
+        with apply_adapter(pipe, adapter, mode=mode):
+            assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
+            hook.offload()
+        assert torch.equal(text_outputs(pipe)[0], base)
+    hook.remove()
+    for mode in ("attach", "fuse"):
+        pipe = tiny_pipeline("sd1")
+        applied = apply_adapter(pipe, adapter, mode=mode)
+        cpu_offload(pipe.text_encoder, torch.device("cpu"))
+        assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
+        with pytest.raises(MatchError, match="sequential offload"):
+            apply_adapter(pipe, adapter, mode="fuse")
+        if mode == "fuse":
+            with pytest.raises(MatchError, match="replaced"):
+                applied.remove()
+        else:
+            applied.remove()
+            remove_hook_from_module(pipe.text_encoder, recurse=True)
+            assert torch.equal(text_outputs(pipe)[0], base)

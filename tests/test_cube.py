@@ -12,6 +12,7 @@ from tests.test_pipelines import KINDS, load, text_out, unet_out, write_partner
 from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.apply import apply_adapter
 from texforce_hub.families import FAMILIES
+from texforce_hub.pipelines.checkpoint import save_checkpoint
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.single_file import write_config
 from texforce_hub.sources import write_adapter
@@ -101,6 +102,27 @@ def check_true_size(family, part, device, dtype, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("family", "part"), TRUE)
 def test_true_sizes_come_back_to_the_bit(family, part, tmp_path, monkeypatch):
     check_true_size(family, part, "cpu", torch.float32, tmp_path, monkeypatch)
+
+
+@pytest.mark.campaign
+def test_a_checkpoint_of_true_size_loads_offline(tmp_path, monkeypatch):
+    from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+    parts = {
+        part: true_model("sd1", part, tmp_path / part, monkeypatch, "cpu", torch.float16)
+        for part in ("text_encoder", "unet")
+    }
+    vae = AutoencoderKL.from_config(json.loads((tmp_path / "unet" / "vae" / "config.json").read_text())).half()
+    empty = {"tokenizer": None, "scheduler": None, "safety_checker": None, "feature_extractor": None}
+    pipe = StableDiffusionPipeline(vae=vae, **parts, **empty, requires_safety_checker=False)
+    file = save_checkpoint(pipe, tmp_path / "sd1.safetensors")
+    monkeypatch.undo()
+    back = load(file, dtype="float16")
+    assert back.tokenizer(["a photo of a cat"]).input_ids == [[49406, 320, 1125, 539, 320, 2368, 49407]]
+    for name in ("unet", "vae", "text_encoder"):
+        wanted, found = getattr(pipe, name).state_dict(), getattr(back, name).state_dict()
+        assert wanted.keys() == found.keys()
+        assert all(torch.equal(found[n], wanted[n]) for n in wanted)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,12 @@
 """Changes go on and come off exactly, whatever lies beside them."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from texforce_hub import patch
@@ -172,3 +177,41 @@ def test_another_adapter_stays_as_active_and_as_trainable_as_it_was():
     assert model.inner[0].active_adapters == ["theirs"]
     assert torch.equal(model.inner[0](x), theirs)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_any_order_of_writes_and_undoings_ends_where_it_began(data):
+    dtype = data.draw(st.sampled_from(DTYPES))
+    model = Model().to(dtype)
+    before, open_entries = bits(model), []
+    for step in range(data.draw(st.integers(1, 8))):
+        if open_entries and data.draw(st.booleans()):
+            patch.undo(open_entries.pop(data.draw(st.integers(0, len(open_entries) - 1))))
+        else:
+            layer = pair((8, 6), data.draw(st.integers(1, 3)), step)
+            open_entries.append(patch.write(model.inner[0], "weight", [(layer, data.draw(st.floats(-2, 2)))]))
+    for entry in data.draw(st.permutations(open_entries)):
+        patch.undo(entry)
+    assert same_bits(model, before)
+
+
+def writes_of(source):
+    """In-place changes of tensors that a module's source asks for."""
+    wanted = {"copy_", "add_", "sub_", "mul_", "addmm_", "zero_", "fill_"}
+    nodes = list(ast.walk(ast.parse(source)))
+    calls = [n.func.attr for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
+    targets = [t for n in nodes if isinstance(n, ast.Assign) for t in n.targets]
+    data = [t.attr for t in targets if isinstance(t, ast.Attribute) and t.attr in ("data", "weight", "bias")]
+    return [name for name in calls if name in wanted] + data
+
+
+@pytest.mark.parametrize(
+    "module", ["apply", "matching", "stack", "conditioning", "generate", "replay", "merge", "extract", "evaluate"]
+)
+def test_only_patch_writes_a_models_weights(module):
+    package = Path(patch.__file__).parent
+    home = package / module
+    files = sorted(home.glob("*.py")) if home.is_dir() else [package / f"{module}.py"]
+    assert [found for file in files for found in writes_of(file.read_text())] == []
+    assert writes_of((package / "patch.py").read_text())

@@ -141,6 +141,7 @@ class Applied:
     _written: Contributions = field(repr=False)
     _attachments: dict[Place, Attachment] = field(default_factory=dict, repr=False)
     _writes: dict[Place, Write] = field(default_factory=dict, repr=False)
+    _on: bool = field(default=True, repr=False)
 
     @property
     def weights(self) -> Mapping[str, AdapterRef]:
@@ -162,7 +163,7 @@ class Applied:
         for place, attachment in self._attachments.items():
             attachment.fill(self._pair(place))
         for place, entry in self._writes.items():
-            rewrite(entry, self._terms(place))
+            rewrite(entry, self._terms(place) if self._on else ())
 
     def remove(self) -> None:
         """Take the stack off: every weight is what it was, to the bit. A second call does nothing."""
@@ -213,6 +214,7 @@ class Applied:
         self.remove()
 
     def _switch(self, *, on: bool) -> None:
+        self._on = on
         for part in dict.fromkeys(place[0] for place in self._riding):
             activate(self.roots[part], self.name, active=on)
         for place, entry in self._writes.items():
@@ -224,7 +226,9 @@ class Applied:
 
     def _pair(self, place: Place) -> LowRank:
         found = [(self.entries[index], name) for index, name in self._riding[place]]
-        layers = [entry.adapter.layers[name] for entry, name in found]
+        part, path, parameter = place
+        device = unwrapped(self.roots[part].get_submodule(path)).get_parameter(parameter).device
+        layers = [entry.adapter.layers[name].map(lambda half: half.to(device)) for entry, name in found]
         return concat(
             [layer for layer in layers if isinstance(layer, LowRank)],
             [entry.weight.weight_of(name) for entry, name in found],
