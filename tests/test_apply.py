@@ -1,6 +1,7 @@
 """A stack on a pipeline: ``W + Σ wᵢ·ΔWᵢ``, seen by the pipeline's own calls, undone bit for bit."""
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def live_weight(pipe, name):
 
 def gold_outputs(pipe, stack):
     """Outputs with the dense sum written by hand, then taken off."""
-    saved = {}
+    saved: dict[str, Any] = {}
     with torch.no_grad():
         for adapter, weight in stack:
             for name, layer in adapter.layers.items():
@@ -113,10 +114,11 @@ def mixed_adapter(pipe):
     names = list(random_adapter(pipe).layers)
     torch.manual_seed(5)
     low = LowRank(torch.randn(2, 32) * 0.1, torch.randn(32, 2))
-    layers = {
+    halves: Any = [torch.randn(shape) * 0.4 for shape in ((32, 2), (2, 32), (32, 2), (2, 32))]
+    layers: dict[str, Any] = {
         names[0]: Dense(torch.randn(32, 32) * 0.1),
         names[1]: Decomposed(low, torch.rand(32) + 0.5),
-        names[2]: Hadamard(*(torch.randn(s) * 0.4 for s in ((32, 2), (2, 32), (32, 2), (2, 32)))),
+        names[2]: Hadamard(*halves),
         names[3]: low,
         names[0] + ".bias": Vector(torch.randn(32) * 0.1),
     }
@@ -138,10 +140,11 @@ def test_changes_that_are_not_low_rank_are_written_in_and_say_so(mode):
     module.bias.data.copy_(old)
     with apply_adapter(pipe, adapter, weight=0.5, mode=mode) as applied:
         assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
-        hows = [d.how for d in applied.decisions["adapter"].values()]
+        decisions: Any = applied.decisions["adapter"]
+        hows = [d.how for d in decisions.values()]
         assert hows.count("written") == (4 if mode == "attach" else 5)
         if mode == "attach":
-            assert sum("not low rank" in d.note for d in applied.decisions["adapter"].values()) == 4
+            assert sum("not low rank" in d.note for d in decisions.values()) == 4
     assert same_bits(pipe, before)
 
 
@@ -249,7 +252,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_changes():
     with pytest.raises(ConfigError, match="empty"):
         apply_adapter(pipe, [])
     with pytest.raises(ConfigError, match="mode"):
-        apply_adapter(pipe, adapter, mode="glue")
+        apply_adapter(pipe, adapter, mode="glue")  # type: ignore[arg-type]
     assert same_bits(pipe, before)
 
 
@@ -260,9 +263,8 @@ def test_a_part_that_only_fits_elsewhere_goes_there_and_says_so():
     gold = gold_outputs(pipe, [(own, 1.0)])
     with apply_adapter(pipe, renamed) as applied:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(text_outputs(pipe), gold))
-        assert {d.note for d in applied.decisions["adapter"].values()} == {
-            "named text_encoder_3 in the adapter, fits only text_encoder_2"
-        }
+        decisions: Any = applied.decisions["adapter"]
+        assert {d.note for d in decisions.values()} == {"named text_encoder_3 in the adapter, fits only text_encoder_2"}
 
 
 def test_the_pipelines_own_calls_see_an_attached_stack():
@@ -334,7 +336,8 @@ def test_an_encoder_inside_somebody_elses_module_is_found():
     wrapped = Wrapped()
     before = {n: t.clone() for n, t in wrapped.state_dict().items()}
     with apply_adapter(wrapped, random_adapter(pipe)) as applied:
-        paths = {d.path for d in applied.decisions["adapter"].values()}
+        decisions: Any = applied.decisions["adapter"]
+        paths = {d.path for d in decisions.values()}
         assert "transformer.text_model.encoder.layers.0.self_attn.q_proj" in paths
     assert all(torch.equal(t, before[n]) for n, t in wrapped.state_dict().items())
 
@@ -443,7 +446,7 @@ def test_layouts_that_are_only_read_apply_exactly(layout, tmp_path):
     down, up = torch.randn(2, 32) * 0.1, torch.randn(32, 2)
     more, less = torch.randn(2, 32), torch.randn(32, 2) * 0.1
     low, magnitude = LowRank(down, up), torch.rand(32) + 0.5
-    tensors, layer = {
+    cases: dict[str, Any] = {
         "lora_linear_layer": (
             {f"text_encoder.{path}.lora_linear_layer.down.weight": down}
             | {f"text_encoder.{path}.lora_linear_layer.up.weight": up},
@@ -465,7 +468,8 @@ def test_layouts_that_are_only_read_apply_exactly(layout, tmp_path):
             | {f"lora_te_{flat}.alpha": torch.tensor(2.0), f"lora_te_{flat}.dora_scale": magnitude[:, None]},
             Decomposed(low, magnitude),
         ),
-    }[layout]
+    }
+    tensors, layer = cases[layout]
     gold = gold_outputs(pipe, [(Adapter({f"text_encoder.{path}": layer}), 1.0)])[0]
     file = write_tensors(tmp_path / "x.safetensors", tensors)
     with apply_adapter(pipe, file):
@@ -497,7 +501,7 @@ def test_image_to_image_inpainting_and_controlnet_take_a_stack():
     control = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8,))
     parts = {**pipe.components, "requires_safety_checker": False}
     adapter = random_adapter(pipe, size=0.3)
-    kinds = (
+    kinds: Any = (
         (StableDiffusionImg2ImgPipeline, {}, {"image": picture, "strength": 1.0}),
         (StableDiffusionInpaintPipeline, {}, {"image": picture, "mask_image": mask, "width": 16, "height": 16}),
         (StableDiffusionControlNetPipeline, {"controlnet": control}, {"image": picture}),
@@ -520,7 +524,8 @@ def test_image_to_image_inpainting_and_controlnet_take_a_stack():
 def test_a_stack_survives_a_move_and_comes_off_after_it():
     pipe = tiny_pipeline("sd1")
     base = text_outputs(pipe)[0]
-    for mode in ("attach", "fuse"):
+    modes: tuple[Any, ...] = ("attach", "fuse")
+    for mode in modes:
         applied = apply_adapter(pipe, random_adapter(pipe), mode=mode)
         pipe.to("cpu", torch.float64)
         assert text_outputs(pipe)[0].dtype == torch.float64
@@ -537,13 +542,14 @@ def test_model_offload_works_and_sequential_offload_comes_after_the_stack():
     adapter = random_adapter(pipe)
     base, gold = text_outputs(pipe)[0], gold_outputs(pipe, [(adapter, 1.0)])[0]
     _, hook = cpu_offload_with_hook(pipe.text_encoder, "cpu")
-    for mode in ("attach", "fuse"):
+    modes: tuple[Any, ...] = ("attach", "fuse")
+    for mode in modes:
         with apply_adapter(pipe, adapter, mode=mode):
             assert torch.allclose(text_outputs(pipe)[0], gold, atol=1e-5)
             hook.offload()
         assert torch.equal(text_outputs(pipe)[0], base)
     hook.remove()
-    for mode in ("attach", "fuse"):
+    for mode in modes:
         pipe = tiny_pipeline("sd1")
         applied = apply_adapter(pipe, adapter, mode=mode)
         cpu_offload(pipe.text_encoder, torch.device("cpu"))

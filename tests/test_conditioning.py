@@ -1,6 +1,7 @@
 """One batch, many adapters: each image equals the one made alone, and the U-Net is called once a step."""
 
 import functools
+from typing import Any
 
 import numpy
 import pytest
@@ -12,7 +13,7 @@ from texforce_hub.conditioning import encode_prompts
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate import Settings, sample
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "sd3": {"max_sequence_length": 16},
     "flux": {"max_sequence_length": 16},
     "pixart": {"max_sequence_length": 16},

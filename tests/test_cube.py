@@ -12,6 +12,7 @@ from tests.test_pipelines import KINDS, load, text_out, unet_out, write_partner
 from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.apply import apply_adapter
 from texforce_hub.families import FAMILIES
+from texforce_hub.matching import Matched
 from texforce_hub.pipelines.checkpoint import save_checkpoint
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.single_file import write_config
@@ -88,7 +89,9 @@ def check_true_size(family, part, device, dtype, tmp_path, monkeypatch):
         assert len(applied.decisions["adapter"]) == len(stack[0].layers)
         assert {p.device.type for p in model.parameters()} == {torch.device(device).type}
         if mode == "fuse":
-            path = applied.decisions["adapter"][name].path
+            decision = applied.decisions["adapter"][name]
+            assert isinstance(decision, Matched)
+            path = decision.path
             delta = 0.5 * stack[0].delta(name) - 0.25 * stack[1].delta(name)
             wanted = (before[f"{path}.weight"].float() + delta.to(device)).to(dtype)
             assert torch.allclose(model.get_submodule(path).weight.float(), wanted.float(), atol=1e-2)
@@ -135,7 +138,7 @@ def test_true_sizes_on_a_gpu_do_no_math_on_the_cpu(family, part, tmp_path, monke
 def test_a_stack_is_summed_on_the_models_device():
     pipe = tiny_pipeline("sd1").to("cuda", torch.bfloat16)
     adapter = random_adapter(tiny_pipeline("sd1"))
-    seen = set()
+    seen: set[str] = set()
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):

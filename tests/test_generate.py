@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_parameters_are_written_as_galleries_read_them():
 def test_a_sheet_has_a_cell_for_every_image_and_refuses_another_number():
     images = [Image.new("RGB", (32, 32), colour) for colour in ("red", "lime", "blue", "black")]
     sheet = contact_sheet(images, rows=["a long prompt about circles", "b"], columns=["base", "with the stack"])
-    colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height)}
+    colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or ()}
     assert {(255, 0, 0), (0, 255, 0), (0, 0, 255)} <= colours
     with pytest.raises(ConfigError, match="3 images for a sheet of 2 rows and 2 columns"):
         contact_sheet(images[:3], rows=["a", "b"], columns=["c", "d"])
@@ -62,7 +63,13 @@ def test_a_sheet_has_a_cell_for_every_image_and_refuses_another_number():
 def test_image_i_has_seed_i_whatever_the_batch_size():
     pipe = tiny_pipeline("sd1")
     pipe.set_progress_bar_config(disable=True)
-    keywords = {"prompts": ("a cat", "a dog"), "inference_steps": 2, "width": 16, "height": 16, "num_images": 2}
+    keywords: dict[str, Any] = {
+        "prompts": ("a cat", "a dog"),
+        "inference_steps": 2,
+        "width": 16,
+        "height": 16,
+        "num_images": 2,
+    }
     one = generate_images(pipe, Settings(**keywords, batch_size=1, guidance=2.0))
     four = generate_images(pipe, Settings(**keywords, batch_size=4, guidance=2.0))
     for a, b in zip(one, four, strict=True):
@@ -106,7 +113,7 @@ def test_prompts_come_from_options_and_files(tmp_path):
 
 
 def test_apply_draws_before_and_after_and_a_recipe_replays_it_to_the_byte(shelf, tmp_path):
-    arguments = ["--adapter", f"{shelf / 'one'}:0.8", "--adapter", f"b={shelf / 'two'}:text_encoder=0.5"]
+    arguments: list[Any] = ["--adapter", f"{shelf / 'one'}:0.8", "--adapter", f"b={shelf / 'two'}:text_encoder=0.5"]
     arguments += ["--prompt", "a red circle", "--num-images", 2, "--inference-steps", 3]
     result = run(*arguments, "--output", tmp_path / "out", "--save-recipe", tmp_path / "r.toml")
     assert result.exit_code == 0, result.output
@@ -160,6 +167,12 @@ def test_the_stack_is_baked_in_and_taken_away(shelf, tmp_path):
         (["--prompt", "x", "--output", "o", "--adapter", "nowhere:1"], "nowhere"),
         (["--prompt", "x", "--output", "o", "--base", "nowhere"], "no base"),
         (["--prompt", "x", "--output", "o", "--scheduler", "magic"], "no scheduler"),
+        (["--prompt", "x", "--output", "o", "--sweep", "a=0:1:3", "--adapter", "b=x"], "x"),
+        pytest.param(
+            ["--prompt", "x", "--output", "o", "--offload"],
+            "needs a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="offload works here"),
+        ),
     ],
 )
 def test_wrong_usage_is_one_sentence(arguments, message, tmp_path, monkeypatch):

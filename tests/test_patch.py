@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 class Model(nn.Module):
+    inner: Any
+    conv: Any
+
     def __init__(self):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
@@ -123,7 +127,7 @@ def test_an_attached_pair_adds_its_delta_and_leaves_the_weight_alone(dtype):
     gold = nn.functional.linear(x.float(), model.inner[0].weight.float() + layer.delta(), model.inner[0].bias.float())
     attachment = patch.attach(model, "inner.0", "stack", layer)
     patch.register(model, "stack", {"inner.0": 3})
-    assert patch.unwrapped(model.inner[0]).weight.data_ptr() == storage
+    assert patch.unwrapped(model.inner[0]).get_parameter("weight").data_ptr() == storage
     assert torch.allclose(model.inner[0](x).float(), gold, atol=1e-5 if dtype == torch.float32 else 0.15)
     patch.detach(attachment)
     patch.unregister(model, "stack")
@@ -184,7 +188,8 @@ def test_another_adapter_stays_as_active_and_as_trainable_as_it_was():
 def test_any_order_of_writes_and_undoings_ends_where_it_began(data):
     dtype = data.draw(st.sampled_from(DTYPES))
     model = Model().to(dtype)
-    before, open_entries = bits(model), []
+    before = bits(model)
+    open_entries: list[patch.Write] = []
     for step in range(data.draw(st.integers(1, 8))):
         if open_entries and data.draw(st.booleans()):
             patch.undo(open_entries.pop(data.draw(st.integers(0, len(open_entries) - 1))))

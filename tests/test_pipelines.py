@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,7 +91,8 @@ def original_topology(family):
     """A tiny pipeline whose U-Net and VAE have the block structure of the original checkpoints."""
     pipe = tiny_pipeline(family)
     torch.manual_seed(1)
-    cross = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}
+    channels: tuple[int, ...]
+    cross: dict[str, Any] = {"down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)}
     cross["up_block_types"] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     channels = (32, 32, 64, 64)
     config = dict(pipe.unet.config)
@@ -131,6 +133,33 @@ def test_a_saved_checkpoint_is_read_back_exactly(family, tmp_path):
     if family == "sdxl":
         with apply_adapter(pipe, adapter, mode="fuse"):
             assert torch.equal(text_out(back, "text_encoder_2"), text_out(pipe, "text_encoder_2"))
+
+
+LITERAL = {
+    "sd1": "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight",
+    "sd2": "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight",
+    "sdxl": "conditioner.embedders.1.model.text_projection",
+}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_saved_checkpoint_has_the_names_that_other_tools_look_for(family, tmp_path):
+    names = set(open_header(save_checkpoint(original_topology(family), tmp_path / "x.safetensors")).tensors)
+    attention = "4.1" if family == "sdxl" else "1.1"  # SDXL has no attention at its first level
+    assert {
+        LITERAL[family],
+        f"model.diffusion_model.input_blocks.{attention}.transformer_blocks.0.attn2.to_k.weight",
+        "model.diffusion_model.middle_block.1.proj_in.weight",
+        "model.diffusion_model.out.2.weight",
+        "model.diffusion_model.time_embed.0.weight",
+        "first_stage_model.encoder.down.0.downsample.conv.weight",
+        "first_stage_model.decoder.up.3.block.0.norm1.weight",
+        "first_stage_model.decoder.up.1.upsample.conv.weight",
+        "first_stage_model.encoder.mid.attn_1.proj_out.weight",
+        "first_stage_model.decoder.norm_out.weight",
+        "first_stage_model.quant_conv.weight",
+    } <= names
+    assert ("model.diffusion_model.label_emb.0.0.weight" in names) == (family == "sdxl")
 
 
 def test_the_vocabulary_is_clips(tmp_path):
