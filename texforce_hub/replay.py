@@ -78,7 +78,9 @@ def replay_run(path: Path) -> Run:
 
 _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
-    "prompts": Mapping, "negative": str, "guidance": (int, float),
+    "prompts": Mapping,
+    "negative": str,
+    "guidance": (int, float),
 }
 
 
