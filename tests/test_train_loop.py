@@ -284,37 +284,49 @@ def test_prompts_that_cannot_be_are_refused(source, base):
 
 
 CHILD = """
-import sys, torch
-torch.set_num_threads(1)
+import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from tests.test_train_loop import run
+steps, die_at = int(sys.argv[3]), int(sys.argv[4])
+if die_at:
+    from texforce_hub.train import checkpoint
+    write = checkpoint.write_tensors
+    def write_and_die(path, tensors):
+        write(path, tensors)
+        if f"checkpoint-{die_at}." in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.write_tensors = write_and_die
 print("ready", flush=True)
-run(sys.argv[1])
+run(sys.argv[1], steps=steps)
 """
 
 
-def start_child(folder):
-    """A process that trains in ``folder``; returns once it begins."""
+def start_child(folder, *, steps=3, die_at=0):
+    """A process that trains in ``folder``; returns once it begins. It kills itself while writing ``die_at``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments = [str(folder), str(ROOT), str(steps), str(die_at)]
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), str(ROOT)], stdout=subprocess.PIPE, env=environment, cwd=ROOT
+        [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, env=environment, cwd=ROOT
     )
     assert child.stdout is not None
     assert child.stdout.readline() == b"ready\n"
     return child
 
 
-def finish_child(folder):
-    child = start_child(folder)
+def finish_child(folder, *, steps=3):
+    """Train in ``folder`` to the end; returns the seconds from the beginning of the run to its end."""
+    child = start_child(folder, steps=steps)
+    began = time.monotonic()
     assert child.wait(timeout=600) == 0
+    return time.monotonic() - began
 
 
-def kill_after(folder, seconds):
+def kill_after(folder, seconds, *, steps=3):
     """``kill -9`` a training process so long after it began; returns whether it was still running."""
-    child = start_child(folder)
+    child = start_child(folder, steps=steps)
     time.sleep(seconds)
     running = child.poll() is None
-    child.send_signal(signal.SIGKILL)
+    child.kill()
     child.wait()
     return running
 

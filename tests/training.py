@@ -4,8 +4,10 @@ from functools import cache
 
 import torch
 from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
 
-from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae
+from texforce_hub.shapes import WEIGHTS
+from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_unet, make_vae
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.lora import attach_lora
 from texforce_hub.train.rollout import Actor
@@ -17,7 +19,8 @@ torch.set_num_threads(1)  # on models this small more threads only wait for each
 def tiny_pipeline():
     """Every run gets the same one: training leaves it as it was (a test says so)."""
     torch.manual_seed(0)
-    tokenizer = make_tokenizer()
+    # The shipped one: a newly built tokenizer breaks ties between merges differently from process to process.
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
     unet = make_unet()
     for parameter in unet.parameters():
         if not parameter.any():  # zero-initialised branches would make the prompt irrelevant
