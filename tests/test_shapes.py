@@ -165,6 +165,14 @@ def test_the_shipped_folder_is_small_and_every_word_is_one_token(pipeline):
     assert all(len(pipeline.tokenizer(word).input_ids) == 3 for word in [*vocabulary(), *NOISY_WORDS])
 
 
+def test_the_build_makes_the_tokenizer_that_is_shipped(pipeline):
+    from texforce_hub.shapes.models import make_tokenizer
+
+    assert make_tokenizer().get_vocab() == pipeline.tokenizer.get_vocab()
+    prompts = [caption(scene, noisy={"colour"}) for scene in (Scene((Thing(0, 0),)), Scene((Thing(3, 2),), place=1))]
+    assert make_tokenizer()(prompts).input_ids == pipeline.tokenizer(prompts).input_ids
+
+
 def test_the_shipped_folder_loads_with_plain_diffusers_and_draws_what_its_card_says(pipeline):
     from texforce_hub.shapes.measure import score
 

@@ -4,31 +4,31 @@ Tokenizer (byte-level BPE, every word of the language is one token), CLIP text e
 VAE (8 latent channels, 8 × 8), U-Net with cross-attention (2.2 M) and DDIM with Stable Diffusion's betas.
 """
 
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from texforce_hub.shapes.grammar import vocabulary
 from texforce_hub.shapes.render import SIZE
 
 TOKENS = 16  # a prompt's length, start and end included
 WIDTH = 96  # of the text encoder, and so of the U-Net's cross-attention
 LATENT_CHANNELS = 8
+_MERGES = Path(__file__).with_name("merges.txt")
 
 
 def make_tokenizer() -> Any:
-    """A CLIP tokenizer for the language: byte-level alphabet, one token for every word it knows."""
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = pre_tokenizers.Whitespace()
-    trainer = trainers.BpeTrainer(vocab_size=5000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
-    trained.train_from_iterator([" ".join(vocabulary())] * 2, trainer)
-    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    """A CLIP tokenizer for the language: byte-level alphabet, one token for every word it knows.
+
+    The byte-pair merges were found once, from the vocabulary, and are kept in ``merges.txt``: the trainer
+    breaks ties by the order of a hash table, which differs from process to process.
+    """
+    merges = [tuple(line.split()) for line in _MERGES.read_text(encoding="utf-8").splitlines()]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries: dict[str, int] = {}
     for symbol in [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]:
