@@ -189,6 +189,9 @@ def careless_caption(scene: Scene, rng: random.Random) -> str:
     return " ".join(words)
 
 
+_PATIENCE = 2_000  # draws in a row without a new prompt, after which there are taken to be no more
+
+
 def sample_prompts(
     count: int,
     seed: int,
@@ -204,12 +207,14 @@ def sample_prompts(
     """
     rng = random.Random(seed)
     scenes: dict[str, Scene] = {}
-    for _ in range(200 * count):
+    repeats = 0
+    while len(scenes) < count and repeats < _PATIENCE:
         scene = sample_scene(rng, kinds=kinds or {"single": 0.3, "place": 0.7}, held_out=held_out)
+        repeats = repeats + 1 if caption(scene) in scenes else 0
         scenes.setdefault(caption(scene), scene)
-        if len(scenes) == count:
-            return [caption(s, noisy=noisy) for s in scenes.values()]
-    raise PromptError(f"the shapes world has only about {len(scenes)} such prompts; {count} were asked for")
+    if len(scenes) < count:
+        raise PromptError(f"the shapes world has only about {len(scenes)} such prompts; {count} were asked for")
+    return [caption(scene, noisy=noisy) for scene in scenes.values()]
 
 
 def vocabulary() -> list[str]:
