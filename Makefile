@@ -11,6 +11,7 @@ help: ## print the targets
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps open_clip_torch==3.3.0 # only its vocabulary file is read
 	@touch $(READY)
 
 setup: $(READY) ## create .venv and install everything, pinned

@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.pipelines_tiny import random_adapter
@@ -47,3 +48,20 @@ def test_every_numbered_example_is_run():
         "03_finetuned_unet",
         "04_many_adapters",
     ]
+
+
+def test_a_full_partner_is_written_as_refl_does_and_loads(tmp_path):
+    folder = load_example("make_unet_partner").main("full", tmp_path / "refl", steps=2)
+    assert folder == tmp_path / "refl" / "checkpoint-2" / "unet"
+    tuned, base = load_pipeline("shapes", unet=str(folder.parent), device="cpu").unet, load_pipeline("shapes").unet
+    moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_lora_partner_is_written_as_dpok_does_and_loads(tmp_path):
+    path = load_example("make_unet_partner").main("lora", tmp_path / "dpok", steps=2)
+    names = list(torch.load(path, weights_only=True))
+    assert all(".processor.to_" in name and "_lora." in name for name in names)
+    tuned, base = load_pipeline("shapes", unet=str(path), device="cpu").unet, load_pipeline("shapes").unet
+    moved = sum(not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
+    assert moved == len(names) // 2

@@ -24,7 +24,7 @@ def find_vocabulary() -> Path:
             if (Path(folder) / FILE).is_file():
                 return Path(folder) / FILE
     raise PipelineError(
-        "single-file checkpoints need CLIP's vocabulary: pip install 'texforce-hub[single-file]' (open_clip_torch)"
+        "single-file checkpoints need CLIP's vocabulary: pip install --no-deps open_clip_torch"
     )
 
 

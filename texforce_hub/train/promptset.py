@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Protocol
 
 from texforce_hub.errors import PromptError
-from texforce_hub.shapes.grammar import caption, sample_scene
+from texforce_hub.shapes.grammar import KINDS, caption, sample_scene
 
-_KINDS = {"single": 0.3, "place": 0.7}  # pairs have two noisy words each: too much chance in the reward
+_KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts; pairs have two noisy words each: too much chance in the reward
 _WORDS = {"colour": frozenset({"colour"}), "shape": frozenset({"shape"}), "both": frozenset({"colour", "shape"})}
 
 
@@ -69,7 +69,7 @@ class ShapesPrompts:
         for known in canonical:
             size = len(found)
             while len(found) == size:
-                scene = sample_scene(rng, kinds=_KINDS, held_out=False)
+                scene = sample_scene(rng, kinds=KINDS if known else _KINDS, held_out=False)
                 found.setdefault(caption(scene, noisy=frozenset() if known else self.noisy))
         return list(found)
 
