@@ -32,7 +32,8 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 def guided_noise(unet: Any, latents: Tensor, step: Tensor, text: Tensor, silence: Tensor) -> Tensor:
     """Classifier-free guided noise, ``(b, c, h, w)``; ``text`` and ``silence`` are ``(b, tokens, width)``."""
     quiet, said = unet(torch.cat([latents, latents]), step, torch.cat([silence, text])).sample.chunk(2)
-    return quiet + GUIDANCE * (said - quiet)
+    guided: Tensor = quiet + GUIDANCE * (said - quiet)
+    return guided
 
 
 def draw_with_one_gradient(pipeline: Any, prompts: list[str], rng: random.Random) -> Tensor:
@@ -56,7 +57,8 @@ def draw_with_one_gradient(pipeline: Any, prompts: list[str], rng: random.Random
     step = scheduler.timesteps[last]
     alpha = scheduler.alphas_cumprod[step]
     finished = (latents - (1 - alpha).sqrt() * guided_noise(pipeline.unet, latents, step, text, silence)) / alpha.sqrt()
-    return pipeline.vae.decode(finished / pipeline.vae.config.scaling_factor).sample / 2 + 0.5
+    pictures: Tensor = pipeline.vae.decode(finished / pipeline.vae.config.scaling_factor).sample / 2 + 0.5
+    return pictures
 
 
 def tune(pipeline: Any, parameters: list[Tensor], *, steps: int, rate: float, seed: int) -> float:
@@ -72,7 +74,7 @@ def tune(pipeline: Any, parameters: list[Tensor], *, steps: int, rate: float, se
         # Clamped for the reward, yet with the gradient of the unclamped picture.
         reward = score_scenes(pictures + (pictures.clamp(0, 1) - pictures).detach(), scenes).mean()
         optimiser.zero_grad()
-        (-reward).backward()
+        torch.autograd.backward(-reward)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         rewards.append(reward.item())

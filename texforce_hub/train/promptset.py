@@ -12,7 +12,7 @@ from typing import Protocol
 from texforce_hub.errors import PromptError
 from texforce_hub.shapes.grammar import KINDS, caption, sample_scene
 
-_KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts; pairs have two noisy words each: too much chance in the reward
+_KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts: with two noisy words a pair is too much a matter of chance
 _WORDS = {"colour": frozenset({"colour"}), "shape": frozenset({"shape"}), "both": frozenset({"colour", "shape"})}
 
 
