@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from texforce_hub.errors import FileError
@@ -115,6 +116,29 @@ def test_tensors_outlive_their_file(tmp_path):
     _, tensors = read_tensors(path)
     os.truncate(path, 100)
     assert float(tensors["t"].sum()) == 1 << 20
+
+
+def test_a_file_is_what_safetensors_writes_but_for_the_order_of_its_metadata(tmp_path):
+    tensors = {
+        "b": torch.ones(3, dtype=torch.float16),
+        "a": torch.ones(2, 2, dtype=torch.float16).T,
+        "naïve \x1f\n": torch.tensor(2.0),
+        "none": torch.empty(0, 4, dtype=torch.float64),
+    }
+    ours = write_tensors(tmp_path / "ours.safetensors", tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
+    keys = [f"k{i}" for i in range(40)]
+    one, other = (
+        write_tensors(tmp_path / f"{i}.safetensors", tensors, dict.fromkeys(order, "v")).read_bytes()
+        for i, order in enumerate((keys, keys[::-1]))
+    )
+    assert one == other
+    with safe_open(tmp_path / "0.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", **dict.fromkeys(keys, "v")}
+    with pytest.raises(FileError, match="cast it first"):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2, dtype=torch.complex128)})
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_a_failed_writing_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -1,5 +1,6 @@
 """The only opener and writer of tensor files. Tensors are copied out, never mapped; files appear whole or not."""
 
+import json
 import logging
 import os
 import pickle
@@ -8,10 +9,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from texforce_hub.container import open_header, sniff
@@ -40,6 +40,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 """torch's dtypes by safetensors' names."""
+
+_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.items()}
 
 _LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError)
 
@@ -166,17 +168,38 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Path:
     """Write a safetensors file, whole or not at all; parent folders are made.
 
+    The same tensors and metadata give the same bytes: tensors lie sorted by dtype, the widest first, then by
+    name, and metadata by name. (The safetensors library writes metadata in random order.)
+
     Raises:
-        FileError: the place cannot be written, or is full.
+        FileError: a dtype the format has no name for, or the place cannot be written, or is full.
     """
-    ready = _own(tensors)
-    needed = sum(tensor.nbytes for tensor in ready.values())
+    ready = dict(sorted(_own(tensors).items(), key=lambda item: (-item[1].element_size(), item[0])))
+    header = _render_header(ready, {"format": "pt", **(metadata or {})})
     with writing(path) as part:
         try:
-            save_file(ready, part, metadata={"format": "pt", **(metadata or {})})
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{path}: cannot be written ({needed} bytes are needed): {error}") from error
+            with part.open("wb") as file:
+                file.write(len(header).to_bytes(8, "little") + header)
+                for tensor in ready.values():
+                    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            needed = sum(tensor.nbytes for tensor in ready.values())
+            reason = error.strerror or error
+            raise FileError(f"{path}: cannot be written ({needed} bytes are needed): {reason}") from error
     return Path(path)
+
+
+def _render_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The header's JSON, padded so that the tensors begin at a multiple of eight bytes."""
+    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise FileError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold; cast it first")
+        begin, end = end, end + tensor.nbytes
+        table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return text + b" " * (-len(text) % 8)
 
 
 def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
