@@ -175,7 +175,7 @@ def test_weights_change_without_reading_again(mode):
     with apply_adapter(pipe, [a, b], mode=mode) as applied:
         applied.set_weights([0.2, -0.6])
         assert torch.allclose(text_outputs(pipe)[0], gold_outputs_of(before, pipe, [(a, 0.2), (b, -0.6)]), atol=1e-5)
-        applied.set_weights({"adapter_2": 0.0})
+        applied.set_weights({"adapter-2": 0.0})
         assert torch.allclose(text_outputs(pipe)[0], gold_outputs_of(before, pipe, [(a, 0.2)]), atol=1e-5)
         with pytest.raises(ConfigError, match="no adapter 'c'"):
             applied.set_weights({"c": 1.0})

@@ -5,11 +5,12 @@ U-Net, called once a step for all of them, never knows.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from texforce_hub.apply import apply_adapter
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
@@ -36,6 +37,25 @@ _OUTPUTS: Mapping[str, tuple[str | None, ...]] = {
 """By a parameter of the pipeline's ``encode_prompt``, the first that is there: the names of what it returns."""
 
 
+@contextmanager
+def final_norms_named(pipe: Any) -> Iterator[None]:
+    """Let ``clip_skip`` find the final norm of CLIP encoders that have no ``text_model`` inside (transformers 5).
+
+    The pipelines of SD1 and SD2 ask for ``text_encoder.text_model.final_layer_norm`` whatever the version. The
+    name is an instance attribute, which no ``state_dict`` and no walk over modules sees.
+    """
+    encoder = getattr(pipe, "text_encoder", None)
+    flat = isinstance(encoder, nn.Module) and hasattr(encoder, "final_layer_norm")
+    if not flat or hasattr(encoder, "text_model"):
+        yield
+        return
+    encoder.__dict__["text_model"] = encoder
+    try:
+        yield
+    finally:
+        del encoder.__dict__["text_model"]
+
+
 @torch.no_grad()
 def encode_prompts(
     pipe: Any,
@@ -53,7 +73,7 @@ def encode_prompts(
     Args:
         prompts: ``b`` of them.
         stacks: one for each prompt, as :func:`~texforce_hub.apply.apply_adapter` takes them; ``None``: the base.
-        negative: the negative prompt of all.
+        negative: the negative prompt of all; empty: what the pipeline does without one.
         guided: whether negative embeddings are needed (guidance above 1).
         options: for the pipeline's own ``encode_prompt`` (``clip_skip``, ``max_sequence_length``).
 
@@ -116,8 +136,9 @@ def _encode(pipe: Any, prompts: list[str], negative: str, *, guided: bool, **opt
         raise FamilyError(f"{type(pipe).__name__} has no encode_prompt whose embeddings its call takes back")
     wanted: dict[str, Any] = {"prompt": prompts, "device": pipe._execution_device, "num_images_per_prompt": 1}
     wanted |= {"do_classifier_free_guidance": guided, "prompt_2": None, "prompt_3": None}
-    if guided:
+    if guided and negative:  # without one, SDXL's is zeros, not an empty text
         wanted["negative_prompt"] = [negative] * len(prompts)
     given = {name: value for name, value in wanted.items() if name in accepted}
-    found = pipe.encode_prompt(**given, **options)
+    with final_norms_named(pipe):
+        found = pipe.encode_prompt(**given, **options)
     return {name: t for name, t in zip(names, found, strict=True) if name is not None and t is not None}

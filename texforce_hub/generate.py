@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 
+from texforce_hub.conditioning import final_norms_named
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.files import writing
 from texforce_hub.images.png import a1111_parameters, encode_png
+
+logger = logging.getLogger("texforce_hub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,12 @@ def sample(
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     steps = {"num_inference_steps": settings.inference_steps, "guidance_scale": settings.guidance}
     try:
-        result = pipe(**given, **keywords, **steps, generator=generators)
+        with final_norms_named(pipe):
+            result = pipe(**given, **keywords, **steps, generator=generators)
     except ValueError as error:
         raise ConfigError(f"{type(pipe).__name__}: {(str(error).splitlines() or ['?'])[0]}") from error
+    if blacked := sum(getattr(result, "nsfw_content_detected", None) or []):
+        logger.warning("the base's safety checker blacked out %d of %d images", blacked, len(seeds))
     return list(result.images)
 
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from texforce_hub.adapter import Adapter
 from texforce_hub.errors import ConfigError
-from texforce_hub.refs import WHOLE, AdapterRef
+from texforce_hub.refs import WHOLE, AdapterRef, make_unique
 from texforce_hub.sources import check_finite, read_adapter
 
 Weight = float | Mapping[str, float]
@@ -36,7 +36,7 @@ class Entry:
         Raises:
             ConfigError: a weight that is not finite, or a pattern that fits no layer.
         """
-        return Entry(self.label, self.adapter, _weights(weight, self.label, self.adapter))
+        return replace(self, weight=_weights(weight, self.label, self.adapter))
 
 
 def read_stack(adapters: Item | Sequence[Item], *, weight: Weight = 1.0) -> list[Entry]:
@@ -50,18 +50,11 @@ def read_stack(adapters: Item | Sequence[Item], *, weight: Weight = 1.0) -> list
     """
     many = isinstance(adapters, list | tuple) and not _is_pair(adapters)
     items: list[Any] = list(adapters) if many else [adapters]  # type: ignore[arg-type]
-    entries: list[Entry] = []
-    for item in items:
-        entry = _read_entry(item, weight)
-        taken = {other.label for other in entries}
-        number = 2
-        label = entry.label
-        while label in taken:
-            label, number = f"{entry.label}_{number}", number + 1
-        entries.append(Entry(label, entry.adapter, entry.weight))
-    if not entries:
+    if not items:
         raise ConfigError("an empty stack; expected at least one adapter")
-    return entries
+    entries = [_read_entry(item, weight) for item in items]
+    labels = make_unique(entry.label for entry in entries)
+    return [replace(entry, label=label) for entry, label in zip(entries, labels)]
 
 
 def _is_pair(item: Any) -> bool:
@@ -108,3 +101,19 @@ def _check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
         if all(only.weight_of(name) != 0.0 for name in adapter.layers):
             parts = ", ".join(adapter.parts)
             raise ConfigError(f"{label}: no layer is covered by {part!r}; its parts are {parts}, a pattern needs *")
+
+
+def reweighted(entries: Sequence[Entry], weights: Mapping[str, Weight] | Sequence[Weight]) -> list[Entry]:
+    """The entries with new weights, by label or in order.
+
+    Raises:
+        ConfigError: an unknown label, another number of weights, or an impossible weight.
+    """
+    labels = [entry.label for entry in entries]
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(entries):
+            raise ConfigError(f"{len(weights)} weights for a stack of {len(entries)}: {', '.join(labels)}")
+        weights = dict(zip(labels, weights))
+    if unknown := sorted(set(weights) - set(labels)):
+        raise ConfigError(f"no adapter {unknown[0]!r} in the stack; it has {', '.join(labels)}")
+    return [entry.reweighted(weights[entry.label]) if entry.label in weights else entry for entry in entries]

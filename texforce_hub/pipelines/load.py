@@ -1,21 +1,18 @@
 """Load a base: the embedded one, a folder, a single-file checkpoint, or a Hub id; put a tuned U-Net in it."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
 
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import PipelineError
 from texforce_hub.pipelines.folder import folder_variant
 from texforce_hub.pipelines.partner import put_unet
+from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.repair import repaired_components
 from texforce_hub.pipelines.single_file import load_single_file
 from texforce_hub.shapes import WEIGHTS
@@ -43,27 +40,12 @@ def load_pipeline(
         FamilyError: a U-Net of another family than the base.
     """
     place, kind = choose_device(device), choose_dtype(dtype)
-    with _quiet():
+    with quiet():
         pipe = _load_base(str(base), kind)
         if unet is not None:
             put_unet(pipe, str(unet))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(place)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The libraries' progress bars for loading off, and back as they were."""
-    bars = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if bars[0]:
-            transformers_logging.enable_progress_bar()
-        if bars[1]:
-            diffusers_logging.enable_progress_bar()
 
 
 def _load_base(base: str, dtype: torch.dtype) -> Any:
@@ -98,6 +80,11 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError) as error:
+        if isinstance(error.__cause__, ConnectionError):  # offline: the library's own text is about its cache
+            raise PipelineError(
+                f"no base {name!r} on this machine, and the Hub cannot be reached: download it where it can, "
+                f"'hf download {name}', and give the folder"
+            ) from error
         raise PipelineError(f"no base {name!r} on this machine or on the Hub: {_first_line(error)}") from error
 
 

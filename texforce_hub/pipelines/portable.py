@@ -10,6 +10,7 @@ from torch import nn
 from texforce_hub.errors import PipelineError
 from texforce_hub.files import read_tensors, write_tensors, writing
 from texforce_hub.patch import tuner_layers
+from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.vocabulary import write_tokenizer_config
 
 
@@ -37,7 +38,7 @@ def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = Fa
         FileError: the place cannot be written.
     """
     refuse_live_adapters(pipe)
-    with writing(Path(folder)) as part:
+    with writing(Path(folder)) as part, quiet():
         pipe.save_pretrained(part, safe_serialization=True)
         if portable:
             for name, component in pipe.components.items():

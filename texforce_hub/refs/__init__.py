@@ -16,6 +16,6 @@ else the name could mean.
 from texforce_hub.refs.adapter import WHOLE, AdapterRef, Exists
 from texforce_hub.refs.hub import HubId
 from texforce_hub.refs.reward import RewardRef
-from texforce_hub.refs.stack import Stack
+from texforce_hub.refs.stack import Stack, make_unique
 
-__all__ = ["WHOLE", "AdapterRef", "Exists", "HubId", "RewardRef", "Stack"]
+__all__ = ["WHOLE", "AdapterRef", "Exists", "HubId", "RewardRef", "Stack", "make_unique"]

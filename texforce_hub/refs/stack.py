@@ -1,8 +1,9 @@
 """Adapters that act together, as a user writes them on one line."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from texforce_hub.errors import RefError
 from texforce_hub.refs.adapter import AdapterRef, Exists, exists_on_disk
@@ -36,11 +37,16 @@ class Stack:
     @property
     def labels(self) -> tuple[str, ...]:
         """One label for each adapter, made unique with a number where two are alike."""
-        labels: list[str] = []
-        for ref in self.refs:
-            tries = (ref.label if n == 1 else f"{ref.label}-{n}" for n in range(1, len(self.refs) + 1))
-            labels.append(next(label for label in tries if label not in labels))
-        return tuple(labels)
+        return make_unique(ref.label for ref in self.refs)
+
+
+def make_unique(labels: Iterable[str]) -> tuple[str, ...]:
+    """The labels, ``a``, ``a-2``, ``a-3`` … where several are alike."""
+    unique: list[str] = []
+    for label in labels:
+        tries = (label if number == 1 else f"{label}-{number}" for number in count(1))
+        unique.append(next(candidate for candidate in tries if candidate not in unique))
+    return tuple(unique)
 
 
 def _quote(word: str) -> str:
