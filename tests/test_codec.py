@@ -159,6 +159,18 @@ def test_decoding_what_was_encoded_keeps_every_delta(dialect, drawn):
     assert all(t.is_contiguous() for t in encoded.tensors.values())
 
 
+def test_layers_of_several_ranks_are_filled_up_to_one_where_readers_need_it():
+    layers = {
+        Q: LowRank(torch.randn(2, 8), torch.randn(6, 2)),
+        Q.replace("q_proj", "k_proj"): LowRank(torch.randn(5, 8), torch.randn(6, 5)),
+        "unet.conv_in": LowRank(torch.randn(3, 4, 3, 3), torch.randn(6, 3)),
+    }
+    found = read_back(encode(Adapter(layers), "diffusers"))
+    assert list(found.ranks.values()) == [5, 5, 3]
+    assert_same_deltas(Adapter(layers), found, 1e-6)
+    assert list(read_back(encode(Adapter(layers), "kohya")).ranks.values()) == [2, 5, 3]
+
+
 @settings(deadline=None, max_examples=15)
 @given(drawn=adapters())
 def test_a_given_dtype_rounds_once(drawn):

@@ -1,8 +1,10 @@
 """Adapter + dialect → tensors, metadata, config."""
 
 import logging
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +46,7 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     if not adapter.layers:
         raise DialectError(f"{dialect}: the adapter has no layers; a file without any cannot be read again")
     layers = {name: _fitting(name, layer, layout) for name, layer in adapter.layers.items()}
+    layers = _level_ranks(layers) if layout.one_rank else layers
     verdict = _recognize(adapter)
     spelling = verdict.family or (None if "text_encoder_2" in adapter.parts else "sd1")
     tensors = _encode_layers(layers, layout, spelling, dtype)
@@ -89,14 +92,40 @@ def _fitting(name: str, layer: Layer, layout: Dialect) -> Layer:
     )
 
 
+def _level_ranks(layers: Mapping[str, Layer]) -> dict[str, Layer]:
+    """Every part's layers at its highest rank, filled up with zeros, which change nothing.
+
+    ``diffusers`` 0.30 scales layers of other ranks wrongly where a file stores no alpha.
+    """
+    highest: dict[str, int] = {}
+    for name, layer in layers.items():
+        part = name.partition(".")[0]
+        highest[part] = max(highest.get(part, 0), layer.rank or 0)
+    return {name: _fill_up(layer, highest[name.partition(".")[0]]) for name, layer in layers.items()}
+
+
+def _fill_up(layer: Layer, rank: int) -> Layer:
+    if isinstance(layer, Decomposed) and isinstance(layer.inner, LowRank):
+        return replace(layer, inner=_fill_up_pair(layer.inner, rank))
+    return _fill_up_pair(layer, rank) if isinstance(layer, LowRank) else layer
+
+
+def _fill_up_pair(layer: LowRank, rank: int) -> LowRank:
+    more = rank - layer.rank
+    if not more:
+        return layer
+    down = torch.cat([layer.down, layer.down.new_zeros(more, *layer.down.shape[1:])])
+    return replace(layer, down=down, up=torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], more)], dim=1))
+
+
 def _encode_layers(
     layers: Mapping[str, Layer], layout: Dialect, family: str | None, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     assert layout.write_name is not None
-    uniform = layout.stores_alpha and len({_scale_of(layer) for layer in layers.values()}) == 1
+    alpha = _shared_alpha(layers) if layout.stores_alpha else None
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        for role, tensor, factor in _halves(layer, stores_alpha=layout.stores_alpha, keep_scale=uniform):
+        for role, tensor, factor in _halves(layer, alpha):
             key = layout.write_name(name, role, family)
             if key in tensors:
                 raise DialectError(f"{layout.name}: two layers would be written as {key!r}, one of them {name}")
@@ -105,9 +134,16 @@ def _encode_layers(
     return tensors
 
 
-def _scale_of(layer: Layer) -> float:
-    """The scale as an alpha could say it: positive."""
-    return abs(layer.inner.scale if isinstance(layer, Decomposed) else layer.scale)
+def _shared_alpha(layers: Mapping[str, Layer]) -> float:
+    """One positive alpha for the whole file, the one that leaves most layers as they are.
+
+    Readers take a ``.alpha`` per module, but ``diffusers`` is only exact where all of them agree.
+    """
+    inner = (layer.inner if isinstance(layer, Decomposed) else layer for layer in layers.values())
+    products = [layer for layer in inner if isinstance(layer, LowRank | Hadamard | Kronecker) and layer.scale]
+    alphas = Counter(abs(layer.scale) * _divisor(layer) for layer in products)
+    usual = alphas.most_common(1)[0][0] if alphas else 1.0
+    return float(torch.tensor(usual, dtype=torch.float32)) or 1.0
 
 
 def _store(tensor: Tensor, factor: float, dtype: torch.dtype, name: str) -> Tensor:
@@ -127,26 +163,29 @@ Halves = Iterator[tuple[str, Tensor, float]]
 """Role, tensor, and the factor that goes into it."""
 
 
-def _halves(layer: Layer, *, stores_alpha: bool, keep_scale: bool) -> Halves:
-    """Everything that a layer is stored as.
+def _halves(layer: Layer, alpha: float | None) -> Halves:
+    """Everything that a layer is stored as, beside this ``alpha`` if there is one.
 
-    A scale's sign, and the whole scale unless ``keep_scale``, goes into one tensor: a negative or zero ``.alpha``
+    What alpha does not say of the scale goes into one tensor, its sign always: a negative or zero ``.alpha``
     misleads other readers.
     """
     match layer:
         case Decomposed(inner=inner, magnitude=magnitude, axis=axis, weight=weight):
             if weight != 1.0:
                 raise DialectError(f"a DoRA layer at weight {weight:g} has no spelling; write it at weight 1")
-            yield from _halves(inner, stores_alpha=stores_alpha, keep_scale=keep_scale)
-            yield _magnitude(magnitude, axis, inner.shape, stores_alpha=stores_alpha)
+            yield from _halves(inner, alpha)
+            yield _magnitude(magnitude, axis, inner.shape, stores_alpha=alpha is not None)
         case Dense(value=value, scale=scale) | Vector(value=value, scale=scale):
             yield "diff", value, scale
         case LowRank() | Hadamard() | Kronecker():
             fixed = isinstance(layer, Kronecker) and layer.right is not None  # such a layer's alpha says nothing
-            alpha = abs(layer.scale) if keep_scale and layer.scale and not fixed else 1.0
-            yield from _product(layer, layer.scale / alpha)
-            if stores_alpha:
-                yield "alpha", torch.tensor(alpha * _divisor(layer), dtype=torch.float32), 1.0
+            said = 1.0 if fixed or alpha is None else alpha / _divisor(layer)
+            factor = layer.scale / said
+            if math.isclose(abs(factor), 1.0, rel_tol=2**-23):  # all that a float32 alpha can miss
+                factor = math.copysign(1.0, factor)
+            yield from _product(layer, factor)
+            if alpha is not None:
+                yield "alpha", torch.tensor(alpha, dtype=torch.float32), 1.0
 
 
 def _product(layer: LowRank | Hadamard | Kronecker, factor: float) -> Halves:

@@ -32,4 +32,6 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     return "".join(spelt)
 
 
-DIFFUSERS = Dialect("diffusers", "diffusers, today's spelling", read_name, write_name, kinds=PLAIN_AND_DORA)
+DIFFUSERS = Dialect(
+    "diffusers", "diffusers, today's spelling", read_name, write_name, kinds=PLAIN_AND_DORA, one_rank=True
+)

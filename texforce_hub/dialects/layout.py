@@ -37,8 +37,9 @@ class Dialect:
     the file has only positions: it maps the provisional names to real ones.
 
     What a writer needs: ``kinds`` of changes that other readers of this layout understand, whether an ``.alpha``
-    lies beside each layer (``stores_alpha``; else the scale goes into ``up``), whether other tensors may lie in
-    the file (``carries_extras``), and the usual ``filename``.
+    lies beside each layer (``stores_alpha``; else the scale goes into ``up``), whether all layers of a part must
+    have one rank to be read exactly (``one_rank``), whether other tensors may lie in the file
+    (``carries_extras``), and the usual ``filename``.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Dialect:
     settle: Callable[[Shapes], Mapping[str, str]] | None = None
     kinds: frozenset[str] = frozenset({"LowRank"})
     stores_alpha: bool = False
+    one_rank: bool = False
     carries_extras: bool = False
     filename: str = "pytorch_lora_weights.safetensors"
 

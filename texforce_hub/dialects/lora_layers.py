@@ -44,4 +44,4 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     return f"{name}.{infix}.{role}.weight"
 
 
-LORA_LAYERS = Dialect("diffusers-layers", "diffusers 0.21–0.34, LoRA layers", read_name, write_name)
+LORA_LAYERS = Dialect("diffusers-layers", "diffusers 0.21–0.34, LoRA layers", read_name, write_name, one_rank=True)
