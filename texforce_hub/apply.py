@@ -14,25 +14,35 @@ from torch import nn
 from texforce_hub.adapter import LayerName, LowRank
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.lowrank import concat
-from texforce_hub.matching import Decision, Matched, Unmatched, WrongShape, check_ready, match, parts_of, plain
+from texforce_hub.matching import (
+    Decision,
+    Matched,
+    Unmatched,
+    WrongShape,
+    check_ready,
+    match,
+    parts_of,
+    plain,
+    why_dead,
+)
 from texforce_hub.patch import (
     Attachment,
-    Term,
     Write,
     activate,
     attach,
+    begin_write,
     detach,
     free_name,
     keep,
     register,
-    rewrite,
     undo,
     unregister,
     unwrapped,
     write,
 )
 from texforce_hub.refs import AdapterRef
-from texforce_hub.stack import Entry, Item, Weight, read_stack
+from texforce_hub.rounding import Loss, Term, seed_for, total_loss
+from texforce_hub.stack import Entry, Item, Weight, read_stack, reweighted
 
 logger = logging.getLogger("texforce_hub")
 
@@ -50,6 +60,8 @@ def apply_adapter(
     weight: Weight = 1.0,
     mode: Literal["attach", "fuse"] = "attach",
     strict: bool = True,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
 ) -> "Applied":
     """Put a stack on a pipeline, or on a bare text encoder or U-Net.
 
@@ -60,6 +72,9 @@ def apply_adapter(
         mode: ``attach`` rides beside the weights, one low-rank pair per layer for the whole stack; ``fuse``
             writes into them, computed in float32 and rounded once.
         strict: refuse an adapter of which a layer has no place; otherwise that layer's decision says so.
+        rounding: of weights narrower than float32 when fusing. ``nearest``: the smallest error, but a change
+            below half a step of its weight is gone; ``stochastic``: up or down by chance, right on average.
+        seed: of the stochastic rounding; with a parameter's name it decides every draw.
 
     Raises:
         MatchError: an adapter does not fit; nothing was changed.
@@ -67,6 +82,8 @@ def apply_adapter(
     """
     if mode not in ("attach", "fuse"):
         raise ConfigError(f"mode {mode!r}; expected 'attach' or 'fuse'")
+    if rounding not in ("nearest", "stochastic") or (rounding == "stochastic" and mode == "attach"):
+        raise ConfigError(f"rounding {rounding!r} with mode {mode!r}; expected 'nearest', or 'stochastic' with 'fuse'")
     entries = read_stack(adapters, weight=weight)
     decisions = {e.label: match(e.adapter, pipe, attaching=mode == "attach") for e in entries}
     for entry in entries:
@@ -75,13 +92,16 @@ def apply_adapter(
     riding, written = _sorted_out(entries, decisions)
     for part in dict.fromkeys(place[0] for place in (*riding, *written)):
         check_ready(part, parts_of(pipe)[part], attaching=any(place[0] == part for place in riding))
-    applied = Applied(entries, mode, decisions, free_name(list(roots.values())), roots, riding, written)
+    name = free_name(list(roots.values()))
+    draws = seed if rounding == "stochastic" else None
+    applied = Applied(entries, mode, decisions, name, roots, riding, written, draws)
     try:
         applied._put_on()
+        _say_notes(decisions)
+        _say_loss(applied)
     except BaseException:
         applied.remove()
         raise
-    _say_notes(decisions)
     return applied
 
 
@@ -123,13 +143,25 @@ def _say_notes(decisions: Mapping[str, Mapping[LayerName, Decision]]) -> None:
             logger.info("%s: %s", label, note)
 
 
+def _say_loss(applied: "Applied") -> None:
+    loss = applied.rounding_loss
+    if loss > 0.01:
+        advice = (
+            "rounding='stochastic' keeps it on average, mode='attach' in full"
+            if applied._seed is None
+            else "rounded at random, it is right on average; mode='attach' keeps all of it"
+        )
+        logger.warning("%.1f %% of the fused change was lost to rounding the weights; %s", 100 * loss, advice)
+
+
 @dataclass(eq=False)
 class Applied:
     """A stack on a pipeline: what it did with every layer, and the way back.
 
     ``decisions`` tells, by adapter label and layer name, where each layer went. ``name`` is the adapter name
-    under which the attached part shows up in the pipeline's own calls. As a context manager the stack is
-    removed at the end of the block, whatever happens in it.
+    under which the attached part shows up in the pipeline's own calls. ``rounding_losses`` tells what rounding
+    took from the change of each parameter that was written to and is narrower than float32. As a context
+    manager the stack is removed at the end of the block, whatever happens in it.
     """
 
     entries: list[Entry]
@@ -139,6 +171,8 @@ class Applied:
     roots: Mapping[str, nn.Module] = field(repr=False)
     _riding: Contributions = field(repr=False)
     _written: Contributions = field(repr=False)
+    _seed: int | None = field(default=None, repr=False)
+    rounding_losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
     _attachments: dict[Place, Attachment] = field(default_factory=dict, repr=False)
     _writes: dict[Place, Write] = field(default_factory=dict, repr=False)
     _on: bool = field(default=True, repr=False)
@@ -148,6 +182,11 @@ class Applied:
         """Each adapter's weights, by label."""
         return {entry.label: entry.weight for entry in self.entries}
 
+    @property
+    def rounding_loss(self) -> float:
+        """``‖(rounded − base) − change‖ / ‖change‖`` over all that was written into weights narrower than float32."""
+        return total_loss(self.rounding_losses.values()).relative
+
     def set_weights(self, weights: Mapping[str, Weight] | Sequence[Weight]) -> None:
         """New weights, by label or in the stack's order; nothing is read again.
 
@@ -155,7 +194,7 @@ class Applied:
             ConfigError: an unknown label, another number of weights, or an impossible weight.
             MatchError: the stack was taken off.
         """
-        entries = _reweighted(self.entries, weights)
+        entries = reweighted(self.entries, weights)
         gone = [place for place, attachment in self._attachments.items() if not attachment.live]
         if gone or not (self._attachments or self._writes):
             raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
@@ -163,12 +202,13 @@ class Applied:
         for place, attachment in self._attachments.items():
             attachment.fill(self._pair(place))
         for place, entry in self._writes.items():
-            rewrite(entry, self._terms(place) if self._on else ())
+            write(entry, self._terms(place) if self._on else ())
+        self._note_losses()
 
     def remove(self) -> None:
         """Take the stack off: every weight is what it was, to the bit. A second call does nothing."""
-        for place in reversed(self._attachments):
-            detach(self._attachments[place])
+        for part, path, _ in reversed(self._riding):
+            detach(self.roots[part], path, self.name)
         for part in dict.fromkeys(place[0] for place in self._riding):
             unregister(self.roots[part], self.name)
         for place in reversed(self._writes):
@@ -202,7 +242,7 @@ class Applied:
             name: reason
             for of_layers in self.decisions.values()
             for name, decision in of_layers.items()
-            if isinstance(decision, Matched) and (reason := _why_dead(decision, self.roots, clip_skip))
+            if isinstance(decision, Matched) and (reason := why_dead(decision, self.roots, clip_skip))
         }
 
     def __enter__(self) -> Self:
@@ -218,7 +258,12 @@ class Applied:
         for part in dict.fromkeys(place[0] for place in self._riding):
             activate(self.roots[part], self.name, active=on)
         for place, entry in self._writes.items():
-            rewrite(entry, self._terms(place) if on else ())
+            write(entry, self._terms(place) if on else ())
+        self._note_losses()
+
+    def _note_losses(self) -> None:
+        found = {".".join(place): entry.loss for place, entry in self._writes.items()}
+        self.rounding_losses = {name: loss for name, loss in found.items() if loss is not None}
 
     def _terms(self, place: Place) -> list[Term]:
         found = [(self.entries[index], name) for index, name in self._written[place]]
@@ -239,7 +284,10 @@ class Applied:
             part, path, parameter = place
             if contributions:
                 module = unwrapped(self.roots[part].get_submodule(path))
-                self._writes[place] = write(module, parameter, self._terms(place))
+                seed = None if self._seed is None else seed_for(self._seed, ".".join(place))
+                entry = self._writes[place] = begin_write(module, parameter, seed=seed)
+                write(entry, self._terms(place))
+        self._note_losses()
         ranks: dict[str, dict[str, int]] = {}
         for place in self._riding:
             part, path, _ = place
@@ -248,33 +296,3 @@ class Applied:
             ranks.setdefault(part, {})[path] = pair.rank
         for part, of_part in ranks.items():
             register(self.roots[part], self.name, of_part)
-
-
-def _reweighted(entries: Sequence[Entry], weights: Mapping[str, Weight] | Sequence[Weight]) -> list[Entry]:
-    labels = [entry.label for entry in entries]
-    if not isinstance(weights, Mapping):
-        if len(weights) != len(entries):
-            raise ConfigError(f"{len(weights)} weights for a stack of {len(entries)}: {', '.join(labels)}")
-        weights = dict(zip(labels, weights))
-    if unknown := sorted(set(weights) - set(labels)):
-        raise ConfigError(f"no adapter {unknown[0]!r} in the stack; it has {', '.join(labels)}")
-    return [entry.reweighted(weights[entry.label]) if entry.label in weights else entry for entry in entries]
-
-
-def _why_dead(decision: Matched, roots: Mapping[str, nn.Module], clip_skip: int) -> str | None:
-    """Reason why a CLIP layer does not reach the image; SDXL and SD3 read the last layer but one to begin with."""
-    config = getattr(roots[decision.part], "config", None)
-    depth = getattr(config, "num_hidden_layers", None)
-    position = decision.path.partition("encoder.layers.")[2].partition(".")[0]
-    if depth is None or not position.isdigit() or not decision.part.startswith("text_encoder"):
-        return None
-    skipped = clip_skip + ("text_encoder_2" in roots and clip_skip >= 0 and _penultimate(roots))
-    if int(position) >= depth - skipped:
-        pooled = hasattr(roots[decision.part], "text_projection")
-        reach = "reaches only the pooled vector" if pooled else "does not reach the image"
-        return f"{decision.part} is read {skipped} layer(s) before its end: layer {position} of {depth} {reach}"
-    return None
-
-
-def _penultimate(roots: Mapping[str, nn.Module]) -> bool:
-    return hasattr(roots["text_encoder_2"], "text_projection")

@@ -190,3 +190,22 @@ def _unusable(module: nn.Module, parameter: str, tensor: Any) -> str | None:
     if quantised or type(tensor.data) is not torch.Tensor:
         return f"its {parameter} is quantised ({type(module).__name__}); load the model in float16, bfloat16 or float32"
     return None
+
+
+def why_dead(decision: Matched, roots: Mapping[str, nn.Module], clip_skip: int) -> str | None:
+    """Reason why a CLIP layer does not reach the image; SDXL and SD3 read the last layer but one to begin with."""
+    config = getattr(roots[decision.part], "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    position = decision.path.partition("encoder.layers.")[2].partition(".")[0]
+    if depth is None or not position.isdigit() or not decision.part.startswith("text_encoder"):
+        return None
+    skipped = clip_skip + ("text_encoder_2" in roots and clip_skip >= 0 and _penultimate(roots))
+    if int(position) >= depth - skipped:
+        pooled = hasattr(roots[decision.part], "text_projection")
+        reach = "reaches only the pooled vector" if pooled else "does not reach the image"
+        return f"{decision.part} is read {skipped} layer(s) before its end: layer {position} of {depth} {reach}"
+    return None
+
+
+def _penultimate(roots: Mapping[str, nn.Module]) -> bool:
+    return hasattr(roots["text_encoder_2"], "text_projection")

@@ -5,7 +5,7 @@ Two ways, both undone bit for bit:
 - :func:`attach` puts a low-rank pair beside a layer, as a PEFT tuner layer under an adapter name of its own,
   so that the pipeline's own calls (``set_adapters``, ``disable_lora``, ``unload_lora_weights``) see it. The
   weight itself is never touched.
-- :func:`write` changes a parameter in place and keeps a copy of what was there. Undoing copies it back;
+- :func:`write` changes a parameter in place; :func:`begin_write` has kept a copy. Undoing copies it back;
   nothing is ever subtracted. Writes on one parameter may be undone in any order: those above are computed
   anew from what lies below them.
 """
@@ -23,11 +23,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from texforce_hub.adapter import Layer, LowRank, wide
+from texforce_hub.adapter import LowRank, wide
 from texforce_hub.errors import MatchError
-from texforce_hub.lowrank import concat
+from texforce_hub.rounding import Loss, Term, rounded_sum, summed
 
-Term = tuple[Layer, float]
 TunerLayer = BaseTunerLayer
 
 _WRAPPERS: Mapping[type[nn.Module], Any] = {nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d}
@@ -56,48 +55,33 @@ class Write:
     parameter: nn.Parameter
     saved: Tensor
     terms: Sequence[Term] = field(default_factory=tuple)
+    seed: int | None = None  # of stochastic rounding; None: to the nearest
+    loss: Loss | None = None  # of the last writing; None for parameters of float32 and wider
 
 
 # Per parameter, the writes on it, oldest first: what one handle must know of another's.
 _PILES: Any = WeakIdKeyDictionary()  # parameter → list[Write]
 
 
-def summed(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
-    """``base + Σ weight · delta`` in float32, rounded once to the dtype of ``base``; runs on its device.
+def begin_write(module: nn.Module, name: str, *, seed: int | None = None) -> Write:
+    """Copy what a parameter holds, so that whatever happens later can be undone; with a seed, stochastic rounding.
 
-    ``out``, another tensor of the same shape and dtype, takes the result.
+    Nothing is written yet: who keeps the entry before :func:`write` can undo even a write cut off midway.
     """
-    terms = [(layer.map(lambda t: t.to(base.device)), weight) for layer, weight in terms]
-    pairs = [(layer, weight) for layer, weight in terms if isinstance(layer, LowRank)]
-    others = [(layer, weight) for layer, weight in terms if not isinstance(layer, LowRank)]
-    total = wide(base)
-    if pairs:
-        pair = concat([layer for layer, _ in pairs], [weight for _, weight in pairs])
-        up, down = pair.up.to(total.dtype), pair.down.flatten(1).to(total.dtype)
-        if out is not None and not others and out.dtype == total.dtype and out.is_contiguous():
-            torch.addmm(total.flatten(1), up, down, out=out.view(out.shape[0], -1))
-            return out
-        total = torch.addmm(total.flatten(1), up, down).view(base.shape)
-    for layer, weight in others:
-        total = total + weight * layer.delta(base)
-    return total.to(base.dtype) if out is None else out.copy_(total)
-
-
-@torch.no_grad()
-def write(module: nn.Module, name: str, terms: Sequence[Term]) -> Write:
-    """Add the terms to a parameter in place, keeping a copy of what it held."""
     parameter = module.get_parameter(name)
-    entry = Write(module, name, parameter, parameter.detach().clone())
-    _PILES.setdefault(parameter, []).append(entry)
-    rewrite(entry, terms)
-    return entry
+    return Write(module, name, parameter, parameter.detach().clone(), seed=seed)
 
 
 @torch.no_grad()
-def rewrite(entry: Write, terms: Sequence[Term]) -> None:
-    """Replace what an entry writes; entries above it are computed anew."""
+def write(entry: Write, terms: Sequence[Term]) -> None:
+    """Add the terms to the parameter in place, instead of what the entry wrote before.
+
+    Entries above it are computed anew.
+    """
     entry.terms = terms
-    pile: list[Write] = _PILES[_present(entry)]
+    pile: list[Write] = _PILES.setdefault(_present(entry), [])
+    if entry not in pile:
+        pile.append(entry)
     _settle(pile, pile.index(entry), entry.saved)
 
 
@@ -127,9 +111,17 @@ def _settle(pile: list[Write], start: int, below: Tensor) -> None:
     """Write the pile's entries from ``start`` on, the first of them on ``below``."""
     for entry in pile[start:-1]:
         entry.saved = below
-        below = summed(below, entry.terms)
+        below = _add(entry, None)
     pile[-1].saved = below
-    summed(below, pile[-1].terms, out=pile[-1].parameter.detach())
+    _add(pile[-1], pile[-1].parameter.detach())
+
+
+def _add(entry: Write, out: Tensor | None) -> Tensor:
+    """An entry's sum on what it saved, into ``out`` if there is one; its loss is noted."""
+    if entry.saved.dtype.itemsize >= 4:
+        return summed(entry.saved, entry.terms, out=out)
+    result, entry.loss = rounded_sum(entry.saved, entry.terms, entry.seed)
+    return result if out is None else out.copy_(result)
 
 
 def _present(entry: Write) -> nn.Parameter:
@@ -189,16 +181,21 @@ def attach(root: nn.Module, path: str, name: str, pair: LowRank) -> Attachment:
     return Attachment(parent, child, wrapper, name)
 
 
-def detach(attachment: Attachment) -> None:
-    """Take a pair off; the layer itself comes back if nothing else rides beside it. Twice is once."""
-    if not attachment.live:
+def detach(root: nn.Module, path: str, name: str) -> None:
+    """Take a pair off; the layer itself comes back if nothing else rides beside it. Twice is once.
+
+    Looks at the model only, so that a pair whose :func:`attach` was cut off midway goes too.
+    """
+    wrapper: Any = root.get_submodule(path)
+    if not isinstance(wrapper, LoraLayer):
         return
-    wrapper, name = attachment.wrapper, attachment.name
-    for attribute in (*wrapper.adapter_layer_names, *wrapper.other_param_names):
-        if name in getattr(wrapper, attribute):
-            del getattr(wrapper, attribute)[name]
-    if not wrapper.lora_A and not wrapper.lora_embedding_A:
-        setattr(attachment.parent, attachment.child, wrapper.base_layer)
+    books = [getattr(wrapper, attribute) for attribute in (*wrapper.adapter_layer_names, *wrapper.other_param_names)]
+    ours = [book for book in books if name in book]
+    for book in ours:
+        del book[name]
+    if ours and not wrapper.lora_A and not wrapper.lora_embedding_A:
+        parent, _, child = path.rpartition(".")
+        setattr(root.get_submodule(parent), child, wrapper.base_layer)
 
 
 def _config(rank: int) -> LoraConfig:
@@ -213,10 +210,12 @@ def _wrap(module: nn.Module, name: str, rank: int) -> Any:
 def _extend(wrapper: Any, name: str, rank: int) -> None:
     flags = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
     active = wrapper.active_adapters
-    wrapper.update_layer(name, rank, lora_alpha=rank, config=_config(rank))
-    wrapper._active_adapter = active
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
+    try:
+        wrapper.update_layer(name, rank, lora_alpha=rank, config=_config(rank))
+    finally:
+        wrapper._active_adapter = active
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 # --- the adapter's name in the model's books ---------------------------------------------------------------
@@ -242,9 +241,10 @@ def register(root: Any, name: str, ranks: Mapping[str, int]) -> None:
         alpha_pattern=dict(ranks),
         inference_mode=True,
     )
-    if not getattr(root, "peft_config", None):
-        root.peft_config = {}
-    root.peft_config[name] = config  # in place: a PeftModel around the encoder shares this dictionary
+    if getattr(root, "peft_config", None):
+        root.peft_config[name] = config  # in place: a PeftModel around the encoder shares this dictionary
+    else:
+        root.peft_config = {name: config}
     root._hf_peft_config_loaded = True
     layers = list(tuner_layers(root))
     others: list[str] = next((layer.active_adapters for layer in layers if layer.active_adapters != [name]), [])

@@ -19,14 +19,20 @@ _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One drawing run: base, partner, stack, how it is put on, and how to sample."""
+    """One drawing run: base, partner, stack, how it is put on, its columns, and how to sample.
+
+    ``each``: a column for every adapter of the stack; ``sweep``: ``NAME=FROM:TO:COUNT``, one for every weight.
+    """
 
     base: str
     adapters: tuple[AdapterRef, ...]
     settings: Settings
     unet: str = ""
     mode: str = "attach"
+    rounding: str = "nearest"
     scheduler: str = ""
+    each: bool = False
+    sweep: str = ""
 
 
 def record_run(run: Run, path: Path) -> None:
@@ -42,8 +48,9 @@ def record_run(run: Run, path: Path) -> None:
     chosen = asdict(run.settings)
     prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    table |= {"base": run.base, "mode": run.mode, "prompts": {str(i): text for i, text in enumerate(prompts)}}
-    table |= {name: getattr(run, name) for name in ("unet", "scheduler") if getattr(run, name)}
+    table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
+    table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
+    table |= {name: getattr(run, name) for name in ("unet", "scheduler", "each", "sweep") if getattr(run, name)}
     for name, source in (("base", run.base), ("unet", run.unet)):
         if digest := _hash_local(source):
             table[f"{name}_sha256"] = digest
@@ -72,10 +79,12 @@ def replay_run(path: Path) -> Run:
         recorded = table.pop(f"{name}_sha256", "")
         _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), str(recorded))
     refs = tuple(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())) for s in recipe.sources)
-    outer = {name: str(table.pop(name)) for name in ("base", "unet", "mode", "scheduler") if name in table}
-    return Run(adapters=refs, settings=_read_settings(table, recipe.seed, path), **outer)
+    outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
+    each = table.pop("each", False) is True
+    return Run(adapters=refs, settings=_read_settings(table, recipe.seed, path), each=each, **outer)
 
 
+_OUTER = ("base", "unet", "mode", "rounding", "scheduler", "sweep")
 _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
     "prompts": Mapping,

@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def apply(
+    context: typer.Context,
     output: Annotated[Path | None, typer.Option("--output", help="Folder for the images and the sheet.")] = None,
     base: Annotated[str, typer.Option("--base", help="shapes, a folder, a checkpoint file, or a Hub id.")] = "shapes",
     adapter: Annotated[
@@ -23,7 +24,7 @@ def apply(
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
     unet: Annotated[str | None, typer.Option("--unet", help="A tuned U-Net, or a U-Net LoRA with :WEIGHT.")] = None,
     each: Annotated[bool, typer.Option("--each", help="One column for each adapter, all in one batch.")] = False,
-    sweep: Annotated[str | None, typer.Option("--sweep", help="NAME=FROM:TO:COUNT, a column for each weight.")] = None,
+    sweep: Annotated[str, typer.Option("--sweep", help="NAME=FROM:TO:COUNT, a column for each weight.")] = "",
     negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")] = None,
     inference_steps: Annotated[int | None, typer.Option("--inference-steps", min=1, help="Denoising steps.")] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
@@ -38,6 +39,9 @@ def apply(
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
     offload: Annotated[bool, typer.Option("--offload", help="Keep models in main memory between uses.")] = False,
     mode: Annotated[str, typer.Option("--mode", help="attach or fuse.")] = "attach",
+    rounding: Annotated[
+        str, typer.Option("--rounding", help="Of fused half-precision weights: nearest or stochastic (by --seed).")
+    ] = "nearest",
     save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Write what was done, with hashes.")] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="Do again what a recipe says.")] = None,
     pipeline: Annotated[Path | None, typer.Option("--save-pipeline", help="Folder: all of it, stack baked in.")] = None,
@@ -56,7 +60,12 @@ def apply(
     saves = {"pipeline": pipeline, "checkpoint": checkpoint, "text_encoder": text_encoder}
     if output is None and not any(saves.values()):
         raise ConfigError("nothing to write: give --output DIR, or one of the --save options")
+    if rounding == "stochastic" and mode == "attach" and not any(saves.values()):
+        raise ConfigError("--rounding stochastic rounds fused weights; give --mode fuse too, or leave it out")
+    if portable and pipeline is None:
+        raise ConfigError("--portable says how --save-pipeline saves; give that too, or leave it out")
     if recipe is not None:
+        _refuse_beside_recipe(context)
         run = replay_run(recipe)
     else:
         own = base == "shapes"
@@ -73,8 +82,18 @@ def apply(
             clip_skip=clip_skip,
         )
         refs = tuple(AdapterRef.parse(text) for text in adapter or [])
-        run = Run(base, refs, settings, unet=unet or "", mode=mode, scheduler=scheduler)
-    drawing = Drawing(run, each=each, sweep=sweep)
+        run = Run(
+            base,
+            refs,
+            settings,
+            unet=unet or "",
+            mode=mode,
+            rounding=rounding,
+            scheduler=scheduler,
+            each=each,
+            sweep=sweep,
+        )
+    drawing = Drawing(run)
     drawing.load(device=device, dtype=dtype, offload=offload)
     files = drawing.draw(output) if output is not None else []
     files += drawing.save(saves, portable=portable)
@@ -82,3 +101,15 @@ def apply(
         record_run(run, save_recipe)
         files.append(save_recipe)
     print_files(files, as_json=as_json)
+
+
+_BESIDE_RECIPE = {"output", "recipe", "device", "dtype", "offload", "as_json", "save_recipe"}
+_BESIDE_RECIPE |= {"pipeline", "portable", "checkpoint", "text_encoder"}
+
+
+def _refuse_beside_recipe(context: typer.Context) -> None:
+    """A recipe says how images are made: an option that would say something else is refused, not ignored."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name not in _BESIDE_RECIPE and source is not None and source.name == "COMMANDLINE":
+            raise ConfigError(f"{parameter.opts[0]} beside --recipe: the recipe says it already; leave one of them out")

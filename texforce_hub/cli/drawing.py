@@ -2,14 +2,15 @@
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
 
-from texforce_hub.apply import apply_adapter
+from texforce_hub.apply import Applied, apply_adapter
 from texforce_hub.cli.console import put, put_json
 from texforce_hub.conditioning import encode_prompts
 from texforce_hub.errors import ConfigError, PromptError
@@ -19,7 +20,7 @@ from texforce_hub.images.sheet import contact_sheet
 from texforce_hub.pipelines import load_pipeline, save_checkpoint, save_pipeline, save_text_encoder
 from texforce_hub.replay import Run
 from texforce_hub.schedulers import set_scheduler
-from texforce_hub.stack import Item, read_stack
+from texforce_hub.stack import Entry, Item, read_stack, reweighted
 
 logger = logging.getLogger("texforce_hub")
 
@@ -69,15 +70,58 @@ def print_files(files: Sequence[Path], *, as_json: bool) -> None:
             put(str(path))
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of the sheet: its title, and the stack it is drawn under (none: the base)."""
+
+    label: str
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def items(self) -> list[Item] | None:
+        """The stack as ``apply_adapter`` takes it."""
+        return [entry.item for entry in self.entries] or None
+
+
+def plan_columns(run: Run, entries: Sequence[Entry]) -> list[Column]:
+    """The base, then the whole stack, or each adapter, or a sweep of one adapter's weight.
+
+    Raises:
+        ConfigError: both, one of them without a stack or fused, or a sweep of an adapter that is not there.
+    """
+    together = run.each or bool(run.sweep)
+    if run.each and run.sweep:
+        raise ConfigError("--each and --sweep both ask for columns; give one of them")
+    if together and (not entries or run.mode != "attach"):
+        raise ConfigError("--each and --sweep draw several stacks at once: give --adapter, and no other --mode")
+    if run.each:
+        return [Column("base"), *(Column(entry.label, (entry,)) for entry in entries)]
+    if run.sweep:
+        return [Column("base"), *_sweep_columns(run.sweep, entries)]
+    whole = [Column(" + ".join(str(ref) for ref in run.adapters), tuple(entries))] if entries else []
+    return [Column("base"), *whole]
+
+
+def _sweep_columns(sweep: str, entries: Sequence[Entry]) -> Iterator[Column]:
+    name, weights = sweep_weights(sweep)
+    labels = [entry.label for entry in entries]
+    if name not in labels:
+        raise ConfigError(f"--sweep: no adapter {name!r} in the stack; it has {', '.join(labels)}")
+    for weight in weights:
+        yield Column(f"{name}={weight:g}", tuple(reweighted(entries, {name: weight})))
+
+
 class Drawing:
     """One run of ``apply``, with its pipeline once it is loaded."""
 
-    def __init__(self, run: Run, *, each: bool, sweep: str | None) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.entries = read_stack(list(run.adapters)) if run.adapters else []
-        self.columns = self._columns(each, sweep)
-        self.together = each or sweep is not None
+        self.columns = plan_columns(run, self.entries)
+        self.together = run.each or bool(run.sweep)
         self.pipe: Any = None
+        if run.rounding not in ("nearest", "stochastic"):
+            raise ConfigError(f"--rounding {run.rounding!r}; expected nearest or stochastic")
 
     def load(self, *, device: str | None, dtype: str | None, offload: bool) -> None:
         """Load the base and its partner."""
@@ -94,18 +138,19 @@ class Drawing:
     def draw(self, output: Path) -> list[Path]:
         """Write the images of every column and the sheet, whose path comes last."""
         settings = self.run.settings
-        batches = -(-len(settings.jobs()) // settings.batch_size)
-        total = len(self.columns) * len(settings.jobs()) if self.together else len(self.columns) * batches
+        jobs = len(settings.jobs())
+        runs = [jobs * len(self.columns)] if self.together else [jobs] * len(self.columns)
+        batches = sum(-(-images // settings.batch_size) for images in runs)
         with Progress(console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task("drawing", total=total * (1 if self.together else settings.inference_steps))
-            pictures = self._draw_together(lambda n: bars.advance(task, n)) if self.together else None
-            groups = pictures or [self._draw_column(items, lambda: bars.advance(task)) for _, items in self.columns]
+            task = bars.add_task("drawing", total=batches * settings.inference_steps)
+            draw = self._draw_together if self.together else self._draw_in_turn
+            groups = draw(lambda: bars.advance(task))
         paths: list[Path] = []
-        for (label, items), group in zip(self.columns, groups):
-            paths += self._save_column(label, items, group, output)
+        for column, group in zip(self.columns, groups):
+            paths += self._save_column(column, group, output)
         rows = [f"{prompt} · {seed}" for prompt, seed in settings.jobs()]
         cells = [image for row in zip(*groups) for image in row]
-        sheet = contact_sheet(cells, rows=rows, columns=[label for label, _ in self.columns])
+        sheet = contact_sheet(cells, rows=rows, columns=[column.label for column in self.columns])
         with writing(output / "sheet.png") as part:
             sheet.save(part, format="PNG")
         return [*paths, output / "sheet.png"]
@@ -116,8 +161,13 @@ class Drawing:
             return []
         if not self.entries:
             return list(self._save_all(places, portable))
-        with apply_adapter(self.pipe, [entry.item for entry in self.entries], mode="fuse"):
+        with self._apply([entry.item for entry in self.entries], "fuse"):
             return list(self._save_all(places, portable))
+
+    def _apply(self, items: list[Item], mode: str) -> Applied:
+        rounding = self.run.rounding if mode == "fuse" else "nearest"
+        how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed}
+        return apply_adapter(self.pipe, items, **cast(Any, how))
 
     def _save_all(self, places: Mapping[str, Path | None], portable: bool) -> Iterator[Path]:
         if (folder := places["pipeline"]) is not None:
@@ -127,53 +177,41 @@ class Drawing:
         if (file := places["text_encoder"]) is not None:
             yield from save_text_encoder(self.pipe, file)
 
-    def _columns(self, each: bool, sweep: str | None) -> list[tuple[str, list[Item] | None]]:
-        columns: list[tuple[str, list[Item] | None]] = [("base", None)]
-        if not self.entries:
-            return columns
-        if sweep is not None:
-            name, weights = sweep_weights(sweep)
-            if name not in {entry.label for entry in self.entries}:
-                labels = ", ".join(entry.label for entry in self.entries)
-                raise ConfigError(f"--sweep: no adapter {name!r} in the stack; it has {labels}")
-            for weight in weights:
-                entries = [e.reweighted(weight) if e.label == name else e for e in self.entries]
-                columns.append((f"{name}={weight:g}", [entry.item for entry in entries]))
-        elif each:
-            columns += [(entry.label, [entry.item]) for entry in self.entries]
-        else:
-            columns.append((" + ".join(str(ref) for ref in self.run.adapters), [e.item for e in self.entries]))
-        return columns
+    def _draw_in_turn(self, on_step: Callable[[], None]) -> list[list[Any]]:
+        return [self._draw_column(column.items, on_step) for column in self.columns]
 
-    def _draw_column(self, items: list[Item] | None, on_step: Any) -> list[Any]:
+    def _draw_column(self, items: list[Item] | None, on_step: Callable[[], None]) -> list[Any]:
         if items is None:
             return generate_images(self.pipe, self.run.settings, on_step=on_step)
-        mode = cast(Literal["attach", "fuse"], self.run.mode)
-        with apply_adapter(self.pipe, items, mode=mode) as applied:
+        with self._apply(items, self.run.mode) as applied:
             for reason in dict.fromkeys(applied.dead_layers(self.run.settings.clip_skip or 0).values()):
                 logger.warning("%s", reason)
             return generate_images(self.pipe, self.run.settings, on_step=on_step)
 
-    def _draw_together(self, advance: Any) -> list[list[Any]]:
+    def _draw_together(self, on_step: Callable[[], None]) -> list[list[Any]]:
         """All columns in the same batches: one U-Net call a step, whatever the number of stacks."""
         settings = self.run.settings
-        cells = [(prompt, seed, items) for _, items in self.columns for prompt, seed in settings.jobs()]
+        cells = [(prompt, seed, column.items) for column in self.columns for prompt, seed in settings.jobs()]
         images: list[Any] = []
         extra = {"clip_skip": settings.clip_skip} if settings.clip_skip is not None else {}
         for start in range(0, len(cells), settings.batch_size):
-            batch = cells[start : start + settings.batch_size]
-            texts, seeds, stacks = zip(*batch)
+            texts, seeds, stacks = zip(*cells[start : start + settings.batch_size])
             guided = settings.guidance > 1
             given = encode_prompts(self.pipe, texts, stacks, negative=settings.negative, guided=guided, **extra)
-            images += sample(self.pipe, settings, list(seeds), given)
-            advance(len(batch))
+            images += sample(self.pipe, settings, list(seeds), given, on_step=on_step)
         size = len(settings.jobs())
         return [images[i * size : (i + 1) * size] for i in range(len(self.columns))]
 
-    def _save_column(self, label: str, items: list[Item] | None, images: list[Any], output: Path) -> list[Path]:
-        named = "base" if items is None else re.sub(r"[^\w.=-]+", "_", label) if self.together else "stack"
-        origin: dict[str, Any] = {"base": self.run.base, "unet": self.run.unet, "column": label}
-        if items is not None:
-            origin |= {"adapters": [str(ref) for ref in self.run.adapters], "mode": self.run.mode}
+    def _save_column(self, column: Column, images: list[Any], output: Path) -> list[Path]:
+        named = re.sub(r"[^\w.=-]+", "_", column.label) if self.together else "stack"
+        origin: dict[str, Any] = {"base": self.run.base, "unet": self.run.unet, "column": column.label}
+        if column.entries:
+            origin |= {"adapters": [self._written(entry) for entry in column.entries], "mode": self.run.mode}
         sampler = type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
-        return save_images(images, self.run.settings, output / named, sampler=sampler, origin=origin)
+        folder = output / (named if column.entries else "base")
+        return save_images(images, self.run.settings, folder, sampler=sampler, origin=origin)
+
+    def _written(self, entry: Entry) -> str:
+        """The reference that gives this entry, with the weight it has here."""
+        position = [other.label for other in self.entries].index(entry.label)
+        return str(replace(self.run.adapters[position], weight=entry.weight.weight, parts=entry.weight.parts))

@@ -4,7 +4,6 @@ A small change can vanish between two neighbouring numbers: a change of 1e-4 bes
 half of itself in bfloat16. Attached beside the weights nothing is lost.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from texforce_hub.adapter import Adapter, LayerName, Vector, wide
 from texforce_hub.errors import MergeError
 from texforce_hub.merge.bases import Base, find_weight
+from texforce_hub.rounding import Loss, measure_loss, round_to, seed_for, total_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,40 +47,18 @@ def measure_fold(
     Raises:
         MergeError: the base lacks a layer, or its weight has another shape.
     """
-    generator = torch.Generator().manual_seed(seed) if stochastic else None
-    losses: dict[LayerName, float] = {}
-    lost = total = 0.0
+    losses: dict[LayerName, Loss] = {}
     for name, layer in adapter.layers.items():
         weight = find_weight(base, name)
         if weight is None or tuple(weight.shape) != layer.shape:
             raise MergeError(f"{name}: the adapter changes {layer.shape}; the base has {_shape(weight)}")
         stored = weight.to(dtype)
         change = layer.delta(None if isinstance(layer, Vector) else wide(stored)).to(stored.device)
-        error = float((_rounded(wide(stored) + change, dtype, generator).double() - stored.double() - change).norm())
-        size = float(change.double().norm())
-        losses[name] = error / size if size > 0 else 0.0
-        lost, total = lost + error**2, total + size**2
-    whole = math.sqrt(lost / total) if total > 0 else 0.0
-    return Fold(str(dtype).removeprefix("torch."), stochastic, whole, losses)
+        draws = seed_for(seed, name) if stochastic else None
+        losses[name] = measure_loss(stored, round_to(wide(stored) + change, dtype, draws), change)
+    relative = {name: loss.relative for name, loss in losses.items()}
+    return Fold(str(dtype).removeprefix("torch."), stochastic, total_loss(losses.values()).relative, relative)
 
 
 def _shape(weight: Tensor | None) -> object:
     return None if weight is None else tuple(weight.shape)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    return values.to(dtype) if generator is None else round_stochastically(values, dtype, generator)
-
-
-def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Each value as one of its two neighbours in ``dtype``, the nearer the likelier: right on average.
-
-    Draws come from a CPU generator, so that they are the same on every device.
-    """
-    nearest = values.to(dtype)
-    error = values.double() - nearest.double()
-    towards = torch.where(error > 0, torch.inf, -torch.inf).to(dtype)
-    neighbour = torch.nextafter(nearest, towards)
-    chance = error.abs() / (neighbour.double() - nearest.double()).abs()
-    draw = torch.rand(values.shape, generator=generator, dtype=torch.float64).to(values.device)
-    return torch.where(draw < chance, neighbour, nearest)
