@@ -51,13 +51,32 @@ def trim(delta, density):
 
 
 def ties(deltas, weights, density=0.5, majority="mass", election="weighted", normalize="count"):
-    trimmed = torch.stack([trim(d, density) for d in deltas])
-    w = torch.tensor(weights, dtype=trimmed.dtype)[:, None, None]
-    votes = w * trimmed if election == "weighted" else trimmed
+    return elect([trim(d, density) for d in deltas], weights, majority, election, normalize)
+
+
+def elect(deltas, weights, majority="mass", election="weighted", normalize="count"):
+    d, w = torch.stack(list(deltas)), torch.tensor(weights, dtype=deltas[0].dtype)[:, None, None]
+    votes = w * d if election == "weighted" else d
     sums = votes.sum(0) if majority == "mass" else votes.sign().sum(0)
     agree = votes.sign() == torch.where(sums >= 0, 1.0, -1.0)
     divisor = {"count": agree.sum(0), "weights": (w.abs() * agree).sum(0), "none": torch.ones(())}[normalize]
-    return torch.where(agree.any(0), (w * trimmed * agree).sum(0) / divisor, 0)
+    return torch.where(agree.any(0), (w * d * agree).sum(0) / divisor, 0)
+
+
+def drop(delta, density, seed, position, rescale):
+    """One coin a number, from torch's generator seeded for this source; what stays is scaled up."""
+    seeded = torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * (position + 1)) % 2**63)
+    kept = delta * (torch.rand(delta.shape, generator=seeded) < density)
+    factor = 1 / density if rescale == "expectation" else delta.abs().sum() / kept.abs().sum()
+    return kept * factor if kept.any() else kept
+
+
+def dare_linear(deltas, weights, density=0.5, seed=0, rescale="expectation"):
+    return total([drop(d, density, seed, i, rescale) for i, d in enumerate(deltas)], weights)
+
+
+def dare_ties(deltas, weights, density=0.5, seed=0, rescale="expectation"):
+    return elect([drop(d, density, seed, i, rescale) for i, d in enumerate(deltas)], weights)
 
 
 def prune(deltas, weights, density=0.5):

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from texforce_hub.errors import MergeError
 from texforce_hub.methods import METHODS, Context, find_method
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.methods.linear import combine
+from texforce_hub.methods.listing import render_markdown
 from texforce_hub.methods.spaces import core_view, dense_view
 from texforce_hub.methods.sparse import survey_floors
 
@@ -202,6 +204,12 @@ def test_convolutions_vectors_and_dense_changes_go_through_every_method(method, 
         assert distance(got, wanted) < 1e-5
 
 
+def test_the_readme_shows_the_registry():
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    shown = text.partition("<!-- methods -->\n")[2].partition("<!-- /methods -->")[0]
+    assert shown == render_markdown()
+
+
 EXPECTED: dict[str, Any] = {
     "cat": reference.cat,
     "svd": reference.svd,
@@ -210,6 +218,8 @@ EXPECTED: dict[str, Any] = {
     "model_stock": reference.model_stock,
     "ties": reference.ties,
     "prune": reference.prune,
+    "dare_linear": reference.dare_linear,
+    "dare_ties": reference.dare_ties,
     "iso_c": reference.iso_c,
     "tsv": reference.tsv,
     "knots": reference.knots,
@@ -228,8 +238,20 @@ def test_results_equal_the_dense_reference(name, problem):
     assert distance(run(method, layers, weights).delta(), wanted, size) < 1e-5
 
 
-def test_every_method_but_the_random_ones_has_a_reference():
-    assert set(METHODS) - set(EXPECTED) == {"dare_linear", "dare_ties"}
+def test_every_method_has_a_reference():
+    assert set(METHODS) == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+@pytest.mark.parametrize("rescale", ["expectation", "norm"])
+@LAW
+@given(problem=problems(), density=st.floats(0.1, 0.95), seed=st.integers(0, 99))
+def test_dare_equals_its_reference_at_every_density_and_seed(name, rescale, problem, density, seed):
+    layers, weights = problem
+    options = {"density": density, "rescale": rescale}
+    wanted = getattr(reference, name)([change.delta() for change in layers], weights, seed=seed, **options)
+    size = sum(w * float(change.delta().norm()) for w, change in zip(weights, layers))
+    assert distance(run(METHODS[name], layers, weights, options, seed=seed).delta(), wanted, size) < 1e-5
 
 
 @pytest.mark.parametrize("majority", ["mass", "count"])
