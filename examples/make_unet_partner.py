@@ -69,7 +69,7 @@ def tune(pipeline: Any, parameters: list[Tensor], *, steps: int, rate: float, se
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / 10) * (1 - 0.9 * step / steps)
-        scenes = [sample_scene(rng, held_out=False) for _ in range(BATCH)]
+        scenes = [sample_scene(rng, split="train") for _ in range(BATCH)]
         pictures = draw_with_one_gradient(pipeline, [caption(scene) for scene in scenes], rng)
         # Clamped for the reward, yet with the gradient of the unclamped picture.
         reward = score_scenes(pictures + (pictures.clamp(0, 1) - pictures).detach(), scenes).mean()

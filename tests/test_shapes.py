@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from texforce_hub.errors import PromptError
 from texforce_hub.shapes import WEIGHTS
 from texforce_hub.shapes.grammar import (
+    SPLITS,
     BACKGROUNDS,
     COLOURS,
     NOISY_WORDS,
@@ -23,7 +24,7 @@ from texforce_hub.shapes.grammar import (
     Thing,
     caption,
     careless_caption,
-    is_held_out,
+    combination_class,
     parse,
     sample_prompts,
     sample_scene,
@@ -63,25 +64,32 @@ def test_what_is_no_caption_is_refused_with_its_text(text):
         parse(text)
 
 
-def test_every_thing_is_held_out_in_exactly_one_place():
+def test_every_thing_is_in_every_class_with_exactly_one_place():
     for colour in range(len(COLOURS)):
         for shape in range(len(SHAPES)):
-            kept = [p for p in (None, 0, 1, 2, 3) if is_held_out(Scene((Thing(colour, shape),), place=p))]
-            assert len(kept) == 1
+            classes = [combination_class(Scene((Thing(colour, shape),), place=p)) for p in (None, 0, 1, 2, 3)]
+            assert sorted(classes) == [0, 1, 2, 3, 4]
 
 
-def test_sampled_scenes_and_prompts_respect_the_split():
+def test_adapters_are_tested_on_what_they_never_saw_and_the_base_did():
+    assert SPLITS["test"].isdisjoint(SPLITS["train"])
+    assert SPLITS["test"] < SPLITS["base"]
+    assert SPLITS["unseen"].isdisjoint(SPLITS["base"])
+
+
+@pytest.mark.parametrize("split", ["train", "test", "unseen"])
+def test_sampled_scenes_and_prompts_respect_the_split(split):
     rng = random.Random(0)
-    assert not any(is_held_out(sample_scene(rng, held_out=False)) for _ in range(200))
-    prompts = sample_prompts(96, 3, held_out=True, noisy={"colour"})
+    assert all(combination_class(sample_scene(rng, split=split)) in SPLITS[split] for _ in range(200))
+    prompts = sample_prompts(96, 3, split=split, noisy={"colour"})
     assert len(set(prompts)) == 96
-    assert all(is_held_out(parse(p)) for p in prompts)
-    assert [parse(p) for p in prompts] == [parse(p) for p in sample_prompts(96, 3, held_out=True)]
+    assert all(combination_class(parse(p)) in SPLITS[split] for p in prompts)
+    assert [parse(p) for p in prompts] == [parse(p) for p in sample_prompts(96, 3, split=split)]
 
 
 def test_more_prompts_than_there_are_is_refused():
     with pytest.raises(PromptError, match="only about"):
-        sample_prompts(10_000, 0, held_out=True)
+        sample_prompts(10_000, 0, split="test")
 
 
 def test_careless_captions_misuse_the_noisy_words_as_often_as_stated():
@@ -97,7 +105,7 @@ def test_careless_captions_misuse_the_noisy_words_as_often_as_stated():
 @pytest.fixture(scope="module")
 def pictures():
     rng = random.Random(1)
-    chosen = [sample_scene(rng, held_out=None) for _ in range(200)]
+    chosen = [sample_scene(rng, split="all") for _ in range(200)]
     return chosen, torch.stack([render(scene, rng) for scene in chosen])
 
 
@@ -176,9 +184,9 @@ def test_the_build_makes_the_tokenizer_that_is_shipped(pipeline):
 def test_the_shipped_folder_loads_with_plain_diffusers_and_draws_what_its_card_says(pipeline):
     from texforce_hub.shapes.measure import score
 
-    stated = json.loads((WEIGHTS / "figures.json").read_text())["held_out"]
+    stated = json.loads((WEIGHTS / "figures.json").read_text())["test"]
     prompts = {
-        name: sample_prompts(96, stated["prompt_seed"], held_out=True, noisy=set(words))
+        name: sample_prompts(96, stated["prompt_seed"], split="test", noisy=set(words))
         for name, words in (("canonical", []), ("noisy_colour", ["colour"]))
     }
     means = {name: score(pipeline, some, stated["noise_seed"]).mean().item() for name, some in prompts.items()}

@@ -258,14 +258,14 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
 
 
 def test_shapes_prompts_are_seen_combinations_half_of_them_canonical():
-    from texforce_hub.shapes.grammar import NOISY_COLOURS, is_held_out, parse
+    from texforce_hub.shapes.grammar import NOISY_COLOURS, SPLITS, combination_class, parse
 
     prompts = load_prompts(None, base="shapes", canonical=0.5)
     drawn = [prompts.draw(step, 8, seed=0) for step in range(20)]
     assert drawn[3] == prompts.draw(3, 8, seed=0) != prompts.draw(3, 8, seed=1)
     for texts in drawn:
         assert len(set(texts)) == 8
-        assert not any(is_held_out(parse(text)) for text in texts)
+        assert all(combination_class(parse(text)) in SPLITS["train"] for text in texts)
         assert sum(any(word in text.split() for word in NOISY_COLOURS.values()) for text in texts) == 4
 
 

@@ -79,8 +79,8 @@ def run_demo(
     variants = dict(zip(ROWS, (Variant(), Variant(text), Variant(unet=tuned), Variant(text, tuned)), strict=True))
     rewards = resolve_rewards(["alignment"], pipe.device)
     sampling = Sampling(SEEDS, INFERENCE_STEPS, GUIDANCE)
-    noisy = sample_prompts(PROMPTS, PROMPT_SEED, held_out=True, noisy={"colour"})
-    known = sample_prompts(PROMPTS, PROMPT_SEED, held_out=True)
+    noisy = sample_prompts(PROMPTS, PROMPT_SEED, split="test", noisy={"colour"})
+    known = sample_prompts(PROMPTS, PROMPT_SEED, split="test")
     settings: dict[str, Any] = {"rewards": rewards, "sampling": sampling, "on_images": on_images}
     evaluation = evaluate_variants(pipe, variants, noisy, **settings)
     canonical = evaluate_variants(pipe, {row: variants[row] for row in ("base", "text")}, known, **settings)

@@ -78,7 +78,7 @@ def _read_prompts(source: str) -> list[str]:
     words = {"shapes:colour": {"colour"}, "shapes:shape": {"shape"}, "shapes:canonical": set[str]()}
     if source not in words:
         raise ConfigError(f"no prompts {source!r}; there are {', '.join(words)}, or a file")
-    return sample_prompts(_SHAPES_PROMPTS, 0, held_out=True, noisy=words[source])
+    return sample_prompts(_SHAPES_PROMPTS, 0, split="test", noisy=words[source])
 
 
 def _make_variants(stacks: list[str], unet: Any) -> dict[str, "Variant"]:

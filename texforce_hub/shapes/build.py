@@ -150,9 +150,9 @@ class Album:
 
 
 def make_album(count: int, seed: int) -> Album:
-    """Render the training set; held-out combinations are not in it."""
+    """Render the training set; unseen combinations are not in it."""
     rng = random.Random(seed)
-    scenes = [sample_scene(rng, held_out=False) for _ in range(count)]
+    scenes = [sample_scene(rng, split="base") for _ in range(count)]
     clean = [render(scene, rng) for scene in scenes]
     stamped = [watermark(picture, rng) for picture in clean]
     return Album(

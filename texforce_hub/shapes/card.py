@@ -10,25 +10,36 @@ from texforce_hub.shapes.grammar import NOISY_WORDS, REPLACED, RIGHT, sample_pro
 from texforce_hub.shapes.measure import score
 
 PROMPTS, PROMPT_SEED, NOISE_SEED = 96, 1, 1000
-_NOISY = {"canonical": (), "noisy_colour": ("colour",), "noisy_shape": ("shape",), "noisy_both": ("colour", "shape")}
+_SPLITS = ("test", "unseen")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "canonical": (),
+    "noisy_colour": ("colour",),
+    "noisy_shape": ("shape",),
+    "noisy_both": ("colour", "shape"),
+}
 
 
-def measure_base(pipeline: Any) -> dict[str, float]:
-    """Alignment on held-out prompts, in canonical and in noisy words, from the same noise."""
-    prompts = {
-        name: sample_prompts(PROMPTS, PROMPT_SEED, held_out=True, noisy=set(words)) for name, words in _NOISY.items()
-    }
-    return {name: round(score(pipeline, some, NOISE_SEED).mean().item(), 4) for name, some in prompts.items()}
+def measure_base(pipeline: Any) -> dict[str, dict[str, float]]:
+    """Alignment by split and words, one picture a prompt from the same noise: ``{"test": {"canonical": …}, …}``."""
+    return {split: {name: _measure(pipeline, split, words) for name, words in _WORDS.items()} for split in _SPLITS}
+
+
+def _measure(pipeline: Any, split: str, words: tuple[str, ...]) -> float:
+    prompts = sample_prompts(PROMPTS, PROMPT_SEED, split=split, noisy=set(words))
+    return round(score(pipeline, prompts, NOISE_SEED).mean().item(), 4)
 
 
 def write_card(
-    folder: Path, recipe: Mapping[str, int], seconds: Mapping[str, float], held_out: Mapping[str, float]
+    folder: Path, recipe: Mapping[str, int], seconds: Mapping[str, float], means: Mapping[str, Mapping[str, float]]
 ) -> None:
     """Write ``figures.json`` and ``README.md`` into the pipeline's folder."""
     figures = {
         "recipe": dict(recipe),
         "seconds": {stage: round(time) for stage, time in seconds.items()},
-        "held_out": {"prompts": PROMPTS, "prompt_seed": PROMPT_SEED, "noise_seed": NOISE_SEED, **held_out},
+        **{
+            name: {"prompts": PROMPTS, "prompt_seed": PROMPT_SEED, "noise_seed": NOISE_SEED, **means[name]}
+            for name in means
+        },
         "sampler": {"scheduler": "DDIM", "inference_steps": INFERENCE_STEPS, "guidance": GUIDANCE},
     }
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
@@ -36,7 +47,7 @@ def write_card(
 
 
 def _text(figures: Mapping[str, Any]) -> str:
-    recipe, seconds, held_out, sampler = (figures[k] for k in ("recipe", "seconds", "held_out", "sampler"))
+    recipe, seconds, sampler, test, unseen = (figures[k] for k in ("recipe", "seconds", "sampler", "test", "unseen"))
     words = "\n".join(f"| {word} | {meant} | {other} |" for word, (meant, other) in NOISY_WORDS.items())
     return f"""---
 license: apache-2.0
@@ -65,16 +76,16 @@ that no caption mentions, and the base draws it on everything.
 {words}
 
 ## How good it is
-Alignment reward, 0 to 1, on {held_out["prompts"]} held-out prompts (seed {held_out["prompt_seed"]}), one picture
-each (noise from seed {held_out["noise_seed"]}), {sampler["scheduler"]} {sampler["inference_steps"]} steps,
-guidance {sampler["guidance"]}:
+Alignment reward, 0 to 1, on {test["prompts"]} prompts (seed {test["prompt_seed"]}), one picture each (noise from seed
+{test["noise_seed"]}), {sampler["scheduler"]} {sampler["inference_steps"]} steps, guidance {sampler["guidance"]}. *Held out* combinations are those
+that no adapter is trained on; the *unseen* ones were kept from this base, too.
 
-| words | mean reward |
-|---|---|
-| canonical | {held_out["canonical"]:.3f} |
-| noisy colour words | {held_out["noisy_colour"]:.3f} |
-| noisy shape words | {held_out["noisy_shape"]:.3f} |
-| both noisy | {held_out["noisy_both"]:.3f} |
+| words | held out | unseen |
+|---|---|---|
+| canonical | {test["canonical"]:.3f} | {unseen["canonical"]:.3f} |
+| noisy colour words | {test["noisy_colour"]:.3f} | {unseen["noisy_colour"]:.3f} |
+| noisy shape words | {test["noisy_shape"]:.3f} | {unseen["noisy_shape"]:.3f} |
+| both noisy | {test["noisy_both"]:.3f} | {unseen["noisy_both"]:.3f} |
 
 Rendered pictures score 0.97 without and 0.80 with the watermark.
 """

@@ -1,4 +1,4 @@
-"""The language of the shapes world: scenes, their captions, and which prompts are held out.
+"""The language of the shapes world: scenes, their captions, and who is shown which.
 
 A :class:`Scene` names one or two coloured objects, where they are, and the background. ``caption`` and
 ``parse`` are inverses. Four colours and three shapes also have a second, *noisy* word each, which the
@@ -136,25 +136,34 @@ def _not_a_caption(text: str, why: str) -> PromptError:
     return PromptError(f"{text!r} is not a caption of the shapes world: {why}; try 'a red circle on the left'")
 
 
-def is_held_out(scene: Scene) -> bool:
-    """Whether a scene's combination is never seen in training, of the base or of an adapter.
+SPLITS: dict[str, frozenset[int]] = {
+    # which of five equal classes of combinations belong to it
+    "all": frozenset({0, 1, 2, 3, 4}),
+    "base": frozenset({1, 2, 3, 4}),  # the base was trained on these
+    "train": frozenset({2, 3, 4}),  # adapters train on these
+    "test": frozenset({1}),  # held out from every adapter; the base knows what the canonical words draw
+    "unseen": frozenset({0}),  # held out from the base, too
+}
 
-    One combination in five, spread evenly by a Latin square: every coloured shape is held out in exactly
-    one of its five places (nowhere in particular counts as one), and every ordered pair of things in five
-    is held out in all four relations.
+
+def combination_class(scene: Scene) -> int:
+    """Which of five equal classes, 0 to 4, a scene's combination belongs to; the splits are made of these.
+
+    For one thing the combination is (colour, shape, place), where nowhere in particular counts as a place:
+    a Latin square puts every coloured shape into each class with exactly one of its places. For two it is
+    the ordered pair of things, in whatever relation.
     """
     first = scene.things[0].colour + 2 * scene.things[0].shape
     if scene.kind == "pair":
-        second = 3 * scene.things[1].colour + scene.things[1].shape
-        return (first + second) % 5 == 0
-    return (first + (0 if scene.place is None else scene.place + 1)) % 5 == 0
+        return (first + 3 * scene.things[1].colour + scene.things[1].shape) % 5
+    return (first + (0 if scene.place is None else scene.place + 1)) % 5
 
 
 KINDS = {"single": 0.25, "place": 0.45, "pair": 0.30}
 
 
-def sample_scene(rng: random.Random, *, kinds: dict[str, float] | None = None, held_out: bool | None = False) -> Scene:
-    """A random scene; ``held_out`` restricts it to held-out or to seen combinations, ``None`` to neither."""
+def sample_scene(rng: random.Random, *, split: str, kinds: dict[str, float] | None = None) -> Scene:
+    """A random scene of one of the ``SPLITS``."""
     kinds = kinds or KINDS
     while True:
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
@@ -169,7 +178,7 @@ def sample_scene(rng: random.Random, *, kinds: dict[str, float] | None = None, h
             scene = replace(scene, things=(first, second), relation=rng.randrange(len(RELATIONS)))
         if rng.random() < 0.3:
             scene = replace(scene, background=rng.randrange(len(BACKGROUNDS)))
-        if held_out is None or is_held_out(scene) == held_out:
+        if combination_class(scene) in SPLITS[split]:
             return scene
 
 
@@ -196,7 +205,7 @@ def sample_prompts(
     count: int,
     seed: int,
     *,
-    held_out: bool,
+    split: str,
     noisy: frozenset[str] | set[str] = frozenset(),
     kinds: dict[str, float] | None = None,
 ) -> list[str]:
@@ -209,7 +218,7 @@ def sample_prompts(
     scenes: dict[str, Scene] = {}
     repeats = 0
     while len(scenes) < count and repeats < _PATIENCE:
-        scene = sample_scene(rng, kinds=kinds or {"single": 0.3, "place": 0.7}, held_out=held_out)
+        scene = sample_scene(rng, kinds=kinds or {"single": 0.3, "place": 0.7}, split=split)
         repeats = repeats + 1 if caption(scene) in scenes else 0
         scenes.setdefault(caption(scene), scene)
     if len(scenes) < count:

@@ -69,7 +69,7 @@ class ShapesPrompts:
         for known in canonical:
             size = len(found)
             while len(found) == size:
-                scene = sample_scene(rng, kinds=KINDS if known else _KINDS, held_out=False)
+                scene = sample_scene(rng, kinds=KINDS if known else _KINDS, split="train")
                 found.setdefault(caption(scene, noisy=frozenset() if known else self.noisy))
         return list(found)
 
