@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from texforce_hub.errors import PromptError
 from texforce_hub.shapes import WEIGHTS
 from texforce_hub.shapes.grammar import (
-    SPLITS,
     BACKGROUNDS,
     COLOURS,
     NOISY_WORDS,
@@ -20,6 +19,7 @@ from texforce_hub.shapes.grammar import (
     PLACES,
     RELATIONS,
     SHAPES,
+    SPLITS,
     Scene,
     Thing,
     caption,

@@ -76,9 +76,9 @@ that no caption mentions, and the base draws it on everything.
 {words}
 
 ## How good it is
-Alignment reward, 0 to 1, on {test["prompts"]} prompts (seed {test["prompt_seed"]}), one picture each (noise from seed
-{test["noise_seed"]}), {sampler["scheduler"]} {sampler["inference_steps"]} steps, guidance {sampler["guidance"]}. *Held out* combinations are those
-that no adapter is trained on; the *unseen* ones were kept from this base, too.
+Alignment reward, 0 to 1, on {test["prompts"]} prompts (seed {test["prompt_seed"]}), one picture each (noise from
+seed {test["noise_seed"]}), {sampler["scheduler"]} {sampler["inference_steps"]} steps, guidance {sampler["guidance"]}.
+*Held out* combinations are those that no adapter is trained on; the *unseen* ones were kept from this base, too.
 
 | words | held out | unseen |
 |---|---|---|
