@@ -24,7 +24,7 @@ from texforce_hub.methods.listing import LAWS, render_markdown, render_module
 from texforce_hub.recipe import METADATA_KEY, Recipe
 from texforce_hub.refs import AdapterRef
 from texforce_hub.shapes.models import make_text_encoder, make_tokenizer
-from texforce_hub.sources import read_adapter, write_adapter
+from texforce_hub.sources import read_adapter, read_outline, write_adapter
 
 ENCODER = "text_encoder.text_model.encoder.layers"
 Q0, V1 = f"{ENCODER}.0.self_attn.q_proj", f"{ENCODER}.1.self_attn.v_proj"
@@ -271,7 +271,7 @@ def test_a_result_carries_its_recipe_and_the_recipe_gives_the_result(files, tmp_
     assert verify_merge(path).same
 
 
-@pytest.mark.parametrize("options", [{"rank": 3}, {"method": "dare_ties", "seed": 4}])
+@pytest.mark.parametrize("options", [{"rank": 3}, {"method": "dare_ties", "space": "core", "seed": 4}])
 def test_the_same_recipe_gives_the_same_bytes(files, tmp_path, options):
     merged = merge_adapters([(files[0], 0.7), (files[1], -0.3)], dtype=torch.float16, **options)
     first = write_adapter(merged.adapter, tmp_path / "first.safetensors")
@@ -342,6 +342,45 @@ def test_a_plan_is_what_the_merge_then_does(files, tmp_path, method, options):
     tensors = read_header(path).tensors.values()
     assert plan.size == sum(4 * math.prod(info.shape) for info in tensors if math.prod(info.shape) > 1)
     assert [source.file for source in plan.sources] == files
+
+
+def test_a_plan_is_made_from_headers_alone(files, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("texforce_hub.files._read_safetensors", refuse)
+    for reader in (merge_adapters, plan_merge):
+        with pytest.raises(AssertionError if reader is merge_adapters else MergeError, match=r"was read|covers none"):
+            reader(files, layer_weights={"*.layers.9.*": 1.0})
+    g = torch.Generator().manual_seed(0)
+    kinds: dict[str, Layer] = {
+        "text_encoder.a": Kronecker(torch.randn(8, 8, generator=g), torch.randn(12, 12, generator=g)),
+        "text_encoder.b": Decomposed(low(1), torch.ones(96)),
+        "text_encoder.c.bias": Vector(torch.ones(96)),
+    }
+    with pytest.raises(MergeError, match="give base="):
+        plan_merge([(Adapter(kinds), 1.0)])
+    base = {"text_encoder.b": torch.ones(96, 96)}
+    plan = plan_merge([(Adapter(kinds), 1.0), (files[0], 0.5)], "cat", base=base)
+    assert plan.ranks == {"text_encoder.a": None, "text_encoder.b": None, "text_encoder.c.bias": None, Q0: 4, V1: 4}
+    assert plan.size == 4 * (2 * 96 * 96 + 96 + 2 * 4 * 192)
+    assert [source.layers for source in plan.sources] == [3, 2]
+
+
+@pytest.mark.parametrize("dialect", writable())
+def test_an_outline_has_the_adapters_names_shapes_kinds_and_ranks(tmp_path, dialect):
+    path = write_adapter(A, tmp_path / dialect, dialect=dialect)
+    outline, whole = read_outline(path), read_adapter(path)
+    assert dict(outline.metadata) == dict(whole.metadata)
+    facts = [
+        {
+            name: (type(layer), layer.shape, layer.rank, getattr(layer, "scale", None))
+            for name, layer in x.layers.items()
+        }
+        for x in (outline, whole)
+    ]
+    assert facts[0] == facts[1]
+    assert all(layer.delta().device.type == "meta" for layer in outline.layers.values())
 
 
 def run(*arguments):

@@ -2,17 +2,19 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Layer
 from texforce_hub.codec import Encoded, decode, encode
-from texforce_hub.container import sniff
+from texforce_hub.container import open_header, sniff
 from texforce_hub.dialects import plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
-from texforce_hub.files import read_tensors, write_tensors, writing
-from texforce_hub.header import CONFIG_NAME
+from texforce_hub.files import DTYPES, read_tensors, write_tensors, writing
+from texforce_hub.header import CONFIG_NAME, TensorInfo
 from texforce_hub.locate import find_file
 from texforce_hub.refs import AdapterRef
 
@@ -48,6 +50,29 @@ def read_adapter(
     except (DialectError, AdapterError) as error:
         raise type(error)(f"{path}: {error}") from error
     return adapter
+
+
+def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
+    """As :func:`read_adapter`, from the file's header alone: every tensor is on the ``meta`` device, a shape only.
+
+    Raises:
+        RefError, FileError, DialectError: as :func:`read_adapter`, as far as a header can tell.
+    """
+    path = find_file(path_or_ref)
+    header = open_header(path)
+    try:
+        tensors = {name: _outline(name, info) for name, info in header.tensors.items()}
+        found = plan(header)
+        once = {name: replace(layer, twins=()) for name, layer in found.layers.items()}  # values cannot be compared
+        return decode(replace(found, layers=once), tensors)
+    except (DialectError, AdapterError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _outline(name: str, info: TensorInfo) -> Tensor:
+    if info.dtype not in DTYPES:
+        raise DialectError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold; convert it")
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
 
 
 def _in_hub_cache(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """A stack of adapters as apply, merge's callers and the command line give it: read, labelled, weighted."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -39,10 +39,12 @@ class Entry:
         return replace(self, weight=_weights(weight, self.label, self.adapter))
 
 
-def read_stack(adapters: Item | Sequence[Item], *, weight: Weight = 1.0) -> list[Entry]:
+def read_stack(
+    adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Callable[[AdapterRef], Adapter] = read_adapter
+) -> list[Entry]:
     """The stack's entries, adapters read and weights checked; labels are made unique.
 
-    ``weight`` is for the items that bring none.
+    ``weight`` is for the items that bring none; ``read`` may be ``read_outline`` where no values are needed.
 
     Raises:
         ConfigError: no adapter, or an impossible weight.
@@ -52,7 +54,7 @@ def read_stack(adapters: Item | Sequence[Item], *, weight: Weight = 1.0) -> list
     items: list[Any] = list(adapters) if many else [adapters]  # type: ignore[arg-type]
     if not items:
         raise ConfigError("an empty stack; expected at least one adapter")
-    entries = [_read_entry(item, weight) for item in items]
+    entries = [_read_entry(item, weight, read) for item in items]
     labels = make_unique(entry.label for entry in entries)
     return [replace(entry, label=label) for entry, label in zip(entries, labels)]
 
@@ -61,14 +63,14 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping)
 
 
-def _read_entry(item: Any, default: Weight) -> Entry:
+def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter]) -> Entry:
     source, weight = item if _is_pair(item) else (item, None)
     if isinstance(source, Adapter):
         label, adapter, ref = "adapter", source, AdapterRef("adapter")
         check_finite(adapter)
     else:
         ref = source if isinstance(source, AdapterRef) else _parsed(source)
-        label, adapter = ref.label, read_adapter(ref)
+        label, adapter = ref.label, read(ref)
     if ref.window != WHOLE:
         raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
     if weight is None and (ref.weight != 1.0 or ref.parts):

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Context, Mergeable, Method
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.refs import AdapterRef, Stack
+from texforce_hub.sources import read_adapter
 from texforce_hub.stack import Entry, read_stack
 
 #: What a recipe calls a source that was no file: such a recipe cannot be replayed.
@@ -89,15 +90,16 @@ def gather(
     seed: int,
     base: Base | None,
     device: str | torch.device | None,
+    read: Callable[[AdapterRef], Adapter] = read_adapter,
 ) -> Gathered:
-    """Read and check everything a merge needs.
+    """Read and check everything a merge needs; ``read`` may be ``read_outline`` where no values are needed.
 
     Raises:
         MergeError: no source, a malformed one, too many for the method, different families or shapes, a pattern
             that covers no layer.
     """
     items = _checked_items(sources)
-    entries = read_stack(items)
+    entries = read_stack(items, read=read)
     if method.most is not None and len(entries) > method.most:
         raise MergeError(f"{method.name} of {len(entries)} adapters; it is defined for at most {method.most}")
     _check_families(entries)

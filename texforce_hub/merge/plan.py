@@ -14,6 +14,7 @@ from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
 from texforce_hub.methods import Method, find_method
 from texforce_hub.refs import AdapterRef
 from texforce_hub.resize import Limits
+from texforce_hub.sources import read_outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +63,24 @@ def plan_merge(
 ) -> MergePlan:
     """The plan of :func:`texforce_hub.merge_adapters` with the same arguments; nothing is merged or written.
 
+    Answers from the sources' headers: no tensor is read, so NaN and infinity in one are not seen.
+
     Raises:
         MergeError: as the merge itself would.
     """
     chosen = find_method(method)
     settings = chosen.checked(options)
     limits = Limits(rank, energy, None, max_total_rank)
+    del device  # shapes are the same on all
     gathered = gather(
-        sources, chosen, part_weights=part_weights, layer_weights=layer_weights, seed=seed, base=base, device=device
+        sources,
+        chosen,
+        part_weights=part_weights,
+        layer_weights=layer_weights,
+        seed=seed,
+        base=base,
+        device="meta",
+        read=read_outline,
     )
     width = torch.finfo(dtype or torch.float32).bits // 8
     ranks: dict[LayerName, int | None] = {}
