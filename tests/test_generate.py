@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
+from tests.test_pipelines import original_topology
 from texforce_hub.cli import app
 from texforce_hub.cli.drawing import read_prompts, sweep_weights
 from texforce_hub.device import choose_device, choose_dtype
@@ -143,6 +144,61 @@ def test_each_and_sweep_draw_a_column_for_every_stack(shelf, tmp_path):
     assert Image.open(columns["base"]).tobytes() == Image.open(alone["base"]).tobytes()
 
 
+def png_origin(path):
+    return json.loads(read_png_text(path)["texforce_hub"])
+
+
+def test_every_column_says_which_adapters_made_it_and_a_recipe_keeps_the_columns(shelf, tmp_path):
+    stack = ["--adapter", f"a={shelf / 'one'}:-0.5", "--adapter", f"a={shelf / 'two'}:text_encoder=0.5"]
+    fixed = [*stack, "--prompt", "a red circle", "--inference-steps", 2]
+    result = run(*fixed, "--each", "--output", tmp_path / "each")
+    assert result.exit_code == 0, result.output
+    assert png_origin(tmp_path / "each" / "a-2" / "0000.png")["adapters"] == [f"a={shelf / 'two'}:text_encoder=0.5"]
+    assert "adapters" not in png_origin(tmp_path / "each" / "base" / "0000.png")
+    result = run(*fixed, "--sweep", "a=0:1:5", "--output", tmp_path / "sweep", "--save-recipe", tmp_path / "r.toml")
+    assert result.exit_code == 0, result.output
+    swept = png_origin(tmp_path / "sweep" / "a=0.25" / "0000.png")["adapters"]
+    assert swept == [f"a={shelf / 'one'}:0.25", f"a={shelf / 'two'}:text_encoder=0.5"]
+    again = run("--recipe", tmp_path / "r.toml", "--output", tmp_path / "again")
+    assert again.exit_code == 0, again.output
+    made = {p.relative_to(tmp_path / "sweep"): p.read_bytes() for p in (tmp_path / "sweep").rglob("*.png")}
+    assert made == {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*.png")}
+    assert len(made) == 7
+
+
+def test_every_option_of_an_image_command_reaches_the_pipeline(shelf, tmp_path):
+    (tmp_path / "p.txt").write_text("a blue square\n", encoding="utf-8")
+    result = run(
+        *("--adapter", f"{shelf / 'one'}:0.8", "--prompts", tmp_path / "p.txt", "--unet", "shapes-refl"),
+        *("--negative-prompt", "red", "--guidance", 3, "--width", 64, "--height", 32, "--num-images", 3, "--seed", 5),
+        *("--batch-size", 2, "--clip-skip", 1, "--scheduler", "dpm++", "--dtype", "bfloat16", "--mode", "fuse"),
+        *("--inference-steps", 2, "--output", tmp_path / "out"),
+    )
+    assert result.exit_code == 0, result.output
+    last = tmp_path / "out" / "stack" / "0002.png"
+    assert Image.open(last).size == (64, 32)
+    parameters = read_png_text(last)["parameters"]
+    for words in ("a blue square", "Negative prompt: red", "Seed: 7", "CFG scale: 3", "DPMSolverMultistep"):
+        assert words in parameters
+    plain = run("--prompt", "a blue square", "--inference-steps", 2, "--output", tmp_path / "plain", "--seed", 7)
+    assert plain.exit_code == 0, plain.output
+
+
+def test_a_checkpoint_is_saved_with_the_stack_and_the_partner_baked_in(tmp_path):
+    from safetensors.torch import load_file
+
+    pipe = original_topology("sd1")
+    pipe.save_pretrained(tmp_path / "base")
+    where = write_adapter(random_adapter(pipe), tmp_path / "a")
+    file = tmp_path / "x.safetensors"
+    result = run("--base", tmp_path / "base", "--adapter", f"{where}:0.5", "--save-checkpoint", file)
+    assert result.exit_code == 0, result.output
+    name = "encoder.layers.0.self_attn.q_proj"
+    change = random_adapter(pipe).delta(f"text_encoder.text_model.{name}")
+    saved = load_file(file)[f"cond_stage_model.transformer.text_model.{name}.weight"]
+    assert torch.allclose(saved, pipe.text_encoder.get_submodule(name).weight + 0.5 * change, atol=1e-6)
+
+
 def test_the_stack_is_baked_in_and_taken_away(shelf, tmp_path):
     from safetensors.torch import load_file
 
@@ -168,6 +224,11 @@ def test_the_stack_is_baked_in_and_taken_away(shelf, tmp_path):
         (["--prompt", "x", "--output", "o", "--base", "nowhere"], "no base"),
         (["--prompt", "x", "--output", "o", "--scheduler", "magic"], "no scheduler"),
         (["--prompt", "x", "--output", "o", "--sweep", "a=0:1:3", "--adapter", "b=x"], "x"),
+        (["--prompt", "x", "--output", "o", "--sweep", "a=0:1:3", "--each"], "give one of them"),
+        (["--prompt", "x", "--output", "o", "--each"], "give --adapter"),
+        (["--output", "o", "--portable"], "--save-pipeline"),
+        (["--output", "o", "--recipe", "r.toml", "--prompt", "x"], "--prompt beside --recipe"),
+        (["--save-checkpoint", "x.safetensors"], "levels"),
         pytest.param(
             ["--prompt", "x", "--output", "o", "--offload"],
             "needs a GPU",

@@ -45,6 +45,12 @@ def same_bits(model, before):
     return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+def written(module, name, terms):
+    entry = patch.begin_write(module, name)
+    patch.write(entry, terms)
+    return entry
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_write_is_the_rounded_float32_sum_and_undone_to_the_bit(dtype):
     torch.manual_seed(0)
@@ -52,7 +58,7 @@ def test_a_write_is_the_rounded_float32_sum_and_undone_to_the_bit(dtype):
     before = bits(model)
     weight = model.inner[0].weight.detach().clone()
     terms = [(pair((8, 6), 2, 1), 0.5), (pair((8, 6), 3, 2), -1.0), (Dense(torch.randn(8, 6)), 0.1)]
-    entry = patch.write(model.inner[0], "weight", terms)
+    entry = written(model.inner[0], "weight", terms)
     gold = weight.double() + sum(w * layer.delta().double() for layer, w in terms)
     assert torch.allclose(model.inner[0].weight.double(), gold, rtol=torch.finfo(dtype).eps, atol=1e-6)
     patch.undo(entry)
@@ -66,7 +72,7 @@ def test_writes_on_one_weight_come_off_in_any_order(order):
     model = Model().to(torch.bfloat16)
     before = bits(model)
     layers = [pair((8, 6), 2, seed) for seed in range(3)]
-    entries = [patch.write(model.inner[0], "weight", [(layer, 1.0)]) for layer in layers]
+    entries = [written(model.inner[0], "weight", [(layer, 1.0)]) for layer in layers]
     patch.undo(entries[order[0]])
     remaining = [i for i in range(3) if i != order[0]]
     expected = before["inner.0.weight"]
@@ -81,9 +87,9 @@ def test_writes_on_one_weight_come_off_in_any_order(order):
 def test_a_write_can_be_replaced_below_another():
     model = Model()
     before = bits(model)
-    first = patch.write(model.inner[0], "weight", [(pair((8, 6), 2, 1), 1.0)])
-    second = patch.write(model.inner[0], "weight", [(pair((8, 6), 2, 2), 1.0)])
-    patch.rewrite(first, [(pair((8, 6), 2, 3), 2.0)])
+    first = written(model.inner[0], "weight", [(pair((8, 6), 2, 1), 1.0)])
+    second = written(model.inner[0], "weight", [(pair((8, 6), 2, 2), 1.0)])
+    patch.write(first, [(pair((8, 6), 2, 3), 2.0)])
     gold = before["inner.0.weight"] + 2 * pair((8, 6), 2, 3).delta() + pair((8, 6), 2, 2).delta()
     assert torch.allclose(model.inner[0].weight, gold, atol=1e-5)
     patch.undo(first)
@@ -95,7 +101,7 @@ def test_a_dora_change_is_taken_from_the_weight_it_finds():
     model = Model()
     layer = Decomposed(pair((8, 6)), torch.rand(8) + 0.5)
     gold = model.inner[0].weight.detach() + layer.delta(model.inner[0].weight.detach())
-    entry = patch.write(model.inner[0], "weight", [(layer, 1.0)])
+    entry = written(model.inner[0], "weight", [(layer, 1.0)])
     assert torch.allclose(model.inner[0].weight, gold, atol=1e-6)
     patch.undo(entry)
 
@@ -103,7 +109,7 @@ def test_a_dora_change_is_taken_from_the_weight_it_finds():
 def test_a_bias_is_written_and_restored():
     model = Model()
     before = bits(model)
-    entry = patch.write(model.inner[0], "bias", [(Vector(torch.ones(8)), 0.5)])
+    entry = written(model.inner[0], "bias", [(Vector(torch.ones(8)), 0.5)])
     assert torch.allclose(model.inner[0].bias, before["inner.0.bias"] + 0.5)
     patch.undo(entry)
     assert same_bits(model, before)
@@ -111,7 +117,7 @@ def test_a_bias_is_written_and_restored():
 
 def test_a_replaced_weight_is_never_restored_into_the_wrong_tensor():
     model = Model()
-    entry = patch.write(model.inner[0], "weight", [(pair((8, 6)), 1.0)])
+    entry = written(model.inner[0], "weight", [(pair((8, 6)), 1.0)])
     model.inner[0].weight = nn.Parameter(torch.zeros(8, 6))
     with pytest.raises(MatchError, match="replaced"):
         patch.undo(entry)
@@ -125,13 +131,13 @@ def test_an_attached_pair_adds_its_delta_and_leaves_the_weight_alone(dtype):
     x = torch.randn(5, 6, dtype=dtype)
     layer = pair((8, 6), 3)
     gold = nn.functional.linear(x.float(), model.inner[0].weight.float() + layer.delta(), model.inner[0].bias.float())
-    attachment = patch.attach(model, "inner.0", "stack", layer)
+    patch.attach(model, "inner.0", "stack", layer)
     patch.register(model, "stack", {"inner.0": 3})
     assert patch.unwrapped(model.inner[0]).get_parameter("weight").data_ptr() == storage
     assert torch.allclose(model.inner[0](x).float(), gold, atol=1e-5 if dtype == torch.float32 else 0.15)
-    patch.detach(attachment)
+    patch.detach(model, "inner.0", "stack")
     patch.unregister(model, "stack")
-    patch.detach(attachment)
+    patch.detach(model, "inner.0", "stack")
     assert same_bits(model, before)
     assert not hasattr(model, "peft_config")
 
@@ -140,26 +146,26 @@ def test_a_convolution_takes_a_pair_too():
     model = Model()
     x, layer = torch.randn(2, 3, 4, 4), pair((5, 3, 3, 3), 2)
     gold = nn.functional.conv2d(x, model.conv.weight + layer.delta(), model.conv.bias, padding=1)
-    attachment = patch.attach(model, "conv", "stack", layer)
+    patch.attach(model, "conv", "stack", layer)
     assert torch.allclose(model.conv(x), gold, atol=1e-5)
-    patch.detach(attachment)
+    patch.detach(model, "conv", "stack")
     assert type(model.conv) is nn.Conv2d
 
 
 def test_two_stacks_on_one_layer_come_off_in_any_order():
     model = Model()
     before, x = bits(model), torch.randn(5, 6)
-    first = patch.attach(model, "inner.0", "one", pair((8, 6), 2, 1))
+    patch.attach(model, "inner.0", "one", pair((8, 6), 2, 1))
     patch.register(model, "one", {"inner.0": 2})
-    second = patch.attach(model, "inner.0", "two", pair((8, 6), 4, 2))
+    patch.attach(model, "inner.0", "two", pair((8, 6), 4, 2))
     patch.register(model, "two", {"inner.0": 4})
     both = before["inner.0.weight"] + pair((8, 6), 2, 1).delta() + pair((8, 6), 4, 2).delta()
     assert torch.allclose(model.inner[0](x), nn.functional.linear(x, both, before["inner.0.bias"]), atol=1e-5)
-    patch.detach(first)
+    patch.detach(model, "inner.0", "one")
     patch.unregister(model, "one")
     alone = before["inner.0.weight"] + pair((8, 6), 4, 2).delta()
     assert torch.allclose(model.inner[0](x), nn.functional.linear(x, alone, before["inner.0.bias"]), atol=1e-5)
-    patch.detach(second)
+    patch.detach(model, "inner.0", "two")
     patch.unregister(model, "two")
     assert same_bits(model, before)
 
@@ -172,11 +178,11 @@ def test_another_adapter_stays_as_active_and_as_trainable_as_it_was():
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     x = torch.randn(5, 6)
     theirs = model.inner[0](x)
-    attachment = patch.attach(model, "inner.0", "ours", pair((8, 6)))
+    patch.attach(model, "inner.0", "ours", pair((8, 6)))
     patch.register(model, "ours", {"inner.0": 2})
     assert model.inner[0].active_adapters == ["theirs", "ours"]
     assert torch.allclose(model.inner[0](x), theirs + x @ pair((8, 6)).delta().T, atol=1e-5)
-    patch.detach(attachment)
+    patch.detach(model, "inner.0", "ours")
     patch.unregister(model, "ours")
     assert model.inner[0].active_adapters == ["theirs"]
     assert torch.equal(model.inner[0](x), theirs)
@@ -195,7 +201,7 @@ def test_any_order_of_writes_and_undoings_ends_where_it_began(data):
             patch.undo(open_entries.pop(data.draw(st.integers(0, len(open_entries) - 1))))
         else:
             layer = pair((8, 6), data.draw(st.integers(1, 3)), step)
-            open_entries.append(patch.write(model.inner[0], "weight", [(layer, data.draw(st.floats(-2, 2)))]))
+            open_entries.append(written(model.inner[0], "weight", [(layer, data.draw(st.floats(-2, 2)))]))
     for entry in data.draw(st.permutations(open_entries)):
         patch.undo(entry)
     assert same_bits(model, before)

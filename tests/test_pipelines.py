@@ -84,6 +84,52 @@ def test_the_embedded_base_loads_by_name():
     assert type(load("shapes")).__name__ == "StableDiffusionPipeline"
 
 
+def test_a_hub_id_without_a_network_is_one_clear_line():
+    for given, words in (({"base": "owner/name"}, "hf download owner/name"), ({"unet": "owner/name"}, "no U-Net")):
+        with pytest.raises(PipelineError, match=words) as caught:
+            load(**{"base": "shapes", **given})
+        assert "\n" not in str(caught.value)
+        assert "stacktrace" not in str(caught.value)
+
+
+def with_safety_checker(pipe):
+    """The pipeline with a tiny safety checker that blacks out whatever it sees."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**tower, "image_size": 8, "patch_size": 4}
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=tower, vision_config=vision, projection_dim=8)).eval()
+    with torch.no_grad():
+        checker.concept_embeds_weights.fill_(-2.0)
+        checker.special_care_embeds_weights.fill_(2.0)
+    processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    parts = {**pipe.components, "safety_checker": checker, "feature_extractor": processor}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=True)
+
+
+def test_a_base_with_a_safety_checker_keeps_it(tmp_path, caplog):
+    from texforce_hub.generate import Settings, generate_images
+
+    with_safety_checker(tiny_pipeline("sd1")).save_pretrained(tmp_path / "base")
+    where, _ = write_partner("checkpoint folder", tmp_path / "partner")
+    pipe = load(tmp_path / "base", unet=where)
+    settings = Settings(("a cat", "a dog"), inference_steps=2, width=16, height=16)
+    with apply_adapter(pipe, random_adapter(pipe)), caplog.at_level("WARNING", logger="texforce_hub"):
+        images = generate_images(pipe, settings)
+    assert all(set(image.tobytes()) == {0} for image in images)
+    assert "blacked out 2 of 2 images" in caplog.text
+    back = load(save_pipeline(pipe, tmp_path / "saved"))
+    assert type(back.safety_checker).__name__ == "StableDiffusionSafetyChecker"
+    assert torch.equal(back.safety_checker.concept_embeds_weights, pipe.safety_checker.concept_embeds_weights)
+
+
+def test_a_checkpoint_of_another_topology_is_refused():
+    with pytest.raises(FamilyError, match="2 levels of 1 layers"):
+        save_checkpoint(load("shapes"), "never.safetensors")
+
+
 # --- single files -----------------------------------------------------------------------------------------
 
 

@@ -57,7 +57,14 @@ def pipeline_family(pipe: Any) -> str:
     """
     if getattr(pipe, "unet", None) is None or getattr(pipe, "text_encoder", None) is None:
         raise FamilyError(f"{type(pipe).__name__}: one-file checkpoints are written for SD1, SD2 and SDXL only")
-    if getattr(pipe, "text_encoder_2", None) is not None:
+    sdxl = getattr(pipe, "text_encoder_2", None) is not None
+    levels, layers = len(pipe.unet.config.block_out_channels), pipe.unet.config.layers_per_block
+    if (levels, layers) != (3 if sdxl else 4, 2):
+        raise FamilyError(
+            f"one-file checkpoints are written for SD1, SD2 and SDXL only: this U-Net has {levels} levels of "
+            f"{layers} layers; use --save-pipeline (save_pipeline) instead"
+        )
+    if sdxl:
         return "sdxl"
     return "sd2" if pipe.text_encoder.config.hidden_act == "gelu" else "sd1"
 
