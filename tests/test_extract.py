@@ -1,5 +1,6 @@
 import copy
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from typer.testing import CliRunner
 
 from tests.reference import truncated
-from texforce_hub import pipelines
+from texforce_hub import files, pipelines
 from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.apply import apply_adapter
 from texforce_hub.cli import app
 from texforce_hub.errors import MergeError
 from texforce_hub.extract import extract_adapter
+from texforce_hub.files import write_tensors
+from texforce_hub.pipelines import load_pipeline
 from texforce_hub.shapes.models import make_text_encoder, make_tokenizer
 from texforce_hub.sources import read_adapter
 
@@ -129,3 +132,58 @@ def test_the_command_extracts_what_a_pipeline_changed_and_lists_what_it_left_out
     assert "left out" in done.stderr
     assert {layer["kept"] > 0 for layer in json.loads(done.stdout)["layers"]} == {True, False}
     assert list(read_adapter(output).layers) == [LAYER]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The shapes pipeline, and one whose text encoder has a changed layer and a changed bias."""
+    pipe = load_pipeline("shapes", device="cpu")
+    places = [tmp_path_factory.mktemp("pipelines") / name for name in ("base", "tuned")]
+    pipe.save_pretrained(places[0])
+    parameters = {n: p for n, p in pipe.text_encoder.named_parameters() if "layers.1.mlp.fc1" in n}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(low_rank(parameter) if parameter.dim() == 2 else 0.1)
+    pipe.save_pretrained(places[1])
+    return places
+
+
+def test_folders_give_what_their_pipelines_give(folders):
+    base, tuned = folders
+    streamed = extract_adapter(tuned, str(base), rank=4, rest=True)
+    loaded = extract_adapter(*(load_pipeline(place, device="cpu") for place in (tuned, base)), rank=4, rest=True)
+    assert {layer.name: layer for layer in streamed.layers} == {layer.name: layer for layer in loaded.layers}
+    assert streamed.unchanged == loaded.unchanged > 20
+    assert set(streamed.adapter.layers) == {LAYER, f"{LAYER}.bias"}
+    for name in streamed.adapter.layers:
+        assert torch.equal(streamed.adapter.delta(name), loaded.adapter.delta(name))
+
+
+def test_one_weight_of_each_folder_is_in_hand_at_a_time(folders, monkeypatch):
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most, read = [0], files._read_span
+
+    def counted(*arguments):
+        tensor = read(*arguments)
+        alive.add(tensor)
+        most[0] = max(most[0], len(alive))
+        return tensor
+
+    monkeypatch.setattr(files, "_read_span", counted)
+    extract_adapter(folders[1], folders[0], rank=4, rest=True)
+    assert 2 <= most[0] <= 4
+
+
+def test_the_command_streams_folders_and_loads_what_cannot_be_streamed(folders, tmp_path, monkeypatch):
+    base, tuned = folders
+    monkeypatch.setattr(pipelines, "load_pipeline", lambda *arguments, **options: pytest.fail("loaded whole"))
+    out = tmp_path / "x.safetensors"
+    done = CliRunner().invoke(app, ["extract", str(tuned), "--base", str(base), "--rank", "4", "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    assert list(read_adapter(out).layers) == [LAYER]
+    with pytest.raises(MergeError, match="no pipeline folder"):
+        extract_adapter(tmp_path, base, rank=4)
+    (tmp_path / "broken" / "text_encoder").mkdir(parents=True)
+    write_tensors(tmp_path / "broken" / "text_encoder" / "model.safetensors", {"q.base_layer.weight": torch.ones(2, 2)})
+    with pytest.raises(MergeError, match="load it, and give the pipeline"):
+        extract_adapter(tmp_path / "broken", base, rank=4)

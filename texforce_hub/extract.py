@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +65,9 @@ def extract_adapter(
     """What turns ``base`` into ``tuned``, as an adapter; one weight is in hand at a time.
 
     Args:
-        tuned, base: both pipelines, both models of one part, or both mappings from canonical parameter names
-            (``text_encoder.….q_proj.weight``) to tensors.
+        tuned, base: each a pipeline folder, which is streamed (neither model is ever whole in memory), a pipeline,
+            a model of one part, or a mapping from canonical parameter names (``text_encoder.….q_proj.weight``) to
+            tensors, which may be one that reads when asked.
         rank: the largest rank of a layer.
         energy: the smallest rank that keeps this share of a layer's squared norm, in (0, 1].
         rest: keep what is no matrix of a layer (biases, norms, embeddings) in full, as ``.diff`` layers; without
@@ -128,20 +131,23 @@ def _pairs(tuned: Any, base: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     lone = sorted(name for name in after.keys() ^ before.keys() if name.partition(".")[0] in parts)
     if lone or not after:
         raise MergeError(f"{len(lone)} parameters are in one model only, e.g. {lone[:1]}; expected two of one family")
-    for name, tensor in after.items():
+    for name in after:
         if name not in before:
             raise MergeError(f"the base has no {name.partition('.')[0]}; expected the same parts in both")
-        if tensor.shape != before[name].shape:
-            shapes = f"{tuple(tensor.shape)} and {tuple(before[name].shape)}"
+        tensor, weight = after[name], before[name]
+        if tensor.shape != weight.shape:
+            shapes = f"{tuple(tensor.shape)} and {tuple(weight.shape)}"
             raise MergeError(f"{name}: shapes {shapes}; expected two models of one family")
         if tensor.is_floating_point():
-            yield name, tensor, before[name]
+            yield name, tensor, weight
 
 
-def _parameters(model: Any) -> dict[str, Tensor]:
+def _parameters(model: Any) -> Mapping[str, Tensor]:
     """Every parameter by its canonical name."""
+    if isinstance(model, str | PathLike):
+        return _streamed(Path(model))
     if isinstance(model, Mapping):
-        return dict(model)
+        return model
     parts = parts_of(model)
     if isinstance(model, nn.Module):
         parts = {next(iter(parts)): model}
@@ -151,6 +157,15 @@ def _parameters(model: Any) -> dict[str, Tensor]:
         for root in (plain(module),)
         for name, parameter in root.named_parameters()
     }
+
+
+def _streamed(folder: Path) -> Mapping[str, Tensor]:
+    from texforce_hub.pipelines.folder import stream_parameters  # brings diffusers, which nothing else here needs
+
+    found = stream_parameters(folder) if folder.is_dir() else None
+    if found is None:
+        raise MergeError(f"{folder}: no pipeline folder with clean weights; load it, and give the pipeline")
+    return found
 
 
 def _canonical(part: str, name: str, root: nn.Module) -> str:

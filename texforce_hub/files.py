@@ -9,14 +9,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from texforce_hub.container import open_header, sniff
 from texforce_hub.errors import FileError
-from texforce_hub.header import Header, Span, parse_header, parse_layout, read_config, regular_size
+from texforce_hub.header import Header, Reader, Span, parse_header, parse_layout, read_config, regular_size
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -122,23 +122,67 @@ def _read_safetensors(path: Path, device: torch.device) -> tuple[Header, dict[st
     size = regular_size(path)
     try:
         with path.open("rb") as file:
-
-            def read(offset: int, length: int) -> bytes:
-                file.seek(offset)
-                return file.read(length)
-
+            read = _reader(file)
             header = parse_header(read, size, name=str(path), config=read_config(path))
             spans = parse_layout(read, size, name=str(path)).spans
-            tensors = {}
-            for name, span in spans.items():
-                data = torch.empty(span.end - span.begin, dtype=torch.uint8)
-                file.seek(span.begin)
-                if data.numel() and file.readinto(data.numpy()) != data.numel():  # type: ignore[arg-type]
-                    raise FileError(f"{path}: shrank while it was read; copy it again")
-                tensors[name] = _shaped(data, name, span, path).to(device)
-            return header, tensors
+            return header, {name: _read_span(file, name, span, path).to(device) for name, span in spans.items()}
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _reader(file: BinaryIO) -> Reader:
+    def read(offset: int, length: int) -> bytes:
+        file.seek(offset)
+        return file.read(length)
+
+    return read
+
+
+def _read_span(file: BinaryIO, name: str, span: Span, path: Path) -> Tensor:
+    data = torch.empty(span.end - span.begin, dtype=torch.uint8)
+    file.seek(span.begin)
+    if data.numel() and file.readinto(data.numpy()) != data.numel():  # type: ignore[attr-defined]
+        raise FileError(f"{path}: shrank while it was read; copy it again")
+    return _shaped(data, name, span, path)
+
+
+def stream_tensors(path: str | Path, *, allow_pickle: bool = False) -> Mapping[str, Tensor]:
+    """A file's tensors by name, on the CPU; each is read anew whenever it is asked for, and none is kept.
+
+    A pickle cannot be read in pieces: it is read whole, at once.
+
+    Raises:
+        FileError: as :func:`read_tensors`, some of it only when a tensor is asked for.
+    """
+    path = Path(path)
+    if sniff(path) == "pickle":
+        return read_tensors(path, allow_pickle=allow_pickle)[1]
+    return _Stream(path)
+
+
+class _Stream(Mapping[str, Tensor]):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        size = regular_size(path)
+        try:
+            with path.open("rb") as file:
+                self._spans = parse_layout(_reader(file), size, name=str(path)).spans
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        span = self._spans[name]
+        try:
+            with self._path.open("rb") as file:
+                return _read_span(file, name, span, self._path)
+        except OSError as error:
+            raise FileError(f"{self._path}: cannot be read: {error.strerror or error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._spans)
+
+    def __len__(self) -> int:
+        return len(self._spans)
 
 
 def _shaped(data: Tensor, name: str, span: Span, path: Path) -> Tensor:

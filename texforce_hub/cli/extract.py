@@ -1,7 +1,7 @@
 """``texforce-hub extract``: an adapter out of a fine-tuned checkpoint and its base."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,12 +30,11 @@ def extract(
     """Extract what a fine-tune changed, as an adapter; what is left out is listed."""
     from texforce_hub.device import choose_dtype
     from texforce_hub.extract import extract_adapter
-    from texforce_hub.pipelines import load_pipeline
     from texforce_hub.sources import write_adapter
 
     extracted = extract_adapter(
-        load_pipeline(tuned, unet=unet, device="cpu"),
-        load_pipeline(base, device="cpu"),
+        _open(tuned, unet),
+        _open(base, None),
         rank=rank,
         energy=energy,
         rest=rest,
@@ -55,3 +54,14 @@ def extract(
         put(f"{len(extracted.adapter.layers)} layers, {extracted.unchanged} weights unchanged; {path}")
     if extracted.left_out:
         say(f"note: {len(extracted.left_out)} changes are left out; --rest keeps them in full")
+
+
+def _open(model: str, unet: str | None) -> Any:
+    """A folder's parameters as they are asked for; anything else as a pipeline."""
+    from texforce_hub.pipelines import load_pipeline
+    from texforce_hub.pipelines.folder import stream_parameters
+    from texforce_hub.shapes import WEIGHTS
+
+    folder = WEIGHTS if model == "shapes" else Path(model)
+    streamed = stream_parameters(folder) if unet is None and folder.is_dir() else None
+    return load_pipeline(model, unet=unet, device="cpu") if streamed is None else streamed

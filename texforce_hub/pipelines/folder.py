@@ -1,6 +1,7 @@
 """What lies in a diffusers folder: weight files, their names and shapes, their tensors."""
 
 import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from texforce_hub.container import open_header
 from texforce_hub.errors import PipelineError
-from texforce_hub.files import read_tensors
+from texforce_hub.files import read_tensors, stream_tensors
+from texforce_hub.matching import PARTS
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -46,6 +48,48 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 def read_state(files: list[Path]) -> dict[str, Tensor]:
     """The tensors of these files, on the CPU. Local pickles are read, tensors only."""
     return {name: tensor for path in files for name, tensor in read_tensors(path, allow_pickle=True)[1].items()}
+
+
+def stream_parameters(folder: Path) -> Mapping[str, Tensor] | None:
+    """The parameters of a pipeline folder's encoders and denoiser by canonical name, each read when asked for.
+
+    ``None`` for a folder that holds no such part, or one saved with live adapters, whose names are not the model's.
+
+    Raises:
+        PipelineError: a part without weights.
+        FileError: a damaged file.
+    """
+    found: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    for part in (part for part in PARTS if (folder / part).is_dir()):
+        for path in weight_files(folder / part):
+            stream = stream_tensors(path, allow_pickle=True)
+            infos = open_header(path).tensors
+            names = [name for name in stream if infos[name].dtype.startswith(("F", "BF"))]
+            if any(".base_layer." in name or "lora_" in name for name in names):
+                return None
+            found |= {f"{part}.{published_name(part, name, names)}": (stream, name) for name in names}
+    return _Parameters(found) if found else None
+
+
+def published_name(part: str, name: str, names: Iterable[str]) -> str:
+    """A parameter's published spelling: newer libraries dropped ``text_model.`` from the plain CLIP encoder."""
+    flat = part.startswith("text_encoder") and any(other.startswith("embeddings.") for other in names)
+    return f"text_model.{name}" if flat else name
+
+
+class _Parameters(Mapping[str, Tensor]):
+    def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        self._places = places
+
+    def __getitem__(self, name: str) -> Tensor:
+        stream, key = self._places[name]
+        return stream[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def read_json(path: Path) -> dict[str, Any]:
