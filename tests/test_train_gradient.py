@@ -145,6 +145,7 @@ def test_deterministic_sampling_is_what_the_pipeline_draws():
     pipe = tiny_pipeline()
     noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(11))
     pipe.set_progress_bar_config(disable=True)
-    expected = pipe(PROMPTS, num_inference_steps=5, guidance_scale=5.0, latents=noise, output_type="pt").images
+    settings = {"num_inference_steps": 5, "guidance_scale": actor.config.guidance, "output_type": "pt"}
+    expected = pipe(PROMPTS, latents=noise, **settings).images
     drawn = sample_images(actor, PROMPTS, images=1, steps=5, seed=11)
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)

@@ -172,6 +172,7 @@ def test_the_best_weights_are_kept_and_remembered(tmp_path):
 def test_training_on_brightness_makes_the_shapes_pipeline_draw_brighter(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     settings = {"steps": 8, "images_per_prompt": 16, "inference_steps": 6, "train_timesteps": 5, "learning_rate": 3e-3}
+    settings |= {"guidance": 5.0, "advantage_floor": 0.05}
     validation = {"validate_every": 8, "validation_images": 8, "validation_steps": 8}
     config = short_config(
         tmp_path / "run",
@@ -234,7 +235,7 @@ def test_the_learning_rate_warms_up_and_decays(decay):
         ({"uncond": "none"}, "'detach' or 'base' or 'full'"),
         ({"canonical": 1.5}, "from 0 to 1"),
         ({"skip_last": 10}, "leaves none"),
-        ({"updates": 100}, "only 64 pictures"),
+        ({"updates": 200}, "only 128 pictures"),
         ({"reward": []}, "no reward"),
     ],
 )

@@ -38,8 +38,7 @@ class TrainConfig:
     prompts_per_step: int = 8  # different prompts in a rollout
     images_per_prompt: int = 16  # pictures of each: the group that advantages are relative to
     inference_steps: int = 10  # denoising steps of a rollout
-    guidance: float = 3.0  # of the rollouts; lower than for finished pictures, so that a prompt's pictures differ enough
-    # to learn from. Up to 1 switches guidance off
+    guidance: float = 3.0  # of the rollouts, at most 1 for none; low, so that a prompt's pictures differ enough
     eta: float = 1.0  # noise of the DDIM steps: 1 is ancestral sampling; 0 would leave nothing to reinforce
     uncond: Literal["detach", "base", "full"] = "detach"  # negative prompt: adapted encoder without or with
     # gradient ("detach", "full"), or the frozen encoder ("base")
@@ -50,7 +49,7 @@ class TrainConfig:
     passes: int = 1  # passes over a rollout
     clip: float = 1e-2  # PPO: a ratio further from 1 than this earns no gradient
     advantage_clip: float = 5.0  # advantages are cut at ± this
-    advantage_floor: float = 1.0  # added to a group's standard deviation: where pictures hardly differ, noise stays small
+    advantage_floor: float = 1.0  # added to a group's standard deviation: where pictures hardly differ, keep still
     kl: float = 0.0  # weight of the Kullback–Leibler divergence from the base, 0 = none
 
     learning_rate: float = 2e-3  # of AdamW, after warm-up
