@@ -48,9 +48,13 @@ SPELLINGS = {
 }
 
 
-def make_tensors(rng: Random) -> Tensors:
-    """A small adapter in a random spelling: at least four layers, random rank, width and dtype."""
-    stem, down, up = SPELLINGS[rng.choice(sorted(SPELLINGS))]
+KINDS = ("lora", "loha", "lokr", "lokr-full", "dora", "full")
+
+
+def make_tensors(rng: Random, kind: str = "lora") -> Tensors:
+    """A small adapter of at least four layers: LoRA in a random spelling, any other kind in LyCORIS' own."""
+    spelling = rng.choice(sorted(SPELLINGS)) if kind == "lora" else "kohya"
+    stem = SPELLINGS[spelling][0]
     rank, width = rng.randint(2, 8), rng.choice([16, 32, 64])
     dtype = rng.choice([torch.float32, torch.float16, torch.bfloat16])
     generator = torch.Generator().manual_seed(rng.getrandbits(40))
@@ -58,16 +62,32 @@ def make_tensors(rng: Random) -> Tensors:
     for i in range(rng.randint(2, 4)):
         for projection in ("q_proj", "v_proj"):
             name = stem.format(i=i, p=projection)
-            tensors[name + down] = torch.randn(rank, width, generator=generator).to(dtype)
-            tensors[name + up] = torch.randn(width, rank, generator=generator).to(dtype)
-            if "lora_te" in name:
+            for ending, shape in _shapes(kind, spelling, rank, width).items():
+                tensors[name + ending] = torch.randn(shape, generator=generator).to(dtype)
+            if spelling == "kohya" and kind != "full":
                 tensors[f"{name}.alpha"] = torch.tensor(float(rng.randint(1, 16)))
     return tensors
 
 
-def write_twin(path: Path, rng: Random) -> Tensors:
+def _shapes(kind: str, spelling: str, rank: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The ends of one layer's tensors, and their shapes."""
+    up, down = (width, rank), (rank, width)
+    small = (width // 4, rank), (rank, width // 4)
+    pair: dict[str, tuple[int, ...]] = dict(zip(SPELLINGS[spelling][1:], (down, up)))
+    endings: dict[str, dict[str, tuple[int, ...]]] = {
+        "lora": pair,
+        "loha": {".hada_w1_a": up, ".hada_w1_b": down, ".hada_w2_a": up, ".hada_w2_b": down},
+        "lokr": {".lokr_w1": (4, 4), ".lokr_w2_a": small[0], ".lokr_w2_b": small[1]},
+        "lokr-full": {".lokr_w1": (4, 4), ".lokr_w2": (width // 4, width // 4)},
+        "dora": pair | {".dora_scale": (width, 1)},
+        "full": {".diff": (width, width), ".diff_b": (width,)},
+    }
+    return endings[kind]
+
+
+def write_twin(path: Path, rng: Random, kind: str = "lora") -> Tensors:
     """The whole file that a damage starts from; gives its tensors."""
-    tensors = make_tensors(rng)
+    tensors = make_tensors(rng, kind)
     if path.suffix == ".safetensors":
         save_file(tensors, path, metadata={"format": "pt", "note": "whole"})
     else:
@@ -98,8 +118,9 @@ def join(path: Path, entries: dict[str, Any] | bytes, data: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def pick(entries: dict[str, Any], rng: Random, ending: str = ".weight") -> str:
-    return rng.choice(sorted(key for key in entries if key.endswith(ending)))
+def pick(entries: dict[str, Any], rng: Random) -> str:
+    """Any tensor's name but an alpha's."""
+    return rng.choice([key for key in sorted(entries) if key != "__metadata__" and not key.endswith(".alpha")])
 
 
 def change_entry(path: Path, rng: Random, **values: Any) -> None:
@@ -173,8 +194,8 @@ def _(path, rng):
 @damages("overlapping tensors", FileError, "overlaps|needs|bytes unused")
 def _(path, rng):
     entries, data = split(path)
-    weights = sorted(key for key in entries if key.endswith(".weight"))
-    first, second = rng.sample(weights, 2)
+    first = pick(entries, rng)
+    second = rng.choice([key for key in sorted(entries) if key not in (first, "__metadata__")])
     entries[first]["data_offsets"] = entries[second]["data_offsets"]
     join(path, entries, data)
 
@@ -253,17 +274,23 @@ def _(path, rng):
     resave(path, tensors)
 
 
-@damages("half a layer", DialectError, "lacks its (up|down) half")
+HALVES = (
+    *(".lora_A.weight", ".lora_B.weight", ".lora_down.weight", ".lora_up.weight"),
+    *(".hada_w1_a", ".hada_w1_b", ".hada_w2_a", ".hada_w2_b", ".lokr_w2_a", ".lokr_w2_b"),
+)
+
+
+@damages("half a layer", DialectError, "lacks its (up|down) half|do not make two")
 def _(path, rng):
     tensors = loaded(path)
-    del tensors[pick(dict(tensors), rng)]
+    del tensors[rng.choice([key for key in sorted(tensors) if key.endswith((*HALVES, ".lokr_w1", ".lokr_w2"))])]
     resave(path, tensors)
 
 
-@damages("halves of unequal rank", DialectError, "do not share a rank")
+@damages("halves of unequal rank", DialectError, "do not share a rank|do not make two")
 def _(path, rng):
     tensors = loaded(path)
-    name = pick(dict(tensors), rng)
+    name = rng.choice([key for key in sorted(tensors) if key.endswith(HALVES)])
     tensors[name] = torch.ones(tensors[name].shape[0] + 1, tensors[name].shape[1] + 1).to(tensors[name].dtype)
     resave(path, tensors)
 
@@ -438,14 +465,24 @@ def leave_whole(path: Path, rng: Random) -> None:
 DAMAGES["shrinks while it is read"] = Damage("shrinks", leave_whole, FileError, "shrank", ".safetensors", shrinking)
 
 
+WITHOUT_HALVES = {"half a layer": ("full",), "halves of unequal rank": ("full", "lokr-full")}
+
+
+def kind_of(name: str, seed: int) -> str:
+    """The kind of layers in the file that a damage starts from; every kind has its turn."""
+    kinds = [kind for kind in KINDS if kind not in WITHOUT_HALVES.get(name, ())]
+    return kinds[seed // len(DAMAGES) % len(kinds)]
+
+
 def make_damaged(folder: Path, name: str, seed: int) -> tuple[Path, Path, Damage]:
     """``(the whole twin, the damaged file, what was done)``, each in a folder of its own under ``folder``."""
     damage = DAMAGES[name]
+    layers = kind_of(name, seed)
     paths = []
     for kind in ("twin", "damaged"):
         path = folder / kind / f"adapter_model{damage.suffix}"
         path.parent.mkdir(parents=True)
-        write_twin(path, Random(seed))
+        write_twin(path, Random(seed), layers)
         paths.append(path)
     damage.damage(paths[1], Random(seed))
     return paths[0], paths[1], damage

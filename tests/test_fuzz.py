@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.damage import DAMAGES, make_damaged
+from tests.damage import DAMAGES, KINDS, kind_of, make_damaged
 from texforce_hub.convert import convert_adapter
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.inspection import inspect_file, inspect_files
@@ -43,6 +43,8 @@ def cases(count):
 def test_there_are_many_kinds_of_damage():
     assert len(DAMAGES) >= 20
     assert {name for name, _ in cases(IN_SUITE)} == set(DAMAGES)
+    assert {kind_of(name, seed) for name, seed in cases(IN_SUITE)} >= set(KINDS[:-1])
+    assert {kind_of(name, seed) for name, seed in cases(IN_CAMPAIGN)} == set(KINDS)
 
 
 @pytest.mark.parametrize("name", sorted(DAMAGES))

@@ -299,13 +299,12 @@ class Kronecker:
         kernel = self.down.shape[2:]
         one = torch.eye(min(rows, columns), dtype=left.dtype, device=left.device)
         left_up, left_down = (left, one) if columns <= rows else (one, left)
-        wide_up = torch.kron(left_up, up)
+        wide_up = torch.kron(left_up.contiguous(), up.contiguous())
         if kernel:
-            wide_down = torch.kron(left_down[:, :, None].contiguous(), down.contiguous()).view(
-                -1, self.shape[1], *kernel
-            )
+            flat = torch.kron(left_down[:, :, None].contiguous(), down.contiguous())
+            wide_down = flat.reshape(-1, self.shape[1], *kernel)
         else:
-            wide_down = torch.kron(left_down, down)
+            wide_down = torch.kron(left_down.contiguous(), down.contiguous())
         return LowRank(wide_down, wide_up, self.scale)
 
     def scaled(self, weight: float) -> "Kronecker":
@@ -346,6 +345,7 @@ class Decomposed:
                 f"DoRA layer with {self.magnitude.numel()} magnitudes for a weight {self.inner.shape} normed along "
                 f"'{self.axis}'; expected {expected}"
             )
+        _same_place("DoRA layer", {"magnitude": self.magnitude})
 
     @property
     def rank(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from texforce_hub.dialects.scale import ABSURD, find_alpha
@@ -67,6 +67,7 @@ def plan_layer(stem: Stem, header: Header) -> LayerPlan:
     outcome = _outcome(shapes)
     if isinstance(outcome, str):
         return _unreadable(stem, f"{stem.stem}: {outcome}")
+    outcome = _with_kernel(outcome, stem)
     faults: list[str] = []
     stored = _stored_alpha(stem, header, faults)
     alpha = find_alpha(stem.name, stored, header)
@@ -117,6 +118,16 @@ def _stored_alpha(stem: Stem, header: Header, faults: list[str]) -> float | None
         faults.append(f"{key}: an alpha of shape {info.shape} and dtype {info.dtype}; expected a single number")
         return None
     return header.scalars[key]
+
+
+def _with_kernel(outcome: _Outcome, stem: Stem) -> _Outcome:
+    """A flattened convolution whose magnitudes ``(1, in, 1, 1)`` say how many inputs it has: kernels are square."""
+    shape = stem.shapes.get("dora", ())
+    if len(shape) != 4 or shape[0] != 1 or len(outcome.shape) != 2 or outcome.shape[1] % shape[1]:
+        return outcome
+    side = math.isqrt(outcome.shape[1] // shape[1])
+    folded = (outcome.shape[0], shape[1], side, side)
+    return replace(outcome, shape=folded) if math.prod(folded) == math.prod(outcome.shape) else outcome
 
 
 def _axis(stem: Stem, outcome: _Outcome, faults: list[str]) -> Literal["out", "in"] | None:
