@@ -410,6 +410,8 @@ def test_the_commands_merge_verify_resize_compare_and_refuse(files, tmp_path, ca
     for arguments in (
         ("merge", *files, "--output", out, "--method", "linear"),
         ("merge", *files),
+        ("merge", *files, "--output", files[1]),
+        ("merge", "--recipe", out, "--output", files[0]),
         ("merge", "--output", out),
         ("merge", *files, "--recipe", out, "--output", out),
         ("merge", "--recipe", out, "--rank", 2, "--output", again),

@@ -71,6 +71,7 @@ def merge(
     from texforce_hub.merge import merge_adapters
 
     assert output is not None
+    _check_apart(request["sources"], output)
     _write(merge_adapters(**request), output, dialect, json=json)
 
 
@@ -102,6 +103,17 @@ def parse_pairs(pairs: list[str] | None, label: str) -> dict[str, Any]:
         except ValueError:
             found[name] = value
     return found
+
+
+def _check_apart(sources: list[Any], output: Path) -> None:
+    """Refuse to write over a source: the recipe could never be run again."""
+    from texforce_hub.locate import find_file
+    from texforce_hub.refs import AdapterRef
+
+    for source in sources:
+        file = find_file(source if isinstance(source, AdapterRef) else AdapterRef.parse(source))
+        if file.resolve() == output.resolve():
+            raise MergeError(f"--output {output} is a source of the merge; name another file")
 
 
 def _load_base(base: str | None) -> Any:
