@@ -44,8 +44,8 @@ campaign: $(READY) ## ten kill -9 and resume rounds of a training run, bit for b
 fuzz: $(READY) ## two thousand damaged files
 	$(BIN)/pytest -m campaign tests/test_fuzz.py
 
-cube: $(READY) ## every U-Net partner under every text dialect
-	$(BIN)/pytest -m campaign tests/test_cube.py
+cube: $(READY) ## every U-Net partner under every text dialect, every foreign listing on SD1's true size
+	$(BIN)/pytest -m campaign tests/test_cube.py tests/test_apply_files.py
 
 build: $(READY) ## the wheel
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

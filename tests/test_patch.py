@@ -13,6 +13,7 @@ from torch import nn
 from texforce_hub import patch
 from texforce_hub.adapter import Decomposed, Dense, LowRank, Vector
 from texforce_hub.errors import MatchError
+from texforce_hub.rounding import summed
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -77,7 +78,7 @@ def test_writes_on_one_weight_come_off_in_any_order(order):
     remaining = [i for i in range(3) if i != order[0]]
     expected = before["inner.0.weight"]
     for i in remaining:
-        expected = patch.summed(expected, [(layers[i], 1.0)])
+        expected = summed(expected, [(layers[i], 1.0)])
     assert torch.equal(model.inner[0].weight, expected)
     patch.undo(entries[order[1]])
     patch.undo(entries[order[2]])
