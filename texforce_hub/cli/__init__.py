@@ -30,6 +30,7 @@ COMMANDS: tuple[str, ...] = (
     "compare",
     "verify",
     "demo",
+    "doctor",
 )
 
 app = typer.Typer(
