@@ -173,9 +173,12 @@ def true_encoder():
     return model
 
 
+UNET = r"unet|lora_unet|diffusion_model|(lycoris_)?(down|up|mid)_block"
+
+
 def only_text(header):
     """The tensors of a listing that are the text encoder's; a file of the others needs a U-Net of true size."""
-    return {n for n in header.tensors if not re.match(r"unet|lora_unet|diffusion_model|down_blocks|up_blocks|mid_", n)}
+    return {n for n in header.tensors if not re.match(UNET, n)}
 
 
 SD1 = [name for name in LISTINGS if name.endswith("-sd1") and only_text(listing(name))]
