@@ -224,21 +224,21 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
+ABOUT = """\
+CPU seconds of the process, the least of several calls: the machine was shared, other work on all its cores.
+Random weights of true sizes. Not measured on a GPU yet.
+
+Aims: load and apply 5 × faster than diffusers; fuse within 2 × of one pass over the touched weights; a forward
+pass flat in N; a batch of many stacks at most 5 % longer at 20 steps or more. What misses its aim stands here as
+measured.
+"""
+
+
 def main() -> None:
     """Print the section."""
     print("## Apply\n")
-    print(
-        f"`python -m benchmarks.apply` at commit {commit()}; {processor()}, torch {torch.__version__}, one thread. CPU"
-    )
-    print(
-        "seconds of the process, the least of several calls: the machine was shared, other work on all its cores. Random weights of true sizes. Not"
-    )
-    print("measured on a GPU yet.\n")
-    print("Aims: load and apply 5 × faster than diffusers; fuse within 2 × of one pass over the touched weights;")
-    print(
-        "a forward pass flat in N; a batch of many stacks at most 5 % longer at 20 steps or more. What misses its aim"
-    )
-    print("stands here as measured.\n")
+    print(f"`python -m benchmarks.apply` at commit {commit()}; {processor()}, torch {torch.__version__}, one thread.")
+    print(ABOUT)
     with tempfile.TemporaryDirectory() as folder:
         print("\n".join(against_diffusers(Path(folder))))
     print("\nForward of SD1.5's text encoder, two prompts, N adapters of rank 16 on:\n")
