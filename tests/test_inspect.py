@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tests.damage import DAMAGES, make_damaged
 from texforce_hub import cli
 from texforce_hub.adapter import Adapter, LowRank
-from texforce_hub.errors import FileError
+from texforce_hub.errors import ConfigError, FileError
 from texforce_hub.inspection import inspect_file
 from texforce_hub.inspection.weights import measure_layers
 from texforce_hub.sources import write_adapter
@@ -68,6 +68,28 @@ def test_a_folder_of_many_is_one_table_and_bad_files_stop_nobody(tmp_path):
     table = run("inspect", tmp_path)
     assert "unreadable" in table.stdout
     assert "in the header twice" in table.stdout
+
+
+def test_a_folder_is_filtered_by_family_and_sorted(tmp_path):
+    write_adapter(sd1_adapter(rank=2), tmp_path / "a.safetensors")
+    write_adapter(sd1_adapter(rank=8), tmp_path / "b.safetensors")
+    second = "text_encoder_2.text_model.encoder.layers.0.self_attn.q_proj"
+    sdxl = Adapter({second: LowRank(torch.ones(4, 1280), torch.ones(1280, 4))})
+    write_adapter(sdxl, tmp_path / "c.safetensors")
+
+    def names(*arguments):
+        found = json.loads(run("inspect", tmp_path, "--json", *arguments).stdout)["files"]
+        return [Path(one["path"]).stem for one in found]
+
+    assert names() == ["a", "b", "c"]
+    assert names("--sort", "rank") == ["b", "c", "a"]
+    assert names("--family", "sd1", "--sort", "size") == ["b", "a"]
+    assert names("--family", "sdxl", "--sort", "family")[-1] == "c"
+    (tmp_path / "d.safetensors").write_bytes(b"")
+    assert "d" in names("--family", "sd1")
+    assert isinstance(run("inspect", tmp_path / "a.safetensors", "--family", "sd2").exception, FileError)
+    for wrong in (("--family", "sd9"), ("--sort", "colour")):
+        assert isinstance(run("inspect", tmp_path, *wrong).exception, ConfigError)
 
 
 def test_three_hundred_files_take_little_time_and_memory(tmp_path):

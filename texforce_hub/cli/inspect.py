@@ -9,7 +9,7 @@ import typer
 
 from texforce_hub.cli.console import put, put_json, put_table
 from texforce_hub.cli.progress import track
-from texforce_hub.errors import FileError
+from texforce_hub.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from texforce_hub.inspection import Inspection
@@ -28,6 +28,8 @@ def inspect(
     refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Also read the numbers: norms, ranks, NaN.")] = False,
+    family: Annotated[str | None, typer.Option("--family", help="Only files that can be of it, e.g. sdxl.")] = None,
+    sort: Annotated[str, typer.Option("--sort", help="path, size, family or rank; the largest first.")] = "path",
 ) -> None:
     """Say what files hold: layout, base family, parts, ranks, alphas, hash, problems. Headers only, unless --weights.
 
@@ -36,8 +38,10 @@ def inspect(
     from texforce_hub.inspection import inspect_files
     from texforce_hub.locate import find_files
 
+    _check_choices(family, sort)
     paths = list(dict.fromkeys(path for ref in refs for path in find_files(ref)))
     found = list(track(inspect_files(paths), total=len(paths), what="inspecting"))
+    found = _chosen(found, family, sort)
     measured = _measure(found) if weights else {}
     if json:
         put_json({"files": [_as_dict(one, measured) for one in found]})
@@ -46,6 +50,30 @@ def inspect(
     else:
         _put_many(found, measured)
     _fail_on_errors(found)
+
+
+def _check_choices(family: str | None, sort: str) -> None:
+    from texforce_hub.families import FAMILIES
+
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(f"--family {family!r}; known: {', '.join(FAMILIES)}")
+    if sort not in ("path", "size", "family", "rank"):
+        raise ConfigError(f"--sort {sort!r}; expected path, size, family or rank")
+
+
+def _chosen(found: "list[Inspection]", family: str | None, sort: str) -> "list[Inspection]":
+    """Those that can be of the family, and the unreadable, of which nobody knows; in the order asked for."""
+    kept = [one for one in found if family is None or one.error is not None or family in one.families]
+    if not kept:
+        raise FileError(f"none of {len(found)} files can be of family {family}; leave out --family to see them")
+    match sort:
+        case "size":
+            kept.sort(key=lambda one: -one.size)
+        case "rank":
+            kept.sort(key=lambda one: -max((rank or 0 for rank in one.ranks), default=0))
+        case "family":
+            kept.sort(key=lambda one: one.families)
+    return kept
 
 
 def _fail_on_errors(found: "list[Inspection]") -> None:
