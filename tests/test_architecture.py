@@ -89,3 +89,9 @@ def test_the_law_can_be_broken(source, finding):
 
 def test_every_module_of_the_table_that_is_core_exists():
     assert {"errors", "adapter", "shapes", "cli"} <= {name for name, _ in modules()}
+
+
+def test_the_law_of_thinness_training_is_at_most_900_lines():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (PACKAGE / "train").rglob("*.py")}
+    assert lines
+    assert sum(lines.values()) <= 900, lines

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.test_train_loop import bits, finish_child, kill_after, run, start_child
-from texforce_hub.train.checkpoint import list_checkpoints
+from texforce_hub.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.campaign
 KILLS = 10

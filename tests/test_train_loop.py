@@ -6,20 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.training import short_config, tiny_pipeline
+from texforce_hub.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
 from texforce_hub.errors import ConfigError, PromptError, TrainingError
 from texforce_hub.files import read_tensors
 from texforce_hub.pipelines import load_pipeline
-from texforce_hub.train.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
-from texforce_hub.train.config import TrainConfig, make_config, read_config, write_config
+from texforce_hub.prompts import load_prompts
+from texforce_hub.settings import read_settings, write_settings
+from texforce_hub.train.config import TrainConfig, make_config
 from texforce_hub.train.folder import ADAPTER
 from texforce_hub.train.loop import train_adapter
-from texforce_hub.train.promptset import load_prompts
 from texforce_hub.train.state import Learner, learning_rate_share
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +56,7 @@ def test_a_run_writes_everything_it_promises(whole):
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3]
     assert metrics[1]["validation"] is not None
-    assert make_config(read_config(whole / "config.toml")) == short_config(whole)
+    assert make_config(read_settings(whole / "config.toml")) == short_config(whole)
     header, tensors = read_tensors(whole / ADAPTER)
     assert len(tensors) == 2 * 3 * 4
     assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in tensors)
@@ -246,16 +248,16 @@ def test_an_impossible_setting_is_refused_by_name(settings, says):
 
 def test_a_config_survives_toml(tmp_path):
     config = TrainConfig(output='a "b"\\c é', reward=("jpeg=-1", "brightness"), prompts="p.txt", kl=0.1)
-    (tmp_path / "run.toml").write_text(write_config(config), encoding="utf-8")
-    assert make_config(read_config(tmp_path / "run.toml")) == config
+    (tmp_path / "run.toml").write_text(write_settings(asdict(config)), encoding="utf-8")
+    assert make_config(read_settings(tmp_path / "run.toml")) == config
 
 
 def test_a_config_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match="is not TOML"):
-        read_config(tmp_path / "bad.toml")
+        read_settings(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="cannot read"):
-        read_config(tmp_path / "none.toml")
+        read_settings(tmp_path / "none.toml")
 
 
 def test_shapes_prompts_are_seen_combinations_half_of_them_canonical():
@@ -290,7 +292,7 @@ sys.path.insert(0, sys.argv[2])
 from tests.test_train_loop import run
 steps, die_at = int(sys.argv[3]), int(sys.argv[4])
 if die_at:
-    from texforce_hub.train import checkpoint
+    from texforce_hub import checkpoint
     write = checkpoint.write_tensors
     def write_and_die(path, tensors):
         write(path, tensors)

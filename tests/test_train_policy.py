@@ -6,14 +6,8 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from texforce_hub.train.policy import (
-    group_advantages,
-    log_probability,
-    make_schedule,
-    ppo_losses,
-    step_distribution,
-    step_divergence,
-)
+from texforce_hub.schedulers import make_schedule, step_distribution
+from texforce_hub.train.policy import group_advantages, log_probability, ppo_losses, step_divergence
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 

@@ -4,17 +4,15 @@ An entry either ships its weights with the package (``folder``) or says exactly 
 (``repo``, a full commit as ``revision``, ``file``, ``sha256``).
 """
 
-import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from texforce_hub.errors import ConfigError
+from texforce_hub.settings import read_settings, suggest_name
 
 _PACKAGE = Path(__file__).parent
 ROOT = _PACKAGE / "_catalog" if (_PACKAGE / "_catalog").is_dir() else _PACKAGE.parent / "adapters"
@@ -74,14 +72,10 @@ def _read_catalog(root: Path) -> Mapping[str, Entry]:
 
 
 def _read_entry(path: Path) -> Entry:
-    try:
-        values: dict[str, Any] = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"catalogue entry {path}: {error}") from error
+    values = read_settings(path)
     known = [field.name for field in fields(Entry) if field.name != "name"]
     for key in values.keys() - set(known):
-        nearest = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+        hint = suggest_name(key, known, otherwise="known are")
         raise ConfigError(f"catalogue entry {path}: unknown {key!r}; {hint}")
     missing = [key for key in ("title", "family", "license") if not isinstance(values.get(key), str)]
     if missing:

@@ -21,7 +21,7 @@ from texforce_hub.catalog import read_catalog
 from texforce_hub.errors import ConfigError
 from texforce_hub.evaluate import Evaluation, Interval, Sampling, Variant, draw_images, evaluate_variants, in_place
 from texforce_hub.files import writing
-from texforce_hub.images.sheet import contact_sheet
+from texforce_hub.images.picture import column_sheet
 from texforce_hub.pipelines import load_pipeline
 from texforce_hub.rewards import resolve_rewards
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
@@ -143,11 +143,6 @@ def _draw_sheet(pipe: Any, variants: Mapping[str, Variant], prompts: list[str], 
     for variant in variants.values():
         with in_place(pipe, variant):
             batches = [images for _, images in draw_images(pipe, prompts, replace(sampling, seeds=sampling.seeds[:1]))]
-        columns.append([_picture(image) for image in torch.cat(batches)])
+        columns.append(torch.cat(batches))
     labels = {"base": "base", "text": "text LoRA", "unet": "U-Net tuned", "both": "both"}
-    images = [image for row in zip(*columns, strict=True) for image in row]
-    return contact_sheet(images, rows=prompts, columns=[labels[name] for name in variants])
-
-
-def _picture(image: torch.Tensor) -> Image.Image:
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    return column_sheet(columns, rows=prompts, names=[labels[name] for name in variants])

@@ -1,6 +1,8 @@
 """Where the work runs: chosen once, said aloud."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,3 +43,13 @@ def choose_dtype(name: str | torch.dtype | None) -> torch.dtype:
     if name is not None and name not in DTYPES:
         raise ConfigError(f"no dtype {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[name or "float32"]
+
+
+@contextmanager
+def no_denormals() -> Iterator[None]:
+    """Denormal numbers as 0: Adam's young moments are full of them, and processors are slow at them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from texforce_hub.apply import apply_adapter
 from texforce_hub.errors import ConfigError, PromptError
-from texforce_hub.rewards import Reward
+from texforce_hub.rewards import Reward, score_images
 
 _RESAMPLES = 10_000
 
@@ -113,14 +113,13 @@ def evaluate_variants(
     scores: dict[str, dict[str, np.ndarray]] = {reward.name: {} for reward in rewards}
     for name, variant in variants.items():
         with in_place(pipe, variant):
-            rows: dict[str, list[Tensor]] = {reward.name: [] for reward in rewards}
+            parts = []
             for texts, images in draw_images(pipe, prompts, sampling):
-                for reward in rewards:
-                    rows[reward.name].append(reward(images, texts).cpu())
+                parts.append(score_images(rewards, images, texts, batch=len(texts)).cpu())
                 if on_images is not None:
                     on_images(name, len(texts))
-        for reward_name, parts in rows.items():
-            scores[reward_name][name] = torch.cat(parts).view(len(prompts), -1).double().numpy()
+        for reward, row in zip(rewards, torch.cat(parts, 1), strict=True):
+            scores[reward.name][name] = row.view(len(prompts), -1).double().numpy()
     return Evaluation(tuple(prompts), sampling, scores)
 
 

@@ -6,12 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from texforce_hub.cli.console import put_json, put_table, say
-from texforce_hub.errors import ConfigError
 
 if TYPE_CHECKING:
     from texforce_hub.evaluate import Evaluation, Variant
-
-_SHAPES_PROMPTS = 96
 
 
 def register(app: typer.Typer) -> None:
@@ -44,10 +41,11 @@ def evaluate(
 
     from texforce_hub.evaluate import Sampling, evaluate_variants
     from texforce_hub.pipelines import load_pipeline
+    from texforce_hub.prompts import held_out_prompts
     from texforce_hub.rewards import resolve_rewards
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
-    texts = _read_prompts(prompts)
+    texts = held_out_prompts(prompts)
     pipe = load_pipeline(base, device=device)
     variants = _make_variants(adapter or [], load_pipeline(base, unet=unet, device=device).unet if unet else None)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
@@ -66,19 +64,6 @@ def evaluate(
         put_json(describe(result))
     else:
         _print(result)
-
-
-def _read_prompts(source: str) -> list[str]:
-    if not source.startswith("shapes:"):
-        from texforce_hub.train.promptset import read_prompts
-
-        return list(read_prompts(source))
-    from texforce_hub.shapes.grammar import sample_prompts
-
-    words = {"shapes:colour": {"colour"}, "shapes:shape": {"shape"}, "shapes:canonical": set[str]()}
-    if source not in words:
-        raise ConfigError(f"no prompts {source!r}; there are {', '.join(words)}, or a file")
-    return sample_prompts(_SHAPES_PROMPTS, 0, split="test", noisy=words[source])
 
 
 def _make_variants(stacks: list[str], unet: Any) -> dict[str, "Variant"]:

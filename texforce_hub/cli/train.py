@@ -51,9 +51,10 @@ def train(
 ) -> None:
     """Train a text-encoder LoRA with a reward (TexForce); writes the adapter, checkpoints, metrics and pictures."""
     options = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
-    from texforce_hub.train.config import make_config, read_config
+    from texforce_hub.settings import read_settings
+    from texforce_hub.train.config import make_config
 
-    settings = read_config(config) if config else {}
+    settings = read_settings(config) if config else {}
     settings |= {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
     _run(make_config(settings), as_json)
 
@@ -78,7 +79,7 @@ def _run(config: Any, as_json: bool) -> None:
 
 
 def _how_to_resume(config: Any) -> str:
-    from texforce_hub.train.checkpoint import list_checkpoints
+    from texforce_hub.checkpoint import list_checkpoints
 
     saved = list_checkpoints(Path(config.output))
     if not saved:

@@ -7,7 +7,6 @@ reward returns is checked before it is used.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from texforce_hub.errors import RewardError
 from texforce_hub.refs import RewardRef
+from texforce_hub.settings import suggest_name
 
 Score = Callable[[Tensor, Sequence[str]], Any]  # a Tensor; somebody else's code may return anything
 
@@ -101,8 +101,7 @@ def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
         function = _import_function(name)
         return Reward(name, function, weight, differentiable=bool(getattr(function, "differentiable", False)))
     if name not in BUILT_IN:
-        nearest = get_close_matches(name, BUILT_IN, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else f"built in are {', '.join(BUILT_IN)}"
+        hint = suggest_name(name, BUILT_IN, otherwise="built in are")
         raise RewardError(f"no reward {name!r}; {hint} (your own: python:module:function)")
     factory = getattr(import_module(f"texforce_hub.rewards.{name}"), name)
     return Reward(name, factory(torch.device(device)), weight, BUILT_IN[name].differentiable)
@@ -120,6 +119,18 @@ def resolve_rewards(specs: Sequence[str], device: str | torch.device = "cpu") ->
         if names.count(name) > 1:
             raise RewardError(f"reward {name!r} is given twice; give it once, with a weight: {name}=2")
     return rewards
+
+
+@torch.no_grad()
+def score_images(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str], *, batch: int) -> Tensor:
+    """Every reward of every picture, ``(rewards, b)``, ``batch`` pictures at a time, without gradient.
+
+    Raises:
+        RewardError: a reward cannot be used; the message names the prompt.
+    """
+    starts = range(0, len(prompts), batch)
+    rows = [[reward(images[i : i + batch], prompts[i : i + batch]) for i in starts] for reward in rewards]
+    return torch.stack([torch.cat(row) for row in rows])
 
 
 def _import_function(spec: str) -> Score:

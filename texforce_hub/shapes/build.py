@@ -25,6 +25,9 @@ from diffusers import StableDiffusionPipeline
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Generator, Tensor, nn
 
+from texforce_hub.checkpoint import State, read_checkpoint, write_checkpoint
+from texforce_hub.device import no_denormals
+from texforce_hub.lock import own_folder
 from texforce_hub.shapes.card import measure_base, write_card
 from texforce_hub.shapes.grammar import Scene, careless_caption, sample_scene
 from texforce_hub.shapes.models import (
@@ -70,39 +73,43 @@ class Stage:
 class Progression:
     """Where a stage is: step, optimiser, average – all that a restart needs."""
 
-    path: Path
+    folder: Path
     step: int = 0
     seconds: float = 0.0
     average: list[Tensor] = field(default_factory=list)
 
     def save(self, stage: Stage, optimiser: torch.optim.Optimizer) -> None:
-        """Write the state beside the old one, then put it in its place."""
-        state = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "average": self.average,
-            "modules": stage.modules.state_dict(),
-            "optimiser": optimiser.state_dict(),
-        }
-        aside = self.path.with_suffix(".part")
-        torch.save(state, aside)
-        aside.replace(self.path)
+        """Write the state as a checkpoint, then remove the one before."""
+        tensors = {f"average/{i}": tensor for i, tensor in enumerate(self.average)}
+        tensors |= {f"modules/{name}": tensor for name, tensor in stage.modules.state_dict().items()}
+        for i, moments in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser/{i}/{name}": tensor for name, tensor in moments.items()}
+        write_checkpoint(self.folder, State(self.step, tensors, {"seconds": self.seconds}), keep=1)
 
     def load(self, stage: Stage, optimiser: torch.optim.Optimizer) -> None:
         """Take up a state written by :meth:`save`, if there is one."""
-        if not self.path.exists():
+        state = read_checkpoint(self.folder)
+        if state is None:
             return
-        state = torch.load(self.path, weights_only=True)
-        stage.modules.load_state_dict(state["modules"])
-        optimiser.load_state_dict(state["optimiser"])
-        self.step, self.seconds, self.average = state["step"], state["seconds"], state["average"]
+        kinds: dict[str, dict[str, Tensor]] = {"average": {}, "modules": {}, "optimiser": {}}
+        for place, tensor in state.tensors.items():
+            kind, _, name = place.partition("/")
+            kinds[kind][name] = tensor
+        stage.modules.load_state_dict(kinds["modules"])
+        moments: dict[int, dict[str, Tensor]] = {}
+        for place, tensor in kinds["optimiser"].items():
+            number, _, name = place.partition("/")
+            moments.setdefault(int(number), {})[name] = tensor
+        optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
+        self.average = [kinds["average"][str(i)] for i in range(len(self.average))]
+        self.step, self.seconds = state.step, state.facts["seconds"]
 
 
 def optimise(stage: Stage, seed: int, folder: Path, bar: Progress, until: int | None = None) -> float:
     """Run a stage to its end (or to step ``until``) with AdamW, warm-up and cosine decay; returns its seconds."""
     parameters = list(stage.modules.parameters())
     optimiser = torch.optim.AdamW(parameters, lr=stage.rate, betas=stage.betas, weight_decay=stage.decay)
-    at = Progression(folder / f"{stage.name}.pt", average=[p.detach().clone() for p in parameters])
+    at = Progression(folder / stage.name, average=[p.detach().clone() for p in parameters])
     at.load(stage, optimiser)
     task = bar.add_task(stage.name, total=stage.steps, completed=at.step, loss="")
     running, since = 0.0, time.monotonic()
@@ -249,9 +256,7 @@ def train_unet(
 
 def build(output: Path, recipe: Recipe) -> None:
     """Train what is not trained yet and write the pipeline, in fp16, with its card, to ``output``."""
-    folder = output / "build"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _as_trained(), _bar() as bar:
+    with own_folder(output / "build") as folder, _as_trained(), _bar() as bar:
         task = bar.add_task("draw", total=1, loss="")
         album = make_album(recipe.pictures, recipe.seed)
         bar.update(task, completed=1)
@@ -287,12 +292,11 @@ def _as_trained() -> Iterator[None]:
     """Two threads and no denormals, as the shipped weights were trained; other settings differ in the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    torch.set_flush_denormal(True)
     try:
-        yield
+        with no_denormals():
+            yield
     finally:
         torch.set_num_threads(before)
-        torch.set_flush_denormal(False)
 
 
 def _bar() -> Progress:

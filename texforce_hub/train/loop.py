@@ -1,9 +1,8 @@
 """A training run from start to finish; it can be stopped at any moment and goes on where it was."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
 
@@ -12,16 +11,19 @@ from diffusers import DDIMScheduler
 from torch import Generator, Tensor
 
 from texforce_hub.adapter import Adapter
+from texforce_hub.checkpoint import State, read_checkpoint, write_checkpoint
+from texforce_hub.device import no_denormals
 from texforce_hub.errors import ConfigError, RewardError, TrainingError
-from texforce_hub.pipelines import load_pipeline
-from texforce_hub.rewards import Reward, resolve_rewards
-from texforce_hub.train.checkpoint import State, read_checkpoint, write_checkpoint
+from texforce_hub.lock import own_folder
+from texforce_hub.pipelines import frozen, load_pipeline
+from texforce_hub.prompts import PromptSet, load_prompts
+from texforce_hub.rewards import Reward, resolve_rewards, score_images
+from texforce_hub.sources import write_adapter
 from texforce_hub.train.config import TrainConfig, differing, make_config
-from texforce_hub.train.folder import RunFolder, own_folder
+from texforce_hub.train.folder import ADAPTER, RunFolder
 from texforce_hub.train.lora import attach_lora, describe_run, read_lora
 from texforce_hub.train.policy import group_advantages
-from texforce_hub.train.promptset import PromptSet, load_prompts
-from texforce_hub.train.rollout import Actor, Rollout, sample_images, sample_rollout
+from texforce_hub.train.rollout import Actor, sample_images, sample_rollout
 from texforce_hub.train.state import Learner
 from texforce_hub.train.update import update_policy
 
@@ -58,14 +60,6 @@ class Run:
     rewards: Sequence[Reward]
     folder: RunFolder
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Every reward of every picture, ``(rewards, b)``."""
-        size = self.config.batch
-        starts = range(0, len(prompts), size)
-        with torch.no_grad():
-            rows = [[r(images[i : i + size], prompts[i : i + size]) for i in starts] for r in self.rewards]
-        return torch.stack([torch.cat(row) for row in rows])
-
     def take_step(self) -> StepReport:
         """One rollout, its rewards, and its updates.
 
@@ -77,15 +71,11 @@ class Run:
         torch.manual_seed(_mix(config.seed, learner.step, 0))  # for a reward that draws random numbers
         texts = self.prompts.draw(learner.step, config.prompts_per_step, config.seed)
         rollout = sample_rollout(self.actor, texts, self._generator(1))
-        scores = self.score(rollout.images, [texts[i] for i in rollout.group])
-        rate = learner.set_learning_rate()
+        drawn = [texts[i] for i in rollout.group]
+        scores = score_images(self.rewards, rollout.images, drawn, batch=config.batch)
+        rate, advantages = learner.set_learning_rate(), self._advantages(scores)
         facts = update_policy(
-            self.actor,
-            rollout,
-            self._advantages(scores, rollout),
-            learner.optimizer,
-            list(learner.parameters.values()),
-            self._generator(2),
+            self.actor, rollout, advantages, learner.optimizer, list(learner.parameters.values()), self._generator(2)
         )
         learner.finish_step()
         total = self._weighted(scores)
@@ -97,20 +87,18 @@ class Run:
             group_std=total.view(len(texts), -1).std(1).mean().item(),
             learning_rate=rate,
             **asdict(facts),
-            validation=self.validate() if self._due(config.validate_every) else None,
+            validation=self.validate() if self.due(config.validate_every) else None,
             seconds=monotonic() - started,
         )
 
     def validate(self) -> float:
         """The mean reward on the validation prompts at fixed noise; remembers the best weights."""
-        config = self.config
+        config, number = self.config, self.config.validation_images
         texts = self.prompts.sample(config.validation_prompts)
         with self.learner.averaged():
-            images = sample_images(
-                self.actor, texts, images=config.validation_images, steps=config.validation_steps, seed=0
-            )
-        prompts = [text for text in texts for _ in range(config.validation_images)]
-        score = self._weighted(self.score(images, prompts)).mean().item()
+            images = sample_images(self.actor, texts, images=number, steps=config.validation_steps, seed=0)
+        drawn = [text for text in texts for _ in range(number)]
+        score = self._weighted(score_images(self.rewards, images, drawn, batch=config.batch)).mean().item()
         self.learner.note_validation(score)
         return score
 
@@ -123,34 +111,32 @@ class Run:
     def save(self, state: State) -> None:
         """Write a checkpoint, and the adapter as it is now."""
         write_checkpoint(self.folder.path, state, keep=self.config.checkpoints)
-        self.folder.write_adapter(self.adapter())
+        write_adapter(self.adapter(), self.folder.path / ADAPTER)
 
-    def draw_sheet(self) -> None:
-        """The same prompts at the same noise, by the base and now."""
-        texts = self.prompts.sample(_SHEET_PROMPTS)
-        base = replace(self.actor, encoder=self.actor.pipeline.text_encoder)
-        steps = self.config.validation_steps
+    def draw(self) -> None:
+        """The sheet – the same prompts at the same noise, by the base and now – and the reward's curve."""
+        texts, step, steps = self.prompts.sample(_SHEET_PROMPTS), self.learner.step, self.config.validation_steps
         with self.learner.averaged():
-            columns = [sample_images(actor, texts, images=1, steps=steps, seed=1) for actor in (base, self.actor)]
-        self.folder.write_sheet(columns, texts, ["base", f"step {self.learner.step}"], step=self.learner.step)
+            actors = (self.actor.reference, self.actor)
+            columns = [sample_images(actor, texts, images=1, steps=steps, seed=1) for actor in actors]
+        self.folder.write_sheet(columns, texts, ["base", f"step {step}"], step=step)
+        self.folder.write_curve(self.learner.validations)
+
+    def due(self, every: int) -> bool:
+        """Whether the step just taken is one of every so many, or the last."""
+        return bool(every) and (self.learner.step % every == 0 or self.learner.step == self.config.steps)
 
     def _weighted(self, scores: Tensor) -> Tensor:
         return torch.stack([r.weight * row for r, row in zip(self.rewards, scores, strict=True)]).sum(0)
 
-    def _advantages(self, scores: Tensor, rollout: Rollout) -> Tensor:
+    def _advantages(self, scores: Tensor) -> Tensor:
         """Every reward's own group advantages, by weight: rewards on different scales count alike."""
-        config, total = self.config, torch.zeros_like(scores[0])
-        for reward, row in zip(self.rewards, scores, strict=True):
-            groups = row.view(len(rollout.prompts), -1)
-            advantages = group_advantages(groups, floor=config.advantage_floor, clip=config.advantage_clip)
-            total += reward.weight * advantages.flatten()
-        return total / sum(abs(reward.weight) for reward in self.rewards)
+        groups, config = scores.view(-1, self.config.images_per_prompt), self.config
+        advantages = group_advantages(groups, floor=config.advantage_floor, clip=config.advantage_clip)
+        return self._weighted(advantages.view_as(scores)) / sum(abs(reward.weight) for reward in self.rewards)
 
     def _generator(self, purpose: int) -> Generator:
         return Generator().manual_seed(_mix(self.config.seed, self.learner.step, purpose))
-
-    def _due(self, every: int) -> bool:
-        return bool(every) and (self.learner.step % every == 0 or self.learner.step == self.config.steps)
 
 
 def train_adapter(
@@ -171,9 +157,10 @@ def train_adapter(
         TrainingError: another process trains there, or the run cannot go on; the message says why.
     """
     prompts = load_prompts(config.prompts, base=config.base, canonical=config.canonical)
-    with own_folder(config.output) as folder, _torch_settings():
-        run = _make_run(config, pipeline, prompts, folder)
-        with _frozen(run.actor.pipeline):
+    # A reward may draw from torch's own random numbers: the caller's state of them is put back.
+    with own_folder(config.output) as folder, no_denormals(), torch.random.fork_rng(devices=[]):
+        run = _make_run(config, pipeline, prompts, RunFolder(folder))
+        with frozen(run.actor.pipeline):
             _start(run)
             _train(run, on_step or (lambda _: None))
         return run.adapter()
@@ -184,13 +171,12 @@ def _make_run(config: TrainConfig, pipeline: Any, prompts: PromptSet, folder: Ru
         pipeline = load_pipeline(config.base, device=config.device, dtype=config.dtype)
     _check_pipeline(pipeline)
     rewards = resolve_rewards(config.reward, pipeline.unet.device)
-    encoder, parameters = attach_lora(
-        pipeline.text_encoder, rank=config.rank, alpha=config.alpha, seed=_mix(config.seed, 0, 3)
-    )
+    seed = _mix(config.seed, 0, 3)
+    encoder, parameters = attach_lora(pipeline.text_encoder, rank=config.rank, alpha=config.alpha, seed=seed)
     # Latents have no range to be clipped to, whatever an old configuration leaves unsaid.
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
-    actor = Actor(pipeline, encoder, scheduler, config)
-    return Run(config, actor, Learner(parameters, config), prompts, rewards, folder)
+    learner = Learner(parameters, config)
+    return Run(config, Actor(pipeline, encoder, scheduler, config), learner, prompts, rewards, folder)
 
 
 def _start(run: Run) -> None:
@@ -205,29 +191,24 @@ def _start(run: Run) -> None:
     if changed:
         was = ", ".join(f"{name} was {state.facts['config'].get(name)!r}" for name in changed)
         raise ConfigError(f"{run.folder.path} holds a run with other settings ({was}); use them, or another --output")
-    if state.facts["threads"] != torch.get_num_threads():
-        _LOG.warning(
-            "the checkpoint was made with %d threads, this process has %d: the last bits may differ",
-            state.facts["threads"],
-            torch.get_num_threads(),
-        )
+    if (before := state.facts["threads"]) != (now := torch.get_num_threads()):
+        _LOG.warning("the checkpoint was made with %d threads, not %d: the last bits may differ", before, now)
     run.learner.restore(state)
     run.folder.trim_metrics(state.step)
     _LOG.info("resuming from step %d", state.step)
 
 
 def _train(run: Run, on_step: Callable[[StepReport], None]) -> None:
-    saved = _snapshot(run)
+    saved = run.learner.snapshot()
     try:
         while run.learner.step < run.config.steps:
             report = run.take_step()
             run.folder.append_metrics(asdict(report))
-            saved = _snapshot(run)
-            if run._due(run.config.checkpoint_every):
+            saved = run.learner.snapshot()
+            if run.due(run.config.checkpoint_every):
                 run.save(saved)
-            if run._due(run.config.sheet_every):
-                run.draw_sheet()
-                run.folder.write_curve(run.learner.validations)
+            if run.due(run.config.sheet_every):
+                run.draw()
             on_step(report)
     except BaseException as error:
         run.learner.restore(saved)
@@ -235,8 +216,7 @@ def _train(run: Run, on_step: Callable[[StepReport], None]) -> None:
         _explain(error, run, saved.step)
         raise
     run.save(saved)
-    run.draw_sheet()
-    run.folder.write_curve(run.learner.validations)
+    run.draw()
 
 
 def _explain(error: BaseException, run: Run, step: int) -> None:
@@ -245,14 +225,8 @@ def _explain(error: BaseException, run: Run, step: int) -> None:
     if isinstance(error, RewardError | TrainingError):
         raise TrainingError(f"step {step + 1}: {error}; {kept}") from error
     if isinstance(error, torch.OutOfMemoryError):
-        batch = run.config.batch
-        way_out = f"lower batch from {batch} to {max(1, batch // 2)}"
-        raise TrainingError(f"step {step + 1}: out of memory; {way_out}; {kept}") from error
-
-
-def _snapshot(run: Run) -> State:
-    state = run.learner.snapshot()
-    return replace(state, facts={**state.facts, "config": asdict(run.config), "threads": torch.get_num_threads()})
+        lower = f"lower batch from {run.config.batch} to {max(1, run.config.batch // 2)}"
+        raise TrainingError(f"step {step + 1}: out of memory; {lower}; {kept}") from error
 
 
 def _check_pipeline(pipeline: Any) -> None:
@@ -263,34 +237,6 @@ def _check_pipeline(pipeline: Any) -> None:
             f"{type(pipeline).__name__} {what}; training needs a Stable Diffusion 1.x or 2.x pipeline: "
             "one CLIP text encoder, a U-Net and a VAE"
         )
-
-
-@contextmanager
-def _frozen(pipeline: Any) -> Iterator[None]:
-    """No gradient for the pipeline's own weights, and no dropout; afterwards both as before."""
-    modules = [pipeline.text_encoder, pipeline.unet, pipeline.vae]
-    wanted = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(module, module.training) for module in modules]
-    try:
-        for module in modules:
-            module.requires_grad_(requires_grad=False).eval()
-        yield
-    finally:
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)
-        for module, training in modes:
-            module.train(training)
-
-
-@contextmanager
-def _torch_settings() -> Iterator[None]:
-    """Denormals off (Adam's young moments are full of them, and slow), the caller's random state untouched."""
-    torch.set_flush_denormal(True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_flush_denormal(False)
 
 
 def _mix(seed: int, step: int, purpose: int) -> int:

@@ -60,13 +60,7 @@ def describe_run(config: TrainConfig, step: int) -> dict[str, str]:
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "device")}
     settings |= {k: Path(settings[k]).name for k in ("base", "prompts") if settings[k] and Path(settings[k]).exists()}
-    facts = {
-        "version": __version__,
-        "base": settings["base"],
-        "reward": " ".join(config.reward),
-        "uncond": config.uncond,
-        "steps": str(step),
-        "seed": str(config.seed),
-        "config": json.dumps(settings, sort_keys=True),
-    }
+    facts = {"version": __version__, "reward": " ".join(config.reward), "steps": str(step)}
+    facts |= {name: str(settings[name]) for name in ("base", "uncond", "seed")}
+    facts["config"] = json.dumps(settings, sort_keys=True)
     return {f"texforce_hub.{name}": value for name, value in facts.items()}

@@ -1,92 +1,50 @@
 """Draw pictures with the current policy and remember every step: latents and log-probabilities."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
+from texforce_hub.pipelines.parts import Parts, in_slices
+from texforce_hub.schedulers import Schedule, make_schedule, step_distribution
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.policy import Schedule, log_probability, make_schedule, step_distribution
+from texforce_hub.train.policy import log_probability
 
 
 @dataclass(frozen=True, eq=False)
-class Actor:
-    """A frozen pipeline with an adapted copy of its text encoder; the pipeline keeps its own, the reference."""
+class Actor(Parts):
+    """A frozen pipeline and the copy of its text encoder that carries the LoRA: the policy."""
 
-    pipeline: Any
-    encoder: Any  # the copy that carries the LoRA
     scheduler: Any  # diffusers' DDIMScheduler of the pipeline's noise
     config: TrainConfig
 
     @property
-    def device(self) -> torch.device:
-        """Where everything runs."""
-        device: torch.device = self.pipeline.unet.device
-        return device
+    def reference(self) -> "Actor":
+        """The same with the frozen encoder."""
+        return replace(self, encoder=self.pipeline.text_encoder)
 
     @property
     def guided(self) -> bool:
         """Whether classifier-free guidance is on; as in diffusers, up to 1 it is not."""
         return self.config.guidance > 1
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids ``(len(prompts), length)``, padded and cut as the pipeline itself does."""
-        tokenizer = self.pipeline.tokenizer
-        length = tokenizer.model_max_length
-        batch = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        ids: Tensor = batch.input_ids
-        return ids.to(self.device)
-
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Embeddings ``(len(prompts), length, width)`` by the adapted encoder."""
-        embeddings: Tensor = self.encoder(self.tokenize(prompts))[0]
-        return embeddings
-
-    @torch.no_grad()
-    def encode_reference(self, prompts: Sequence[str]) -> Tensor:
-        """The same by the frozen encoder."""
-        embeddings: Tensor = self.pipeline.text_encoder(self.tokenize(prompts))[0]
-        return embeddings
+    @property
+    def trains_negative(self) -> bool:
+        """Whether the negative prompt's embedding has a gradient."""
+        return self.guided and self.config.uncond == "full"
 
     def encode_negative(self) -> Tensor | None:
         """The negative prompt's embedding ``(1, length, width)`` as ``uncond`` says; ``None`` without guidance."""
-        if not self.guided:
-            return None
-        if self.config.uncond == "base":
-            return self.encode_reference([self.config.negative_prompt])
-        with torch.set_grad_enabled(self.config.uncond == "full" and torch.is_grad_enabled()):
-            return self.encode([self.config.negative_prompt])
-
-    def predict(self, latents: Tensor, timesteps: Tensor, embeddings: Tensor) -> Tensor:
-        """The U-Net's output ``(b, c, h, w)`` in float32."""
-        unet = self.pipeline.unet
-        output = unet(latents.to(unet.dtype), timesteps, encoder_hidden_states=embeddings.to(unet.dtype)).sample
-        prediction: Tensor = output.float()
-        return prediction
+        encoder = self.reference if self.config.uncond == "base" else self
+        return encoder.encode([self.config.negative_prompt]) if self.guided else None
 
     def guide(self, conditional: Tensor, unconditional: Tensor | None) -> Tensor:
         """Classifier-free guidance (arXiv 2207.12598)."""
         if unconditional is None:
             return conditional
         return unconditional + self.config.guidance * (conditional - unconditional)
-
-    def draw_noise(self, count: int, generator: Generator) -> Tensor:
-        """``count`` latents of pure noise, drawn on the CPU: every device gets the same."""
-        unet, config = self.pipeline.unet.config, self.config
-        side = config.resolution // self.pipeline.vae_scale_factor if config.resolution else unet.sample_size
-        return torch.randn((count, unet.in_channels, side, side), generator=generator).to(self.device)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures ``(b, 3, h, w)`` in [0, 1], float32."""
-        vae = self.pipeline.vae
-
-        def decode_some(some: Tensor) -> Tensor:
-            pixels: Tensor = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor).sample
-            return (pixels.float() / 2 + 0.5).clamp(0, 1)
-
-        return in_slices(decode_some, self.config.batch, latents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,25 +72,15 @@ def sample_rollout(actor: Actor, prompts: Sequence[str], generator: Generator) -
     config = actor.config
     schedule = make_schedule(actor.scheduler, config.inference_steps, actor.device)
     group = torch.arange(len(prompts), device=actor.device).repeat_interleave(config.images_per_prompt)
-    embeddings, negative = actor.encode(prompts)[group], actor.encode_negative()
-    latents = actor.draw_noise(len(group), generator)
-    states, log_probabilities, unconditionals = [latents], [], []
-    for k in range(config.inference_steps):
-        conditional, unconditional = _predict_both(actor, latents, schedule.timesteps[k], embeddings, negative)
-        at = torch.full((len(group),), k, device=actor.device)
-        mean, std = step_distribution(latents, actor.guide(conditional, unconditional), at, schedule, config.eta)
-        latents = mean + std * actor.draw_noise(len(group), generator)
-        states.append(latents)
-        log_probabilities.append(log_probability(latents, mean, std))
-        unconditionals.append(unconditional)
-    constant = actor.guided and config.uncond != "full"
+    steps = list(_denoise(actor, actor.encode(prompts)[group], schedule, generator, config.eta))
+    constant = actor.guided and not actor.trains_negative
     return Rollout(
         prompts=tuple(prompts),
         group=group,
-        latents=torch.stack(states, 1),
-        log_probabilities=torch.stack(log_probabilities, 1),
-        unconditional=torch.stack([u for u in unconditionals if u is not None], 1) if constant else None,
-        images=actor.decode(latents),
+        latents=torch.stack([steps[0].before, *(step.after for step in steps)], 1),
+        log_probabilities=torch.stack([step.log_probability for step in steps], 1),
+        unconditional=torch.stack([step.unconditional for step in steps], 1) if constant else None,
+        images=actor.decode(steps[-1].after, batch=config.batch),
         schedule=schedule,
     )
 
@@ -144,18 +92,33 @@ def sample_images(actor: Actor, prompts: Sequence[str], *, images: int, steps: i
     The same seed gives the same starting noise, so that two policies can be compared picture by picture.
     """
     schedule = make_schedule(actor.scheduler, steps, actor.device)
-    embeddings, negative = actor.encode(prompts).repeat_interleave(images, 0), actor.encode_negative()
-    latents = actor.draw_noise(len(embeddings), Generator().manual_seed(seed))
-    for k in range(steps):
-        prediction = actor.guide(*_predict_both(actor, latents, schedule.timesteps[k], embeddings, negative))
+    embeddings = actor.encode(prompts).repeat_interleave(images, 0)
+    for step in _denoise(actor, embeddings, schedule, Generator().manual_seed(seed), 0.0):
+        latents = step.after
+    return actor.decode(latents, batch=actor.config.batch)
+
+
+class _Step(NamedTuple):
+    """A denoising step: latents before and after, how probable that was, the negative prompt's prediction."""
+
+    before: Tensor
+    after: Tensor
+    log_probability: Tensor
+    unconditional: Any  # a Tensor; None without guidance
+
+
+def _denoise(actor: Actor, embeddings: Tensor, schedule: Schedule, generator: Generator, eta: float) -> Iterator[_Step]:
+    def noise() -> Tensor:
+        return actor.draw_noise(len(embeddings), generator, resolution=actor.config.resolution)
+
+    negative, latents = actor.encode_negative(), noise()
+    for k, timestep in enumerate(schedule.timesteps):
+        conditional, unconditional = _predict_both(actor, latents, timestep, embeddings, negative)
         at = torch.full((len(latents),), k, device=actor.device)
-        latents, _ = step_distribution(latents, prediction, at, schedule, 0.0)
-    return actor.decode(latents)
-
-
-def in_slices(function: Callable[..., Tensor], size: int, *tensors: Tensor) -> Tensor:
-    """``function`` of at most ``size`` rows at a time, put together again."""
-    return torch.cat([function(*rows) for rows in zip(*(torch.split(t, size) for t in tensors), strict=True)])
+        mean, std = step_distribution(latents, actor.guide(conditional, unconditional), at, schedule, eta)
+        after = mean + std * noise() if eta else mean
+        yield _Step(latents, after, log_probability(after, mean, std), unconditional)
+        latents = after
 
 
 def _predict_both(

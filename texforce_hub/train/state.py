@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from texforce_hub.train.checkpoint import State
+from texforce_hub.checkpoint import State
 from texforce_hub.train.config import TrainConfig
 
 
@@ -18,23 +18,17 @@ class Learner:
     def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
         self.parameters = dict(parameters)
         self.config = config
-        self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
-        self.average = self._copies()
-        self.best = self._copies()
+        betas, decay = (config.beta1, config.beta2), config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), config.learning_rate, betas, weight_decay=decay)
+        self.average, self.best = self._copies(), self._copies()
         self.step = self.best_step = 0
         self.validations: list[tuple[int, float]] = []
 
     @property
     def kept(self) -> tuple[int, dict[str, Tensor]]:
         """Step and weights of what goes into the finished file, as ``keep`` says."""
-        if self.config.keep == "best" and self.validations:
-            return self.best_step, self.best
-        return self.step, self._candidate()
+        best = self.config.keep == "best" and self.validations
+        return (self.best_step, self.best) if best else (self.step, self.average)
 
     def set_learning_rate(self) -> float:
         """The learning rate of the step to come."""
@@ -44,9 +38,9 @@ class Learner:
         return rate
 
     def finish_step(self) -> None:
-        """Count a step and let the running average follow; it starts out as a plain mean of the first steps."""
+        """Count a step and let the running average follow; without ``ema`` it is the parameters themselves."""
         self.step += 1
-        decay = min(self.config.ema, self.step / (self.step + 10))
+        decay = min(self.config.ema, self.step / (self.step + 10))  # at first a plain mean, more or less
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 self.average[name].lerp_(parameter, 1 - decay)
@@ -55,15 +49,12 @@ class Learner:
         """Remember a validation, and the weights if none was better; the earliest of equals stays."""
         if not self.validations or score > max(s for _, s in self.validations):
             self.best_step = self.step
-            self.best = {name: tensor.detach().clone() for name, tensor in self._candidate().items()}
+            self.best = {name: tensor.clone() for name, tensor in self.average.items()}
         self.validations.append((self.step, score))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The running average in the place of the parameters, if there is one, and back."""
-        if not self.config.ema:
-            yield
-            return
+        """The running average in the place of the parameters, and back."""
         before = self._copies()
         try:
             self._put(self.average)
@@ -72,14 +63,13 @@ class Learner:
             self._put(before)
 
     def snapshot(self) -> State:
-        """A copy of everything, on the CPU."""
-        tensors = {f"lora/{n}": t for n, t in self._copies().items()}
-        tensors |= {f"average/{n}": t for n, t in self.average.items()} if self.config.ema else {}
-        tensors |= {f"best/{n}": t for n, t in self.best.items()}
+        """A copy of everything, on the CPU, with the settings it belongs to."""
+        kinds = {"lora": self._copies(), "average": self.average, "best": self.best}
+        tensors = {f"{kind}/{name}": tensor for kind, group in kinds.items() for name, tensor in group.items()}
         for name, parameter in self.parameters.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"adam/{name}/{key}"] = value
+            tensors |= {f"adam/{name}/{k}": value for k, value in self.optimizer.state.get(parameter, {}).items()}
         facts = {"best_step": self.best_step, "validations": [list(v) for v in self.validations]}
+        facts |= {"config": asdict(self.config), "threads": torch.get_num_threads()}
         return State(self.step, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}, facts)
 
     def restore(self, state: State) -> None:
@@ -89,18 +79,15 @@ class Learner:
             return {n: state.tensors[f"{kind}/{n}"].to(p.device, copy=True) for n, p in self.parameters.items()}
 
         self._put(stored("lora"))
-        self.average = stored("average" if self.config.ema else "lora")
-        self.best = stored("best")
+        self.average, self.best = stored("average"), stored("best")
         self.step, self.best_step = state.step, state.facts["best_step"]
         self.validations = [(step, score) for step, score in state.facts["validations"]]
         self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
-            moments = {k: state.tensors.get(f"adam/{name}/{k}") for k in ("step", "exp_avg", "exp_avg_sq")}
-            if moments["step"] is not None:
-                self.optimizer.state[parameter] = _placed(moments, parameter.device)
-
-    def _candidate(self) -> dict[str, Tensor]:
-        return self.average if self.config.ema else {n: p.detach() for n, p in self.parameters.items()}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if (value := state.tensors.get(f"adam/{name}/{key}")) is not None:
+                    place = "cpu" if key == "step" else parameter.device  # as AdamW wants it
+                    self.optimizer.state[parameter][key] = value.to(place, copy=True)
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -109,11 +96,6 @@ class Learner:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
-
-
-def _placed(moments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Adam's moments where its parameter is; its step counter stays on the CPU, as AdamW wants it."""
-    return {k: v.clone() if k == "step" else v.to(device, copy=True) for k, v in moments.items()}
 
 
 def learning_rate_share(config: TrainConfig, step: int) -> float:

@@ -7,7 +7,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from texforce_hub.errors import TrainingError
-from texforce_hub.train.policy import log_probability, ppo_losses, step_distribution, step_divergence
+from texforce_hub.schedulers import step_distribution
+from texforce_hub.train.policy import log_probability, ppo_losses, step_divergence
 from texforce_hub.train.rollout import Actor, Rollout
 
 
@@ -38,35 +39,36 @@ def policy_loss(
         the end, the negative prompt's; rows, at: ``(n,)``. Also returns ``(n, 3)``: was it clipped,
         divergence from the rollout's policy (k3 estimate), divergence from the base (0 without ``kl``).
     """
-    config, schedule = actor.config, rollout.schedule
-    latents, following = rollout.latents[rows, at], rollout.latents[rows, at + 1]
-    conditional = actor.predict(latents, schedule.timesteps[at], embeddings[rollout.group[rows]])
-    unconditional = rollout.unconditional[rows, at] if rollout.unconditional is not None else None
-    if actor.guided and unconditional is None:
-        negative = embeddings[-1:].expand(len(rows), -1, -1)
-        unconditional = actor.predict(latents, schedule.timesteps[at], negative)
-    mean, std = step_distribution(latents, actor.guide(conditional, unconditional), at, schedule, config.eta)
-    log_ratio = log_probability(following, mean, std) - rollout.log_probabilities[rows, at]
+    config = actor.config
+    mean, std = _distribution(actor, rollout, embeddings, rows, at)
+    log_ratio = log_probability(rollout.latents[rows, at + 1], mean, std) - rollout.log_probabilities[rows, at]
     losses = ppo_losses(log_ratio, advantages[rows], config.clip)
     from_base = torch.zeros_like(losses)
     if config.kl:
-        from_base = step_divergence(mean, _base_mean(actor, rollout, rows, at, unconditional), std)
+        with torch.no_grad():
+            reference, _ = _distribution(actor, rollout, actor.reference.encode(_texts(actor, rollout)), rows, at)
+        from_base = step_divergence(mean, reference, std)
         losses = losses + config.kl * from_base
     ratio = log_ratio.detach().exp()
     clipped = ((ratio - 1).abs() > config.clip).float()
     return losses.sum(), torch.stack([clipped, ratio - 1 - log_ratio.detach(), from_base.detach()], 1)
 
 
-@torch.no_grad()
-def _base_mean(actor: Actor, rollout: Rollout, rows: Tensor, at: Tensor, unconditional: Tensor | None) -> Tensor:
-    """The step the frozen encoder would take from the same latents; its negative prompt, too, if that is trained."""
-    latents, schedule = rollout.latents[rows, at], rollout.schedule
-    if actor.guided and actor.config.uncond == "full":
-        negative = actor.encode_reference([actor.config.negative_prompt]).expand(len(rows), -1, -1)
-        unconditional = actor.predict(latents, schedule.timesteps[at], negative)
-    embeddings = actor.encode_reference(rollout.prompts)[rollout.group[rows]]
-    prediction = actor.guide(actor.predict(latents, schedule.timesteps[at], embeddings), unconditional)
-    return step_distribution(latents, prediction, at, schedule, actor.config.eta)[0]
+def _texts(actor: Actor, rollout: Rollout) -> list[str]:
+    """What has to be encoded: the prompts, and the negative one if it is trained, too."""
+    return [*rollout.prompts, *([actor.config.negative_prompt] if actor.trains_negative else [])]
+
+
+def _distribution(
+    actor: Actor, rollout: Rollout, embeddings: Tensor, rows: Tensor, at: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the rollout's steps ``at`` of its pictures ``rows`` under the embeddings of its texts."""
+    latents, timesteps = rollout.latents[rows, at], rollout.schedule.timesteps[at]
+    conditional = actor.predict(latents, timesteps, embeddings[rollout.group[rows]])
+    unconditional = rollout.unconditional[rows, at] if rollout.unconditional is not None else None
+    if actor.trains_negative:
+        unconditional = actor.predict(latents, timesteps, embeddings[-1:].expand(len(rows), -1, -1))
+    return step_distribution(latents, actor.guide(conditional, unconditional), at, rollout.schedule, actor.config.eta)
 
 
 def accumulate_gradient(actor: Actor, rollout: Rollout, advantages: Tensor, rows: Tensor, at: Tensor) -> Tensor:
@@ -75,10 +77,7 @@ def accumulate_gradient(actor: Actor, rollout: Rollout, advantages: Tensor, rows
     The embeddings are cut off from the encoder, every timestep adds its gradient to theirs, and one
     backward pass carries the sum through the encoder: the same gradient as encoding at every timestep.
     """
-    texts = list(rollout.prompts)
-    if actor.guided and actor.config.uncond == "full":
-        texts.append(actor.config.negative_prompt)
-    embeddings = actor.encode(texts)
+    embeddings = actor.encode(_texts(actor, rollout))
     cut = embeddings.detach().requires_grad_()
     facts, size = [], actor.config.batch
     for some_rows, some_at in zip(torch.split(rows, size), torch.split(at, size), strict=True):

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run is, written whole or not at all.
 
-``checkpoint-N/`` holds ``state.safetensors`` (LoRA, Adam's moments, running average, best weights) and
-``state.json`` (step, settings, validations so far). Random numbers need no state: every one comes from a
-generator seeded by the run's seed and the step's number.
+``checkpoint-N/`` holds ``state.safetensors`` (weights, the optimiser's moments, running averages) and
+``state.json`` (step, settings and the like). Random numbers need no state: every one comes from a generator
+seeded by the run's seed and the step's number.
 """
 
 import json
@@ -66,9 +66,3 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, oldest first."""
     found = [(int(m[1]), path) for path in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed have left half-done."""
-    for path in folder.rglob(".*.part"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

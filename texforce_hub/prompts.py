@@ -1,7 +1,7 @@
-"""Where prompts come from: a file, or the shapes world's own grammar. Which step asks what is a pure function.
+"""Where prompts come from: a file, or the shapes world's own grammar.
 
-Every draw depends on the run's seed and the step's number alone, so a resumed run asks what the
-uninterrupted one would have asked.
+A training step's prompts depend on the run's seed and the step's number alone, so a resumed run asks what
+the uninterrupted one would have asked.
 """
 
 import random
@@ -10,10 +10,16 @@ from pathlib import Path
 from typing import Protocol
 
 from texforce_hub.errors import PromptError
-from texforce_hub.shapes.grammar import KINDS, caption, sample_scene
+from texforce_hub.shapes.grammar import KINDS, caption, sample_prompts, sample_scene
 
 _KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts: with two noisy words a pair is too much a matter of chance
-_WORDS = {"colour": frozenset({"colour"}), "shape": frozenset({"shape"}), "both": frozenset({"colour", "shape"})}
+_WORDS = {
+    "colour": frozenset({"colour"}),
+    "shape": frozenset({"shape"}),
+    "both": frozenset({"colour", "shape"}),
+    "canonical": frozenset[str](),
+}
+_HELD_OUT = 96  # prompts of an evaluation that names no file
 
 
 class PromptSet(Protocol):
@@ -85,11 +91,28 @@ def load_prompts(source: str | None, *, base: str, canonical: float) -> PromptSe
     if source is None:
         source = "shapes:colour"
     if source.startswith("shapes:"):
-        words = source.removeprefix("shapes:")
-        if words not in _WORDS:
-            raise PromptError(f"no prompts {source!r}; there are {', '.join(f'shapes:{name}' for name in _WORDS)}")
-        return ShapesPrompts(_WORDS[words], canonical)
+        return ShapesPrompts(_find_words(source), canonical)
     return ListedPrompts(read_prompts(source))
+
+
+def held_out_prompts(source: str) -> list[str]:
+    """The prompts to evaluate on that ``source`` names: a file's, or held-out ones of ``shapes:WORDS``.
+
+    Raises:
+        PromptError: an unknown selection, or a file that cannot be used.
+    """
+    if source.startswith("shapes:"):
+        return sample_prompts(_HELD_OUT, 0, split="test", noisy=_find_words(source))
+    return list(read_prompts(source))
+
+
+def _find_words(source: str) -> frozenset[str]:
+    words = source.removeprefix("shapes:")
+    if words not in _WORDS:
+        raise PromptError(
+            f"no prompts {source!r}; there are {', '.join(f'shapes:{name}' for name in _WORDS)}, or a file"
+        )
+    return _WORDS[words]
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:
