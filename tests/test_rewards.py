@@ -40,7 +40,7 @@ def test_a_built_in_keeps_the_contract(name):
 
 def test_alignment_tells_right_from_wrong_also_in_noisy_words():
     rng = random.Random(0)
-    scenes = [sample_scene(rng, kinds={"place": 1.0}) for _ in range(32)]
+    scenes = [sample_scene(rng, split="all", kinds={"place": 1.0}) for _ in range(32)]
     images = torch.stack([render(scene, rng) for scene in scenes])
     reward = resolve_reward("alignment")
     assert reward(images, [caption(s) for s in scenes]).mean() > 0.9

@@ -72,7 +72,10 @@ def _read_catalog(root: Path) -> Mapping[str, Entry]:
 
 
 def _read_entry(path: Path) -> Entry:
-    values = read_settings(path)
+    try:
+        values = read_settings(path)
+    except ConfigError as error:
+        raise ConfigError(f"catalogue entry: {error}") from error
     known = [field.name for field in fields(Entry) if field.name != "name"]
     for key in values.keys() - set(known):
         hint = suggest_name(key, known, otherwise="known are")

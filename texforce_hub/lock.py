@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from texforce_hub.errors import TrainingError
+from texforce_hub.files import writing
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def own_folder(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise TrainingError(f"cannot train in {folder}: {error.strerror}; give another --output") from error
     with lock:
-        owner.write_text(f"{os.getpid()}\n")
+        with writing(owner) as part:
+            part.write_text(f"{os.getpid()}\n")
         _remove_leftovers(folder)
         yield folder
         owner.unlink(missing_ok=True)
