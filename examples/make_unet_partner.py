@@ -7,7 +7,7 @@ gradient through that one U-Net call. It writes what other projects' trainers wr
 * ``full``: every weight is tuned; a ReFL run folder, ``checkpoint-N/unet/``;
 * ``lora``: a LoRA on the attention projections; DPOK's ``pytorch_lora_weights.bin``, attention-processor names.
 
-    python examples/make_unet_partner.py lora --output my-partner --steps 200
+    python examples/make_unet_partner.py lora --output my-partner --steps 150
 """
 
 import argparse
@@ -98,7 +98,7 @@ def save_like_dpok(unet: Any, output: Path) -> Path:
 
 
 def main(
-    kind: str, output: Path, *, steps: int = 200, seed: int = 0, base: str = "shapes", dtype: str = "float16"
+    kind: str, output: Path, *, steps: int = 40, seed: int = 0, base: str = "shapes", dtype: str = "float16"
 ) -> Path:
     """Make one partner and return where it was written."""
     pipeline = load_pipeline(base, dtype=torch.float32)
@@ -122,7 +122,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=["full", "lora"])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     print(main(arguments.kind, arguments.output, steps=arguments.steps, seed=arguments.seed))
