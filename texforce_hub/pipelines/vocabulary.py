@@ -23,9 +23,7 @@ def find_vocabulary() -> Path:
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / FILE).is_file():
                 return Path(folder) / FILE
-    raise PipelineError(
-        "single-file checkpoints need CLIP's vocabulary: pip install --no-deps open_clip_torch"
-    )
+    raise PipelineError("single-file checkpoints need CLIP's vocabulary: pip install --no-deps open_clip_torch")
 
 
 def write_tokenizer(folder: Path, *, padding: str) -> None:
