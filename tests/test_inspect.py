@@ -182,3 +182,17 @@ def test_nothing_of_that_name_is_one_line_and_exit_2(tmp_path):
     assert run_.returncode == 2
     assert run_.stderr.startswith("error: ")
     assert run_.stderr.count("\n") == 1
+
+
+def test_weights_that_cannot_be_read_do_not_stop_the_other_files(tmp_path):
+    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    flat = layer.replace("text_model.", "")
+    good = {f"{layer}.lora_A.weight": torch.ones(2, 768), f"{layer}.lora_B.weight": torch.ones(768, 2)}
+    unequal_twins = good | {f"{flat}.lora_A.weight": torch.zeros(2, 768), f"{flat}.lora_B.weight": torch.ones(768, 2)}
+    save_file(good, tmp_path / "good.safetensors")
+    save_file(unequal_twins, tmp_path / "twins.safetensors")
+    result = CliRunner().invoke(cli.app, ["inspect", str(tmp_path), "--weights", "--json"])
+    assert isinstance(result.exception, FileError)
+    files = {Path(one["path"]).name: one for one in json.loads(result.stdout)["files"]}
+    assert len(files["good.safetensors"]["weights"]) == 1
+    assert "twice" in files["twins.safetensors"]["error"] or "unequal" in files["twins.safetensors"]["error"]

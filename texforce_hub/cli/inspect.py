@@ -1,7 +1,8 @@
 """``texforce-hub inspect``: what a file, a folder or many files hold."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from texforce_hub.cli.console import put, put_json, put_table
 from texforce_hub.cli.progress import track
-from texforce_hub.errors import ConfigError, FileError
+from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 
 if TYPE_CHECKING:
     from texforce_hub.inspection import Inspection
@@ -42,7 +43,9 @@ def inspect(
     paths = list(dict.fromkeys(path for ref in refs for path in find_files(ref)))
     found = list(track(inspect_files(paths), total=len(paths), what="inspecting"))
     found = _chosen(found, family, sort)
-    measured = _measure(found) if weights else {}
+    measured: dict[Path, list[LayerFacts]] = {}
+    if weights:
+        found, measured = _measure(found)
     if json:
         put_json({"files": [_as_dict(one, measured) for one in found]})
     elif len(found) == 1:
@@ -84,11 +87,19 @@ def _fail_on_errors(found: "list[Inspection]") -> None:
         raise FileError(f"{len(bad)} of {len(found)} files are no readable adapters; the table says why")
 
 
-def _measure(found: "Iterable[Inspection]") -> "dict[Path, list[LayerFacts]]":
+def _measure(found: "list[Inspection]") -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
+    """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
     from texforce_hub.inspection.weights import measure_file
 
-    good = [one.path for one in found if one.error is None]
-    return {path: measure_file(path) for path in track(good, total=len(good), what="measuring")}
+    judged, measured = [], {}
+    for one in track(found, total=len(found), what="measuring"):
+        judged.append(one)
+        if one.error is None:
+            try:
+                measured[one.path] = measure_file(one.path)
+            except TexForceHubError as error:
+                judged[-1] = replace(one, error=str(error))
+    return judged, measured
 
 
 def _as_dict(one: "Inspection", measured: "Mapping[Path, list[LayerFacts]]") -> dict[str, Any]:
