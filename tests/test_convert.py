@@ -179,7 +179,7 @@ def test_catalogue_entries_are_read_and_checked(tmp_path):
         "adapter",
     )
     with pytest.raises(TypeError):
-        read_catalog(tmp_path)["other"] = entry  # type: ignore[index]
+        read_catalog(tmp_path)["other"] = entry
 
 
 @pytest.mark.parametrize(
