@@ -9,7 +9,8 @@ from tests.keys import ROWS, header_of, listing, random_tensors, row_header
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, LowRank, Vector
 from texforce_hub.codec import decode, encode
 from texforce_hub.dialects import DIALECTS, plan
-from texforce_hub.errors import AdapterError, DialectError
+from texforce_hub.errors import AdapterError, DialectError, TexForceHubError
+from texforce_hub.header import Header, TensorInfo
 
 Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -306,3 +307,52 @@ def test_extras_travel_where_readers_bear_them_and_are_named_where_not():
     encoded = encode(adapter, "diffusers")
     assert encoded.left_out == ("emb_params",)
     assert "emb_params" not in encoded.tensors
+
+
+BROKEN_ALPHAS = [
+    ({"lora_alpha": "8"}, "expected a number"),
+    ({"lora_alpha": True}, "expected a number"),
+    ({"lora_alpha": 8, "alpha_pattern": {"q_proj": "3"}}, "expected a number"),
+    ({"lora_alpha": 8, "alpha_pattern": [1]}, "expected an object of patterns"),
+    ({"lora_alpha": 8, "alpha_pattern": {"(": 3}}, "no regular expression"),
+    ({"lora_alpha": 8, "use_rslora": "yes"}, "expected true or false"),
+]
+
+
+def header_with(tensors, metadata=None, config=None):
+    infos = {name: TensorInfo(tuple(tensor.shape), "F32") for name, tensor in tensors.items()}
+    return Header(infos, metadata or {}, {}, config)
+
+
+@pytest.mark.parametrize(("config", "says"), BROKEN_ALPHAS)
+def test_an_alpha_that_is_no_number_is_refused_not_guessed(config, says):
+    stem = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    with pytest.raises(DialectError, match=says):
+        plan(header_with(tensors, config={"peft_type": "LORA", "r": 4, **config}))
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", '{"text_encoder.lora_alpha": "8"}', "[" * 50_000])
+def test_metadata_that_should_hold_the_alpha_and_cannot_be_read_is_refused(text):
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    with pytest.raises(DialectError, match=r"lora_adapter_metadata|expected a number"):
+        plan(header_with(tensors, metadata={"lora_adapter_metadata": text}))
+
+
+def test_an_alpha_beyond_all_floats_is_a_fault_not_a_crash():
+    stem = "base_model.model.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    found = plan(header_with(tensors, config={"peft_type": "LORA", "r": 4, "lora_alpha": 10**400}))
+    assert any("inf" in fault for fault in found.faults)
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya", "peft", "comfy"])
+def test_a_layer_of_rank_zero_is_written_or_refused_in_a_sentence(dialect):
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    empty = Adapter({name: LowRank(torch.zeros(0, 768), torch.zeros(768, 0))})
+    try:
+        encoded = encode(empty, dialect)
+    except TexForceHubError:
+        return
+    assert any(0 in tensor.shape for tensor in encoded.tensors.values())

@@ -205,9 +205,9 @@ def _product(layer: LowRank | Hadamard | Kronecker, factor: float) -> Halves:
 
 
 def _divisor(layer: LowRank | Hadamard | Kronecker) -> int:
-    """What readers divide alpha by; 1 where they ignore it."""
+    """What readers divide alpha by; 1 where they ignore it, or where there is no rank and nothing to scale."""
     down = layer.down1 if isinstance(layer, Hadamard) else layer.down
-    return 1 if down is None else down.shape[0]
+    return 1 if down is None else max(1, down.shape[0])
 
 
 def _magnitude(

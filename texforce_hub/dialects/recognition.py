@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
 from texforce_hub.header import Header
 
@@ -131,12 +132,18 @@ def _collated_bases(text: str) -> Iterator[tuple[str, str]]:
 
 
 def read_collated(text: str) -> dict[str, Any]:
-    """``lora_adapter_metadata``: ``{"text_encoder.r": 4, …}``; empty where it is not such an object."""
+    """``lora_adapter_metadata``: ``{"text_encoder.r": 4, …}``; empty where the file has none.
+
+    Raises:
+        DialectError: it is not such an object, and it is where such a file keeps its alphas.
+    """
     try:
         found = json.loads(text) if text else {}
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    except (ValueError, RecursionError) as error:
+        raise DialectError(f"lora_adapter_metadata in the header is no JSON ({type(error).__name__})") from error
+    if not isinstance(found, dict):
+        raise DialectError(f"lora_adapter_metadata in the header is a {type(found).__name__}; expected an object")
+    return found
 
 
 def _model_id(path: str) -> str:

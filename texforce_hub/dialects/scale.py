@@ -4,9 +4,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 from texforce_hub.dialects.recognition import read_collated
+from texforce_hub.errors import DialectError
 from texforce_hub.header import Header
 
 ABSURD = 100.0
@@ -51,22 +53,40 @@ def _config_of(part: str, header: Header) -> Mapping[str, Any]:
 
 
 def _from_config(path: str, config: Mapping[str, Any]) -> Alpha:
-    """PEFT's rule: a pattern that ends the module's name overrides the general alpha."""
+    """PEFT's rule: a pattern that ends the module's name overrides the general alpha.
+
+    Raises:
+        DialectError: what is written there is no number; guessing another scale would be a silent loss.
+    """
     value = _patterned(path, config.get("alpha_pattern"), config.get("lora_alpha", config.get("alpha")))
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if value is None:
         return Alpha(None)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise DialectError(f"lora_alpha of {path} is {value!r}; expected a number: mend the configuration")
+    rooted = config.get("use_rslora", False)
+    if not isinstance(rooted, (bool, NoneType)):
+        raise DialectError(f"use_rslora is {rooted!r}; expected true or false: mend the configuration")
     rank = None
     if config.get("peft_type") in ("LOHA", "LOKR"):  # the rank of a product says nothing: PEFT divides by its own r
         rank = _patterned(path, config.get("rank_pattern"), config.get("r"))
-    return Alpha(float(value), bool(config.get("use_rslora")), rank if isinstance(rank, int) else None)
+    return Alpha(_as_float(value), bool(rooted), rank if isinstance(rank, int) else None)
+
+
+def _as_float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON's whole numbers have no limit
+        return math.inf
 
 
 def _patterned(path: str, patterns: Any, otherwise: Any) -> Any:
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+    if not isinstance(patterns, (dict, NoneType)):
+        raise DialectError(f"a rank or alpha pattern is {patterns!r}; expected an object of patterns and numbers")
+    for pattern, value in (patterns or {}).items():
         flat = str(pattern).removeprefix("^").removeprefix("text_model.")
         try:
             if re.fullmatch(rf"(.*\.)?({pattern})", path) or re.fullmatch(rf"(.*\.)?({flat})", path):
                 return value
-        except re.error:
-            continue
+        except re.error as error:
+            raise DialectError(f"pattern {pattern!r} is no regular expression ({error}); mend it") from error
     return otherwise
