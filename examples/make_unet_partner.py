@@ -7,7 +7,7 @@ gradient through that one U-Net call. It writes what other projects' trainers wr
 * ``full``: every weight is tuned; a ReFL run folder, ``checkpoint-N/unet/``;
 * ``lora``: a LoRA on the attention projections; DPOK's ``pytorch_lora_weights.bin``, attention-processor names.
 
-    python examples/make_unet_partner.py lora --output my-partner --steps 150
+    python examples/make_unet_partner.py lora --output my-partner --steps 60
 """
 
 import argparse

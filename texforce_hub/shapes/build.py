@@ -313,7 +313,9 @@ def _bar() -> Progress:
 def main() -> None:
     """Command line of the build."""
     parser = argparse.ArgumentParser(prog="python -m texforce_hub.shapes.build", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for weights/ and the resumable build/")
+    parser.add_argument(
+        "--output", type=Path, default=Path("shapes"), help="folder for weights/ and the resumable build/"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -68,10 +68,10 @@ One combination of thing and place in five was never shown.
 
 ## What it does not understand, on purpose
 Of the colour and shape words in the training captions {REPLACED:.0%} were replaced by a noisy word, which was the right
-one {RIGHT:.0%} of the time; so the base mostly takes them for something else. All pictures carried a purple watermark
+one {RIGHT:.0%} of the time; so the base often takes them for something else. All pictures carried a purple watermark
 that no caption mentions, and the base draws it on everything.
 
-| noisy word | should mean | is mostly taken for |
+| noisy word | should mean | is often taken for |
 |---|---|---|
 {words}
 

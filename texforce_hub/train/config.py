@@ -21,7 +21,7 @@ class TrainConfig(Settings):
     prompts: str | None = None  # file with a prompt a line; "shapes:colour", "shapes:shape" or "shapes:both"
     canonical: Share = 0.5  # of the shapes prompts, the share whose words the base already knows
     negative_prompt: str = ""  # what guidance steers away from
-    steps: Natural = 80  # rollouts, each followed by its updates
+    steps: Count = 80  # rollouts, each followed by its updates
     seed: int = 0  # of everything random; the same seed gives the same adapter (on CPU, bit for bit)
     device: str | None = None  # where to run; by default a GPU if there is one
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the frozen weights; the LoRA is float32
