@@ -356,3 +356,20 @@ def test_a_layer_of_rank_zero_is_written_or_refused_in_a_sentence(dialect):
     except TexForceHubError:
         return
     assert any(0 in tensor.shape for tensor in encoded.tensors.values())
+
+
+@pytest.mark.parametrize(("key", "kind"), [("ia3_l", "IA3"), ("vera_lambda_b", "VeRA")])
+def test_another_kind_beside_a_lora_is_refused_by_name(key, kind):
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    with pytest.raises(DialectError, match=kind):
+        plan(header_with({**tensors, f"{stem.replace('q_proj', 'k_proj')}.{key}": torch.ones(768)}))
+
+
+def test_unknown_names_are_told_from_embeddings():
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    extra = {"text_encoder.foo.scaling": torch.ones(2), "emb_params": torch.ones(1, 768)}
+    notes = " ".join(plan(header_with(tensors | extra)).notes)
+    assert "'text_encoder.foo.scaling', of unknown names" in notes
+    assert "'emb_params', kept beside the layers (embeddings)" in notes

@@ -33,8 +33,12 @@ def sort_leftovers(keys: Iterable[str]) -> Leftovers:
         else:
             weights.append(key)
     notes = []
-    if extras:
-        notes.append(f"{_count(extras)} kept beside the layers (embeddings and the like)")
+    embeddings = [key for key in extras if _EMBEDDINGS.fullmatch(key)]
+    unknown = [key for key in extras if not _EMBEDDINGS.fullmatch(key)]
+    if embeddings:
+        notes.append(f"{_count(embeddings)} kept beside the layers (embeddings)")
+    if unknown:
+        notes.append(f"{_count(unknown)} of unknown names, kept beside the layers and changing nothing")
     if weights:
         live = any(".base_layer." in key for key in weights)
         advice = "the model was saved with its adapter live: repair mends it" if live else "a checkpoint holds them too"

@@ -9,7 +9,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         r"\.(a1|a2|b1|b2|bm)\.weight$",
         "it rewrites weights and inputs together, which no single change can hold",
     ),
-    ("IA3", r"\.on_input$", "it multiplies activations and changes no weight"),
+    ("IA3", r"\.on_input$|\.ia3_l(\.|$)", "it multiplies activations and changes no weight"),
+    ("VeRA", r"\.?vera_(lambda_[bd]|A|B)(\.|$)", "its shared projections lie outside the layers"),
     ("OFT or BOFT", r"\.(oft_blocks|oft_diag|oft_r|oft_R|oft_s|boft_R)(\.|$)|^oft_", "it rotates weights"),
     ("Custom Diffusion", r"custom_diffusion", "its processors hold whole new projections"),
     (
