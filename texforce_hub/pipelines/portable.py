@@ -11,7 +11,7 @@ from texforce_hub.errors import PipelineError
 from texforce_hub.files import read_tensors, write_tensors, writing
 from texforce_hub.patch import tuner_layers
 from texforce_hub.pipelines.quiet import quiet
-from texforce_hub.pipelines.vocabulary import write_tokenizer_config
+from texforce_hub.pipelines.vocabulary import write_tokenizer_files
 
 
 def refuse_live_adapters(pipe: Any) -> None:
@@ -55,10 +55,8 @@ def _make_portable(folder: Path, name: str, component: Any) -> None:
         write_tensors(folder / "model.safetensors", tensors, header.metadata)
     if name.startswith("tokenizer") and (pieces := _pieces(component)) is not None:
         vocabulary, merges = pieces
-        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-        lines = ["#version: 0.2", *(merge if isinstance(merge, str) else " ".join(merge) for merge in merges), ""]
-        (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-        write_tokenizer_config(folder, padding=component.pad_token, length=component.model_max_length)
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+        write_tokenizer_files(folder, vocabulary, lines, padding=component.pad_token, length=component.model_max_length)
 
 
 def _pieces(tokenizer: Any) -> tuple[dict[str, int], list[Any]] | None:

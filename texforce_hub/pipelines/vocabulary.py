@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from texforce_hub.errors import PipelineError
@@ -37,14 +38,15 @@ def write_tokenizer(folder: Path, *, padding: str) -> None:
     symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges)]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
     folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    write_tokenizer_files(folder, {symbol: number for number, symbol in enumerate(symbols)}, merges, padding=padding)
+
+
+def write_tokenizer_files(
+    folder: Path, vocabulary: Mapping[str, int], merges: Iterable[str], *, padding: str, length: int = 77
+) -> None:
+    """The files of a CLIP tokenizer, in the form that every version of the library reads."""
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    write_tokenizer_config(folder, padding=padding)
-
-
-def write_tokenizer_config(folder: Path, *, padding: str, length: int = 77) -> None:
-    """The configuration files of a CLIP tokenizer, in the form that every version of the library reads."""
     marks = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     config = {**marks, "pad_token": padding, "model_max_length": length, "do_lower_case": True, "errors": "replace"}
     config |= {"add_prefix_space": False, "tokenizer_class": "CLIPTokenizer"}

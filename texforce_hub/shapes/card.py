@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from texforce_hub.files import writing
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 from texforce_hub.shapes.grammar import NOISY_WORDS, REPLACED, RIGHT, sample_prompts
 from texforce_hub.shapes.measure import score
@@ -42,8 +43,9 @@ def write_card(
         },
         "sampler": {"scheduler": "DDIM", "inference_steps": INFERENCE_STEPS, "guidance": GUIDANCE},
     }
-    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    (folder / "README.md").write_text(_text(figures))
+    for name, text in (("figures.json", json.dumps(figures, indent=2) + "\n"), ("README.md", _text(figures))):
+        with writing(folder / name) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def _text(figures: Mapping[str, Any]) -> str:
