@@ -125,7 +125,7 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ["alphas", _counts(one.alphas, missing="not stored")],
         ["dtypes", _counts(one.dtypes)],
         ["extras", ", ".join(one.extras)],
-        *(["problem", line] for line in one.problems),
+        *(["problem", line] for line in _problems(one, None)),
         *([key, _clipped(value)] for key, value in one.metadata.items()),
     ]
     put_table(["", ""], [row for row in rows if row[1]])
@@ -152,7 +152,7 @@ def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
     return [
         str(one.path.relative_to(root)),
         ", ".join(one.dialects),
-        ", ".join(one.families),
+        ", ".join(one.families) or ("" if one.error else "unknown"),
         ", ".join(f"{part} {count}" for part, count in one.parts.items()),
         ", ".join("–" if rank is None else str(rank) for rank in one.ranks),
         ", ".join("–" if alpha is None else f"{alpha:g}" for alpha in one.alphas),
