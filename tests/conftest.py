@@ -19,3 +19,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
         if item.get_closest_marker("campaign") and "campaign" not in asked:
             item.add_marker(pytest.mark.skip(reason="a campaign: run it by its make target"))
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """One folder for the saved pipelines that many tests read."""
+    return tmp_path_factory.mktemp("pipelines")
