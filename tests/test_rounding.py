@@ -9,7 +9,7 @@ from texforce_hub.apply import apply_adapter
 from texforce_hub.cli import app
 from texforce_hub.errors import ConfigError, MergeError
 from texforce_hub.files import read_tensors
-from texforce_hub.merge.rounding import measure_fold
+from texforce_hub.merge.fold import measure_fold
 from texforce_hub.rounding import round_stochastically
 from texforce_hub.shapes.models import make_text_encoder, make_tokenizer
 from texforce_hub.sources import write_adapter

@@ -23,7 +23,7 @@ _HOMES: dict[str, str] = {
     "inspect_file": "inspection",
     "load_pipeline": "pipelines",
     "LowRank": "adapter",
-    "measure_fold": "merge.rounding",
+    "measure_fold": "merge.fold",
     "merge_adapters": "merge",
     "Merged": "merge",
     "read_adapter": "sources",
