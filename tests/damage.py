@@ -435,9 +435,14 @@ def _(path, rng):
             archive.writestr(name, content[:-1] if name == shortened else content)
 
 
-@damages("a pickle without names", FileError, "without names|expected a dictionary", ".pt")
+@damages("a pickled tuple", FileError, "expected a dictionary", ".pt")
 def _(path, rng):
-    torch.save(rng.choice([list, tuple])(make_tensors(rng).values()), path)
+    torch.save(tuple(make_tensors(rng).values()), path)
+
+
+@damages("a list of tensors that fit no model", DialectError, "cloneofsimo: .* fit no known model", ".pt")
+def _(path, rng):
+    torch.save(list(make_tensors(rng).values()), path)
 
 
 @damages("a plain pickle", FileError, "not a torch pickle", ".bin")

@@ -11,6 +11,7 @@ from texforce_hub.codec import decode, encode
 from texforce_hub.dialects import DIALECTS, plan
 from texforce_hub.errors import AdapterError, DialectError, TexForceHubError
 from texforce_hub.header import Header, TensorInfo
+from texforce_hub.sources import read_adapter
 
 Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 CONV = "unet.down_blocks.0.resnets.0.conv1"
@@ -111,6 +112,29 @@ def test_a_file_with_faults_is_refused_whole():
     planned = plan(header_of(tensors | {f"{Q}.lora_B.weight": torch.ones(6, 2)}))
     with pytest.raises(DialectError, match="is in the header and not in the file"):
         decode(planned, tensors)
+
+
+def test_a_list_of_halves_reads_as_its_trainer_s_own_converter_names_them(tmp_path):
+    halves = [torch.randn(shape) for _ in range(48) for shape in ((768, 4), (4, 768))]
+    torch.save(halves, tmp_path / "lora.pt")
+    found = read_adapter(tmp_path / "lora.pt")
+    order = [name.rpartition(".")[2] for name in found.layers]
+    assert order[:4] == ["k_proj", "v_proj", "q_proj", "out_proj"]
+    for i, name in enumerate(found.layers):
+        torch.testing.assert_close(found.delta(name), halves[2 * i] @ halves[2 * i + 1])
+    torch.save(halves[:-2], tmp_path / "less.pt")
+    with pytest.raises(DialectError, match=r"cloneofsimo: 47 unnamed layers of a list .* convert the file with"):
+        read_adapter(tmp_path / "less.pt")
+
+
+def test_a_family_that_the_layers_do_not_tell_keeps_its_candidates_and_evidence():
+    verdict = sized(768).family_verdict
+    assert sized(768).family is None
+    assert verdict.candidates[:2] == ("sd1", "sdxl")
+    assert verdict.summary.startswith("CLIP-L alone: SD1.x, or part 1 of SDXL")
+    assert verdict.evidence == ("text_encoder: 1 layer, width 768, block 0",)
+    unknown = sized(7).family_verdict
+    assert (unknown.candidates, unknown.summary) == ((), "of no known family")
 
 
 def test_integer_tensors_are_no_adapter():

@@ -14,7 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
 from texforce_hub.errors import AdapterError
+from texforce_hub.header import Header
 
 LayerName = str
 
@@ -421,8 +423,23 @@ class Adapter:
 
     @property
     def family(self) -> str | None:
-        """The base family, as the reader established it; ``None`` if it is ambiguous or unknown."""
+        """The base family, as the reader established it; ``None`` if it is ambiguous or unknown.
+
+        :attr:`family_verdict` tells the two apart.
+        """
         return self.metadata.get("texforce_hub.family")
+
+    @property
+    def family_verdict(self) -> FamilyVerdict:
+        """Every family that the layers fit, with the evidence: names and shapes first, metadata second.
+
+        ``candidates`` holds several where the layers do not tell (CLIP-L alone: SD1.x, or SDXL's part 1), none where
+        no known family fits; ``summary`` says it in words.
+
+        Raises:
+            DialectError: the metadata claims to hold PEFT's settings and cannot be read.
+        """
+        return recognize_family({name: layer.shape for name, layer in self.layers.items()}, Header({}, self.metadata))
 
     def delta(self, name: LayerName, base: Tensor | None = None) -> Tensor:
         """The dense change of one layer; ``base`` is its weight in the model, which only DoRA layers need.

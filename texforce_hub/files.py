@@ -199,6 +199,7 @@ def _read_pickle(path: Path, device: torch.device) -> tuple[Header, dict[str, Te
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _LOAD_ERRORS as error:
         raise FileError(f"{path}: not a torch pickle of tensors only, or a damaged one") from error
+    content = dict(enumerate(content)) if isinstance(content, list) else content
     content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     names = {str(key): key for key in content}
     tensors = {name: content[names[name]].detach() for name in header.tensors}

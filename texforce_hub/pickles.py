@@ -137,7 +137,8 @@ class _DuplicateError(Exception):
 def read_pickle_header(path: str | Path) -> Header:
     """Names, shapes and dtypes of a pickled state dict; nothing in it is run.
 
-    A dict under ``state_dict`` is taken for the whole; values that are no tensors become metadata.
+    A dict under ``state_dict`` is taken for the whole; a list's tensors are called by their place, ``0``, ``1`` …;
+    values that are no tensors become metadata.
 
     Raises:
         FileError: no torch pickle, one that asks for more than tensors, or one that lies about its size.
@@ -231,17 +232,16 @@ def _open_stream(file: BinaryIO) -> _Archive:
 
 
 def _tensors_in(content: Any) -> Iterator[_Tensor]:
+    if isinstance(content, list):
+        yield from (value for value in content if isinstance(value, _Tensor))
     if isinstance(content, dict):
         content = content.get("state_dict", content)
         yield from (value for value in content.values() if isinstance(value, _Tensor))
 
 
 def _flatten(content: Any, path: Path) -> tuple[dict[str, _Tensor], dict[str, str]]:
-    if isinstance(content, list):
-        raise FileError(
-            f"{path}: a list of {len(content)} tensors without names, as cloneofsimo's trainer writes; "
-            f"which layer each belongs to is not in the file: convert it with that trainer"
-        )
+    if isinstance(content, list):  # as cloneofsimo's trainer writes; a tensor is called by its place
+        content = dict(enumerate(content))
     if not isinstance(content, dict):
         raise FileError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
     rest: dict[Any, Any] = {}

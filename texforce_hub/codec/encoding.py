@@ -14,9 +14,7 @@ from texforce_hub import __version__
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector, wide
 from texforce_hub.dialects import DIALECTS, Dialect
 from texforce_hub.dialects.headers import describe_training, keep_metadata, peft_config, peft_twin
-from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
 from texforce_hub.errors import AdapterError, DialectError
-from texforce_hub.header import Header
 
 logger = logging.getLogger("texforce_hub")
 
@@ -47,7 +45,7 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
         raise DialectError(f"{dialect}: the adapter has no layers; a file without any cannot be read again")
     layers = {name: _fitting(name, layer, layout) for name, layer in adapter.layers.items()}
     layers = _level_ranks(layers) if layout.one_rank else layers
-    verdict = _recognize(adapter)
+    verdict = adapter.family_verdict
     spelling = verdict.family or (None if "text_encoder_2" in adapter.parts else "sd1")
     tensors = _encode_layers(layers, layout, spelling, dtype)
     metadata = keep_metadata(adapter.metadata) | _provenance(verdict.family)
@@ -69,11 +67,6 @@ def _writable(dialect: str) -> Dialect:
         known = ", ".join(name for name, other in DIALECTS.items() if other.write_name is not None)
         raise DialectError(f"no dialect {dialect!r} to write; known: {known}")
     return layout
-
-
-def _recognize(adapter: Adapter) -> FamilyVerdict:
-    shapes = {name: layer.shape for name, layer in adapter.layers.items()}
-    return recognize_family(shapes, Header({}, adapter.metadata))
 
 
 def _fitting(name: str, layer: Layer, layout: Dialect) -> Layer:

@@ -13,6 +13,7 @@ from texforce_hub.dialects.kinds import LayerPlan
 from texforce_hub.dialects.kohya import KOHYA
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.lora_layers import LORA_LAYERS
+from texforce_hub.dialects.omi import OMI
 from texforce_hub.dialects.peft import PEFT
 from texforce_hub.dialects.planning import Plan, plan_header
 from texforce_hub.dialects.positional import POSITIONAL
@@ -22,12 +23,9 @@ from texforce_hub.header import Header
 
 __all__ = ["DIALECTS", "Dialect", "FamilyVerdict", "LayerPlan", "Plan", "Reading", "plan"]
 
-DIALECTS: Mapping[str, Dialect] = MappingProxyType(
-    {
-        dialect.name: dialect
-        for dialect in (*(DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, PEFT, STATE_DICT, POSITIONAL),)
-    }
-)
+_TABLE = (DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, OMI, PEFT, STATE_DICT, POSITIONAL)
+
+DIALECTS: Mapping[str, Dialect] = MappingProxyType({dialect.name: dialect for dialect in _TABLE})
 
 
 def plan(header: Header) -> Plan:

@@ -1,6 +1,7 @@
 """What ``diffusers`` writes today: ``text_encoder.….q_proj.lora_A.weight``, part by part, alpha folded."""
 
 from texforce_hub.dialects.layout import PLAIN_AND_DORA, Dialect, Reading
+from texforce_hub.dialects.ldm import is_ldm
 from texforce_hub.dialects.paths import publish, split_part
 from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, split_suffix, write_suffix
 from texforce_hub.errors import DialectError
@@ -15,6 +16,8 @@ def read_name(key: str) -> Reading | None:
     split = split_suffix(key, _READ)
     place = split_part(split[0]) if split else None
     if split is None or place is None or place[1].startswith(_FOREIGN):
+        return None
+    if place[0] == "unet" and is_ldm(place[1]):  # OMI's
         return None
     name = publish(*place)
     return None if name is None else Reading(name + split[2], split[1], split[0])

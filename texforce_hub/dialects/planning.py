@@ -77,7 +77,7 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect]) -> Plan:
         metadata=header.metadata,
         base=find_base(header),
         faults=(*found.clashes, *_all_faults(layers), *left.faults),
-        notes=(*_all_notes(layers, named), *left.notes),
+        notes=(*_all_notes(layers, named), *_placed(named, dialects), *left.notes),
     )
 
 
@@ -169,6 +169,12 @@ def _all_faults(layers: Mapping[str, LayerPlan]) -> Iterator[str]:
             yield from twin.faults
             if twin.shape != layer.shape:
                 yield f"{layer.name} is there twice, with shapes {layer.shape} and {twin.shape}"
+
+
+def _placed(stems: Sequence[Stem], dialects: Mapping[str, Dialect]) -> Iterator[str]:
+    placed = sum(dialects[stem.dialect].settle is not None for stem in stems)
+    if placed:
+        yield f"{placed} layers have no names in the file; they are named by their places, which all shapes fit"
 
 
 def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterator[str]:

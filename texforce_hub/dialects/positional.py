@@ -1,7 +1,9 @@
-"""cloneofsimo's safetensors: ``text_encoder:0:up``. Layers have no names, only their place in the model's walk.
+"""cloneofsimo's files. Layers have no names, only their place in the walk through the model that was trained.
 
-The walk visited the linear layers inside each ``CLIPAttention`` (keys, values, queries, output), or inside each
-``CrossAttention`` and ``GEGLU``. Names are given only where count and every shape agree with one family's model.
+In safetensors ``text_encoder:0:up``; in ``.pt`` a bare list, up and down in turn, whose tensors are called by their
+place here (``0``, ``1`` …) and which does not even say which model it is for. The walk visited the linear layers
+inside each ``CLIPAttention`` (keys, values, queries, output), or inside each ``CrossAttention`` and ``GEGLU``. Names
+are given only where count and every shape agree with one family's model.
 """
 
 import re
@@ -12,13 +14,18 @@ from texforce_hub.dialects.layout import Dialect, Reading, Shapes
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
 
-_NAME = re.compile(r"(?P<stem>(?P<part>text_encoder|unet):(?P<place>\d+)):(?P<role>up|down)")
+_NAME = re.compile(r"(?P<stem>(?P<part>text_encoder|unet):(?P<place>0|[1-9]\d{0,5})):(?P<role>up|down)")
+_LISTED = re.compile(r"0|[1-9]\d{0,5}")
+_LIST = "list"  # the part of a list's layers, until their shapes tell it
 _TEXT = ("k_proj", "v_proj", "q_proj", "out_proj")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 def read_name(key: str) -> Reading | None:
     """A provisional name, ``text_encoder.#0``, to be settled when all shapes are known."""
+    if _LISTED.fullmatch(key):
+        place, is_down = divmod(int(key), 2)
+        return Reading(f"{_LIST}.#{place}", "down" if is_down else "up", f"{_LIST}:{place}")
     match = _NAME.fullmatch(key)
     return None if match is None else Reading(f"{match['part']}.#{match['place']}", match["role"], match["stem"])
 
@@ -34,9 +41,10 @@ def settle(shapes: Shapes) -> Mapping[str, str]:
         mine = {name: roles for name, roles in shapes.items() if name.startswith(f"{part}.")}
         order = next((walk for walk in _walks(part) if _fits(walk, mine, part)), None)
         if order is None:
+            whose = "a list" if part == _LIST else f"the {part}"
             raise DialectError(
-                f"cloneofsimo: {len(mine)} unnamed layers of the {part} fit no known model in number and shapes; "
-                "their places cannot be named"
+                f"cloneofsimo: {len(mine)} unnamed layers of {whose} fit no known model in number and shapes, and a "
+                "layer's place alone does not name it; convert the file with the trainer that wrote it"
             )
         settled |= {f"{part}.#{place}": name for place, (name, _) in enumerate(order)}
     return settled
@@ -57,9 +65,9 @@ def _fits(walk: Walk, found: Shapes, part: str) -> bool:
 
 def _walks(part: str) -> Iterator[Walk]:
     for family in FAMILIES.values():
-        if part == "text_encoder" and part in family.parts:
-            yield [(n, s) for n, s in _modules(family, part) if n.endswith(_TEXT)]
-        elif part == "unet" and part in family.parts:
+        if part in ("text_encoder", _LIST) and "text_encoder" in family.parts:
+            yield [(n, s) for n, s in _modules(family, "text_encoder") if n.endswith(_TEXT)]
+        if part in ("unet", _LIST) and "unet" in family.parts:
             yield from _unet_walks(family)
 
 

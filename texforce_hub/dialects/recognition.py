@@ -89,13 +89,16 @@ def _by_part(shapes: Mapping[str, Shape]) -> Mapping[str, Mapping[str, Shape]]:
 
 def _describe(part: str, layers: Mapping[str, Shape]) -> str:
     """``text_encoder: 48 layers, width 768, blocks 0–11``; ``unet: 128 layers, cross-attention 768``."""
-    text = f"{part}: {len(layers)} layers"
+    text = f"{part}: {len(layers)} layer{'s' if len(layers) > 1 else ''}"
     width = next((s[1] for n, s in layers.items() if n.endswith(("q_proj", "k_proj", "v_proj", ".q", ".k"))), None)
     context = next((s[1] for n, s in layers.items() if n.endswith(("attn2.to_k", "attn2.to_v"))), None)
     blocks = [int(found[1]) for n in layers if (found := re.search(r"(?:layers|block)\.(\d+)\.", n))]
     text += "" if width is None else f", width {width}"
     text += "" if context is None else f", cross-attention {context}"
-    return text + (f", blocks {min(blocks)}–{max(blocks)}" if blocks and part.startswith("text") else "")
+    if blocks and part.startswith("text"):
+        first, last = min(blocks), max(blocks)
+        text += f", block {first}" if first == last else f", blocks {first}–{last}"
+    return text
 
 
 def _summary(candidates: tuple[str, ...], shapes: Mapping[str, Shape]) -> str:
