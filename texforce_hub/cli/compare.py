@@ -18,18 +18,20 @@ def compare(
     second: Annotated[str, typer.Argument(help="PATH, name or Hub id.")],
     output: Annotated[Path | None, typer.Option("--output", help="A .png for the heat map of all layers.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two adapters: cosine, principal angles and interference of every layer."""
     from texforce_hub.compare import compare_adapters
+    from texforce_hub.device import choose_device
     from texforce_hub.pipelines import load_pipeline
     from texforce_hub.sources import read_adapter
 
+    place = choose_device(device)
     found = compare_adapters(
-        read_adapter(first, device=device),
-        read_adapter(second, device=device),
-        base=None if base is None else load_pipeline(base),
+        read_adapter(first, device=place),
+        read_adapter(second, device=place),
+        base=None if base is None else load_pipeline(base, device=place),
     )
     if json:
         put_json(found.as_dict())

@@ -28,7 +28,7 @@ def evaluate(
     ] = "shapes:colour",
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of every prompt.")] = 2,
     seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 15,
+    inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 15,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
     negative_prompt: Annotated[str, typer.Option(help="What guidance steers away from.")] = "",
     batch: Annotated[int, typer.Option(min=1, help="Pictures in one call; lower it if memory runs out.")] = 64,
@@ -49,7 +49,7 @@ def evaluate(
     pipe = load_pipeline(base, device=device)
     variants = _make_variants(adapter or [], load_pipeline(base, unet=unet, device=device).unet if unet else None)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
-    sampling = Sampling(tuple(range(seed, seed + seeds)), steps, guidance, negative_prompt, batch)
+    sampling = Sampling(tuple(range(seed, seed + seeds)), inference_steps, guidance, negative_prompt, batch)
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=len(texts) * seeds) for name in variants}
         result = evaluate_variants(

@@ -22,13 +22,13 @@ def extract(
     energy: Annotated[float | None, typer.Option("--energy", help="Share to keep of each layer, e.g. 0.99.")] = None,
     rest: Annotated[bool, typer.Option("--rest", help="Keep biases, norms and embeddings in full.")] = False,
     threshold: Annotated[float, typer.Option("--threshold", help="Relative change that counts as rounding.")] = 1e-6,
-    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
     dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Extract what a fine-tune changed, as an adapter; what is left out is listed."""
-    from texforce_hub.device import choose_dtype
+    from texforce_hub.device import choose_device, choose_dtype
     from texforce_hub.extract import extract_adapter
     from texforce_hub.sources import write_adapter
 
@@ -39,7 +39,7 @@ def extract(
         energy=energy,
         rest=rest,
         threshold=threshold,
-        device=device,
+        device=choose_device(device),
         dtype=None if dtype is None else choose_dtype(dtype),
     )
     path = write_adapter(extracted.adapter, output, dialect=dialect)

@@ -36,7 +36,7 @@ def merge(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random methods.")] = 0,
-    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
     dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
@@ -64,15 +64,16 @@ def merge(
         request = {"sources": adapters, "method": method, "seed": seed, **given}
     else:
         request = _read_request(recipe, given)
-    request |= {"base": _load_base(base), "device": device}
+    request["base"] = _load_base(base)
     if dry_run:
         _print_plan(request, json=json)
         return
+    from texforce_hub.device import choose_device
     from texforce_hub.merge import merge_adapters
 
     assert output is not None
     _check_apart(request["sources"], output)
-    _write(merge_adapters(**request), output, dialect, json=json)
+    _write(merge_adapters(**request, device=choose_device(device)), output, dialect, json=json)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -25,18 +25,18 @@ def resize(
     max_total_rank: Annotated[
         int | None, typer.Option("--max-total-rank", help="Sum of all ranks, spent where it keeps most.")
     ] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
     dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Give an adapter smaller ranks, and say what share is kept."""
-    from texforce_hub.device import choose_dtype
+    from texforce_hub.device import choose_device, choose_dtype
     from texforce_hub.resize import resize_adapter
     from texforce_hub.sources import read_adapter, write_adapter
 
     resized = resize_adapter(
-        read_adapter(adapter, device=device),
+        read_adapter(adapter, device=choose_device(device)),
         rank=rank,
         energy=energy,
         ratio=ratio,

@@ -15,14 +15,16 @@ def register(app: typer.Typer) -> None:
 def verify(
     result: Annotated[str, typer.Argument(help="A merged adapter that carries its recipe.")],
     base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Default: the CPU.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a result's recipe again and compare; exit 1 if it differs."""
+    from texforce_hub.device import choose_device
     from texforce_hub.merge.replay import verify_merge
     from texforce_hub.pipelines import load_pipeline
 
-    answer = verify_merge(result, base=None if base is None else load_pipeline(base), device=device)
+    place = choose_device(device)
+    answer = verify_merge(result, base=None if base is None else load_pipeline(base, device=place), device=place)
     if json:
         put_json(answer.as_dict())
     else:
