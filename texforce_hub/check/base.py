@@ -6,24 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from texforce_hub.check.checkpoint import checkpoint_family, checkpoint_weights
 from texforce_hub.container import open_header
 from texforce_hub.dialects.recognition import claims_family
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families import FAMILIES, Family, find_family
 from texforce_hub.families.text import ClipEncoder
-from texforce_hub.header import Header
 
 Shape = tuple[int, ...]
 
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
-
-_MARKS = (  # a checkpoint's family by a tensor that only it has, the more special first
-    ("double_blocks.0.img_attn.norm.key_norm.scale", "flux"),
-    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "sd3"),
-    ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "sdxl"),
-    ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", "sdxl-refiner"),
-)
-_ATTENTION = "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,16 +121,14 @@ def _from_checkpoint(path: Path) -> Base:
     if "conv_in.weight" in header.tensors:
         shapes = {f"unet.{_plain(name)}": info.shape for name, info in header.tensors.items()}
         return Base(path.name, "a bare U-Net", shapes)
-    name = _checkpoint_family(header)
-    if name is None:
+    weights, name = checkpoint_weights(header), checkpoint_family(header)
+    if not weights:
         raise PipelineError(f"{path}: no known checkpoint, e.g. {next(iter(header.tensors), None)!r}; expected a base")
+    if name is None:
+        return Base(path.name, "a checkpoint's names and shapes", weights)
     family = find_family(name)
-    return Base(f"{path.name} ({family.title})", "its tensors' names", family.weights)
-
-
-def _checkpoint_family(header: Header) -> str | None:
-    for mark, name in _MARKS:
-        if any(key.endswith(mark) for key in header.tensors):
-            return name
-    widths = {info.shape[-1] for key, info in header.tensors.items() if key.endswith(_ATTENTION)}
-    return {768: "sd1", 1024: "sd2"}.get(min(widths, default=0))
+    if not any(part.startswith("transformer.") for part in weights):
+        return Base(f"{path.name} ({family.title})", "its tensors' names and shapes", weights)
+    rows = {n: shape for n, shape in family.weights.items() if n.startswith("transformer.")}
+    title = f"{path.name} ({family.title}; its transformer's layers in diffusers' names have that family's shapes)"
+    return Base(title, "its tensors' names", rows | weights)

@@ -15,13 +15,18 @@ from texforce_hub.refs import AdapterRef
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The answer. ``unmatched`` and ``misshapen`` give each layer's reason; ``notes`` what is out of the ordinary."""
+    """The answer. ``notes`` say what is out of the ordinary.
+
+    ``unmatched`` (no such weight in the base), ``misshapen`` (of another shape) and ``unreadable`` (not whole in the
+    file) give each layer's reason.
+    """
 
     fits: bool
     verdict: str
     matched: tuple[str, ...]
     unmatched: Mapping[str, str] = field(default_factory=dict)
     misshapen: Mapping[str, str] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -34,6 +39,7 @@ class _Sorted:
     matched: list[str] = field(default_factory=list)
     unmatched: dict[str, str] = field(default_factory=dict)
     misshapen: dict[str, str] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -52,19 +58,22 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | Base) -> Fit:
         planned = plan(open_header(path))
     except DialectError as error:
         raise DialectError(f"{path}: {error}") from error
-    found = _Sorted(notes=list(planned.notes))
+    found = _Sorted(notes=[*planned.notes, *planned.faults])
+    found.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
     for part, layers in _by_part(planned.layers.values()).items():
         _sort_part(part, layers, base, found)
     fits = bool(found.matched) and not (found.unmatched or found.misshapen or planned.faults)
-    found.notes += planned.faults
     verdict = _verdict(planned, base, found, fits=fits)
-    return Fit(fits, verdict, tuple(found.matched), found.unmatched, found.misshapen, tuple(found.notes))
+    wrong = (found.unmatched, found.misshapen, found.unreadable)
+    return Fit(fits, verdict, tuple(found.matched), *wrong, tuple(found.notes))
 
 
 def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, Shape]]:
+    """The shapes of the layers that can be read."""
     parts: dict[str, dict[str, Shape]] = {}
     for layer in layers:
-        parts.setdefault(layer.name.partition(".")[0], {})[layer.name] = layer.shape
+        if not layer.faults:
+            parts.setdefault(layer.name.partition(".")[0], {})[layer.name] = layer.shape
     return parts
 
 
@@ -101,13 +110,15 @@ def _verdict(planned: Plan, base: Base, found: _Sorted, *, fits: bool) -> str:
     made_for = planned.family.summary
     if fits:
         return f"fits: all {total} layers match {base.title}"
+    own = {fault for layer in planned.layers.values() for fault in layer.faults}
     reasons = [
-        f"{len(layers)} {what}"
-        for layers, what in (
-            (found.unmatched, "are not in it"),
-            (found.misshapen, "have another shape"),
-            (planned.faults, "faults of the file"),
+        f"{count} {what}"
+        for count, what in (
+            (len(found.unmatched), "are not in it"),
+            (len(found.misshapen), "have another shape"),
+            (len(found.unreadable), "cannot be read"),
+            (sum(fault not in own for fault in planned.faults), "faults of the file"),
         )
-        if layers
+        if count
     ]
     return f"does not fit: of {total} layers, {', '.join(reasons)}; the adapter is {made_for}, the base {base.title}"

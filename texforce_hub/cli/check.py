@@ -30,7 +30,7 @@ def check(
         put_json(fit.as_dict())
     else:
         put(fit.verdict)
-        wrong = {**fit.unmatched, **fit.misshapen}
+        wrong = {**fit.unmatched, **fit.misshapen, **fit.unreadable}
         if wrong:
             put_table(["layer", "why not"], [[name, reason] for name, reason in wrong.items()])
         for note in fit.notes:

@@ -1,4 +1,4 @@
-"""OMI's spelling, as OneTrainer wrote it for a while: ``clip_l.text_model.…``, ``t5.encoder.…``, ``unet.input_blocks.…``.
+"""OMI's spelling, which OneTrainer once wrote: ``clip_l.text_model.…``, ``t5.encoder.…``, ``unet.input_blocks.…``.
 
 Any LoRA half's end may follow, with an ``.alpha`` beside it. The U-Net is named as in the original code. Only read:
 no other tool loads it.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.dialects.ldm import to_ldm
+from texforce_hub.dialects.open_clip import AROUND, OPEN_CLIP
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.files import write_tensors
 from texforce_hub.pipelines.portable import refuse_live_adapters
@@ -18,14 +19,6 @@ _VAE = {"norm1": "norm1", "norm2": "norm2", "conv1": "conv1", "conv2": "conv2", 
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_RESNET = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resnets\.(\d+)\.(\w+)")
 _VAE_SAMPLER = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv")
-
-_OPEN_CLIP = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
 
 
 def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
@@ -155,15 +148,9 @@ def _text_tensors(pipe: Any, family: str) -> dict[str, Tensor]:
 
 def _open_clip_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """A CLIP encoder under OpenCLIP's names: q, k and v in one matrix, the projection transposed."""
-    around = {
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm.weight": "ln_final.weight",
-        "text_model.final_layer_norm.bias": "ln_final.bias",
-    }
     for name, tensor in state.items():
-        if name in around:
-            yield around[name], tensor
+        if name in AROUND:
+            yield AROUND[name], tensor
         elif name == "text_projection.weight":
             yield "text_projection", tensor.T.contiguous()
         elif "self_attn.q_proj" in name:
@@ -173,7 +160,7 @@ def _open_clip_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tenso
         elif "k_proj" not in name and "v_proj" not in name:
             block = ".".join(name.split(".")[:4])
             layer, _, parameter = name.removeprefix(f"{block}.").rpartition(".")
-            yield f"{_block_name(block)}.{_OPEN_CLIP[layer]}.{parameter}", tensor
+            yield f"{_block_name(block)}.{OPEN_CLIP[layer]}.{parameter}", tensor
 
 
 def _block_name(block: str) -> str:
