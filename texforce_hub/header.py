@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from texforce_hub.errors import FileError
+from texforce_hub.scalars import decode_scalar
 
 _INTEGER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64}
 _FLOAT_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F16": 16, "BF16": 16}
@@ -27,9 +28,6 @@ LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself refuses longer ones."""
 
 CONFIG_NAME = "adapter_config.json"
-
-_STRUCTS = {"BOOL": "<?", "U8": "<B", "I8": "<b", "U16": "<H", "I16": "<h", "U32": "<I", "I32": "<i", "U64": "<Q"}
-_STRUCTS |= {"I64": "<q", "F16": "<e", "F32": "<f", "F64": "<d"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +147,23 @@ def read_config(path: Path) -> Mapping[str, Any] | None:
     if path.name.startswith("pytorch_lora_weights") or not beside.is_file():
         return None
     try:
-        config = json.loads(beside.read_bytes())
-    except (ValueError, RecursionError, OSError) as error:
+        return parse_config(beside.read_bytes(), str(beside))
+    except OSError as error:
         raise FileError(f"{beside}: not a PEFT config: {error}") from error
+
+
+def parse_config(text: bytes, name: str) -> Mapping[str, Any]:
+    """An ``adapter_config.json``; ``name`` is for errors.
+
+    Raises:
+        FileError: it is not a JSON object.
+    """
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{name}: not a PEFT config: {error}") from error
     if not isinstance(config, dict):
-        raise FileError(f"{beside}: holds a JSON {type(config).__name__}; expected an object as PEFT writes it")
+        raise FileError(f"{name}: holds a JSON {type(config).__name__}; expected an object as PEFT writes it")
     return MappingProxyType(config)
 
 
@@ -173,28 +183,6 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise FileError(f"{path}: is a pipe, a socket or a device; expected a file")
     return status.st_size
-
-
-def decode_scalar(data: bytes, dtype: str) -> float | None:
-    """The value of one element's bytes (little endian); ``None`` for dtypes that no alpha is stored in."""
-    if dtype in _STRUCTS:
-        return float(struct.unpack(_STRUCTS[dtype], data)[0])
-    if dtype == "BF16":
-        return float(struct.unpack("<f", b"\0\0" + data)[0])
-    if dtype == "F8_E5M2":  # the upper byte of a half
-        return float(struct.unpack("<e", b"\0" + data)[0])
-    if dtype == "F8_E4M3":
-        return _decode_e4m3(data[0])
-    return None
-
-
-def _decode_e4m3(byte: int) -> float:
-    sign, exponent, fraction = -1.0 if byte & 0x80 else 1.0, (byte >> 3) & 0xF, byte & 0x7
-    if exponent == 0xF and fraction == 0x7:
-        return math.nan
-    if exponent == 0:
-        return sign * math.ldexp(fraction / 8, -6)
-    return sign * math.ldexp(1 + fraction / 8, exponent - 7)
 
 
 def _header_length(prefix: bytes, size: int, name: str) -> int:

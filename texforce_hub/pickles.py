@@ -17,7 +17,8 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from texforce_hub.errors import FileError
-from texforce_hub.header import BITS, Header, TensorInfo, decode_scalar, read_config, regular_size
+from texforce_hub.header import BITS, Header, TensorInfo, read_config, regular_size
+from texforce_hub.scalars import decode_scalar
 
 _STORAGES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
 _STORAGES |= {"LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8"}

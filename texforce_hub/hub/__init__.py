@@ -1,0 +1,11 @@
+"""The reading half of the Hub: what a repository holds at one commit, its files' headers, and its files.
+
+``HF_ENDPOINT``, ``HF_TOKEN``, ``HF_HUB_CACHE`` and ``HF_HUB_OFFLINE`` mean what they mean to ``huggingface_hub``,
+whose cache this is. Whatever goes wrong is one ``HubError`` of one line.
+"""
+
+from texforce_hub.hub.fetch import cached_name, fetch_file
+from texforce_hub.hub.ranges import read_remote_header
+from texforce_hub.hub.repository import RemoteFile, Repository, open_repository
+
+__all__ = ["RemoteFile", "Repository", "cached_name", "fetch_file", "open_repository", "read_remote_header"]
