@@ -6,8 +6,9 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -108,26 +109,52 @@ def read_tensors(
         FileError: the file is damaged, lies about its size, shrinks while it is read, or is a pickle and
             ``allow_pickle`` is false, or one that asks for more than tensors.
     """
-    path = Path(path)
+    header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle)
+    return header, dict(tensors)
+
+
+def stream_tensors(
+    path: str | Path, *, device: str | torch.device | None = None, allow_pickle: bool = False
+) -> tuple[Header, Mapping[str, Tensor]]:
+    """A file's header and its tensors by name; each is read anew whenever it is asked for, and none is kept.
+
+    A pickle cannot be read in pieces: it is read whole, at once.
+
+    Raises:
+        FileError: as :func:`read_tensors`, some of it only when a tensor is asked for, and then also if the
+            file is another one by now.
+    """
+    path, place = Path(path), torch.device(device or "cpu")
     container = sniff(path)
     if container == "pickle" and not allow_pickle:
         raise FileError(f"{path}: is a pickle; pickles need allow_pickle=True (--allow-pickle), or convert it")
     if (container == "safetensors") != (path.suffix == ".safetensors"):
         _LOG.warning("%s: is a %s file whatever its name says; read as that", path, container)
-    reader = _read_safetensors if container == "safetensors" else _read_pickle
-    return reader(path, torch.device(device or "cpu"))
+    return _open_stream(path, place) if container == "safetensors" else _read_pickle(path, place)
 
 
-def _read_safetensors(path: Path, device: torch.device) -> tuple[Header, dict[str, Tensor]]:
+def _open_stream(path: Path, device: torch.device) -> tuple[Header, Mapping[str, Tensor]]:
     size = regular_size(path)
+    with _opened(path) as file:
+        read = _reader(file)
+        header = parse_header(read, size, name=str(path), config=read_config(path))
+        spans = parse_layout(read, size, name=str(path)).spans
+        return header, _Stream(path, device, spans, _identify(file))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            read = _reader(file)
-            header = parse_header(read, size, name=str(path), config=read_config(path))
-            spans = parse_layout(read, size, name=str(path)).spans
-            return header, {name: _read_span(file, name, span, path).to(device) for name, span in spans.items()}
+            yield file
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _identify(file: BinaryIO) -> tuple[int, ...]:
+    """What another file of this name, or another content, would have otherwise."""
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _reader(file: BinaryIO) -> Reader:
@@ -146,37 +173,19 @@ def _read_span(file: BinaryIO, name: str, span: Span, path: Path) -> Tensor:
     return _shaped(data, name, span, path)
 
 
-def stream_tensors(path: str | Path, *, allow_pickle: bool = False) -> Mapping[str, Tensor]:
-    """A file's tensors by name, on the CPU; each is read anew whenever it is asked for, and none is kept.
-
-    A pickle cannot be read in pieces: it is read whole, at once.
-
-    Raises:
-        FileError: as :func:`read_tensors`, some of it only when a tensor is asked for.
-    """
-    path = Path(path)
-    if sniff(path) == "pickle":
-        return read_tensors(path, allow_pickle=allow_pickle)[1]
-    return _Stream(path)
-
-
 class _Stream(Mapping[str, Tensor]):
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        size = regular_size(path)
-        try:
-            with path.open("rb") as file:
-                self._spans = parse_layout(_reader(file), size, name=str(path)).spans
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    """The tensors of a safetensors file, as it was when its header was read."""
+
+    def __init__(self, path: Path, device: torch.device, spans: Mapping[str, Span], identity: tuple[int, ...]) -> None:
+        self._path, self._device, self._spans, self._identity = path, device, spans, identity
 
     def __getitem__(self, name: str) -> Tensor:
         span = self._spans[name]
-        try:
-            with self._path.open("rb") as file:
-                return _read_span(file, name, span, self._path)
-        except OSError as error:
-            raise FileError(f"{self._path}: cannot be read: {error.strerror or error}") from error
+        with _opened(self._path) as file:
+            tensor = _read_span(file, name, span, self._path)
+            if _identify(file) != self._identity:
+                raise FileError(f"{self._path}: changed while it was read; do it again")
+        return tensor.to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._spans)
@@ -219,19 +228,46 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         FileError: a dtype the format has no name for, or the place cannot be written, or is full.
     """
-    ready = dict(sorted(_own(tensors).items(), key=lambda item: (-item[1].element_size(), item[0])))
+    return write_stream(path, tensors, tensors.items(), metadata)
+
+
+def write_stream(
+    path: str | Path,
+    outline: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """As :func:`write_tensors`, from tensors that come one by one in any order; none is kept.
+
+    ``outline`` has each one's shape and dtype beforehand (tensors on the ``meta`` device will do).
+
+    Raises:
+        FileError: as :func:`write_tensors`, or the tensors are not those of the outline.
+    """
+    ready = dict(sorted(outline.items(), key=lambda item: (-item[1].element_size(), item[0])))
     header = _render_header(ready, {"format": "pt", **(metadata or {})})
+    places = dict(zip(ready, accumulate((tensor.nbytes for tensor in ready.values()), initial=8 + len(header))))
     with writing(path) as part:
         try:
             with part.open("wb") as file:
                 file.write(len(header).to_bytes(8, "little") + header)
-                for tensor in ready.values():
-                    file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                for name, tensor in tensors:
+                    _check_announced(name, tensor, ready.pop(name, None))
+                    file.seek(places[name])
+                    file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
-            needed = sum(tensor.nbytes for tensor in ready.values())
+            needed = sum(tensor.nbytes for tensor in outline.values())
             reason = error.strerror or error
             raise FileError(f"{path}: cannot be written ({needed} bytes are needed): {reason}") from error
+        if ready:
+            raise FileError(f"{path}: {len(ready)} tensors never came, e.g. {next(iter(ready))!r}; nothing is written")
     return Path(path)
+
+
+def _check_announced(name: str, tensor: Tensor, announced: Tensor | None) -> None:
+    if announced is None or (announced.shape, announced.dtype) != (tensor.shape, tensor.dtype):
+        expected = "nothing" if announced is None else f"{tuple(announced.shape)} of {announced.dtype}"
+        raise FileError(f"tensor {name!r} came as {tuple(tensor.shape)} of {tensor.dtype}; expected {expected}")
 
 
 def _render_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -245,17 +281,3 @@ def _render_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
         table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     return text + b" " * (-len(text) % 8)
-
-
-def _own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors that share no memory: the format stores each for itself."""
-    owned: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in tensors.items():
-        ready = tensor.detach().cpu().contiguous()
-        storage = ready.untyped_storage()
-        if storage.data_ptr() in seen or storage.nbytes() != ready.nbytes:
-            ready = ready.clone()
-        seen.add(ready.untyped_storage().data_ptr())
-        owned[name] = ready
-    return owned

@@ -62,9 +62,8 @@ def stream_parameters(folder: Path) -> Mapping[str, Tensor] | None:
     found: dict[str, tuple[Mapping[str, Tensor], str]] = {}
     for part in (part for part in PARTS if (folder / part).is_dir()):
         for path in weight_files(folder / part):
-            stream = stream_tensors(path, allow_pickle=True)
-            infos = open_header(path).tensors
-            names = [name for name in stream if infos[name].dtype.startswith(("F", "BF"))]
+            header, stream = stream_tensors(path, allow_pickle=True)
+            names = [name for name in stream if header.tensors[name].dtype.startswith(("F", "BF"))]
             if any(".base_layer." in name or "lora_" in name for name in names):
                 return None
             found |= {f"{part}.{published_name(part, name, names)}": (stream, name) for name in names}
