@@ -2,20 +2,21 @@
 
 import json
 import logging
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Layer
-from texforce_hub.codec import Encoded, decode, encode
+from texforce_hub.codec import Encoded, StoredAdapter, decode, decode_stored, encode, encode_stored
 from texforce_hub.container import open_header, sniff
 from texforce_hub.dialects import plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
-from texforce_hub.files import DTYPES, read_tensors, write_tensors, writing
-from texforce_hub.header import CONFIG_NAME, TensorInfo
-from texforce_hub.locate import find_file
+from texforce_hub.files import DTYPES, stream_tensors, write_stream, writing
+from texforce_hub.header import CONFIG_NAME, Header, TensorInfo
+from texforce_hub.locate import find_bundle
 from texforce_hub.refs import AdapterRef
 
 _LOG = logging.getLogger("texforce_hub")
@@ -40,16 +41,32 @@ def read_adapter(
         DialectError: no layout fits the tensors' names.
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
-    path = find_file(path_or_ref)
-    if sniff(path) == "pickle":
-        _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
-    header, tensors = read_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
-    try:
-        adapter = decode(plan(header), tensors, alpha=alpha)
+    path, header, tensors = _open(path_or_ref, device, allow_pickle=allow_pickle)
+    with _naming(path):
+        adapter = decode(plan(header), dict(tensors), alpha=alpha)
         check_finite(adapter)
-    except (DialectError, AdapterError) as error:
-        raise type(error)(f"{path}: {error}") from error
-    return adapter
+        return adapter
+
+
+def open_adapter(
+    path_or_ref: str | Path | AdapterRef,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> StoredAdapter:
+    """As :func:`read_adapter`, of an adapter that stays in its file: layers are read when they are looked at.
+
+    The whole file is read and checked once, here, so that what can be wrong with it is said before any work.
+
+    Raises:
+        RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`.
+    """
+    path, header, tensors = _open(path_or_ref, device, allow_pickle=allow_pickle)
+    with _naming(path):
+        stored = decode_stored(plan(header), _outlines(header), tensors, alpha=alpha)
+        check_finite(stored)
+        return stored
 
 
 def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
@@ -60,13 +77,94 @@ def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
     """
     path = find_file(path_or_ref)
     header = open_header(path)
+    with _naming(path):
+        return decode_stored(plan(header), _outlines(header), {}).outline
+
+
+def _open(
+    path_or_ref: str | Path | AdapterRef, device: str | torch.device | None, *, allow_pickle: bool
+) -> tuple[Path, Header, Mapping[str, Tensor]]:
+    bundle = find_bundle(path_or_ref)
+    adapter = read_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
     try:
-        tensors = {name: _outline(name, info) for name, info in header.tensors.items()}
-        found = plan(header)
-        once = {name: replace(layer, twins=()) for name, layer in found.layers.items()}  # values cannot be compared
-        return decode(replace(found, layers=once), tensors)
+        check_finite(adapter)
+    except AdapterError as error:
+        raise AdapterError(f"{bundle.path}: {error}") from error
+    return adapter
+
+
+def read_bundle(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> Adapter:
+    """The adapter that its files hold, NaN and infinity included; otherwise as :func:`read_adapter`.
+
+    Raises:
+        FileError, DialectError, AdapterError: as :func:`read_adapter`.
+    """
+    plans, adapters = {}, {}
+    for piece in bundle.pieces:
+        header, tensors = _read_piece(piece, device, allow_pickle=allow_pickle)
+        name = bundle.name_of(piece)
+        with _naming(piece.paths[0]):
+            plans[name] = plan(header, piece.part)
+            adapters[name] = decode(plans[name], tensors, alpha=alpha)
+    if len(adapters) == 1:
+        return adapters.popitem()[1]
+    with _naming(bundle.path):
+        return join_adapters(join_plans(plans), adapters, alpha=alpha)
+
+
+def _read_piece(
+    piece: Piece, device: str | torch.device | None, *, allow_pickle: bool
+) -> tuple[Header, dict[str, Tensor]]:
+    check_shards(piece)
+    headers: list[Header] = []
+    joined: dict[str, Tensor] = {}
+    for path in piece.paths:
+        if sniff(path) == "pickle":
+            _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
+        header, tensors = read_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
+        headers.append(header)
+        joined |= tensors
+    return join_headers(piece.paths, headers), joined
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in an error which file it is about."""
+    try:
+        yield
     except (DialectError, AdapterError) as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
+    """As :func:`read_adapter`, from the files' headers alone: every tensor is on the ``meta`` device, a shape only.
+
+    Raises:
+        RefError, FileError, DialectError: as :func:`read_adapter`, as far as a header can tell.
+    """
+    bundle = find_bundle(path_or_ref)
+    plans, adapters, seen = {}, {}, set[str]()
+    for piece in bundle.pieces:
+        header, name = open_piece(piece), bundle.name_of(piece)
+        with _naming(piece.paths[0]):
+            tensors = {key: _outline(key, info) for key, info in header.tensors.items()}
+            plans[name] = plan(header, piece.part)
+            adapters[name] = decode(_without_twins(plans[name], seen), tensors)
+        seen |= adapters[name].layers.keys()
+    with _naming(bundle.path):
+        return join_adapters(join_plans(plans), adapters)
+
+
+def _without_twins(found: Plan, seen: Collection[str]) -> Plan:
+    """Each layer once: an outline has no values that could be compared."""
+    layers = {name: replace(layer, twins=()) for name, layer in found.layers.items() if name not in seen}
+    return replace(found, layers=layers)
 
 
 def _outline(name: str, info: TensorInfo) -> Tensor:
@@ -80,7 +178,7 @@ def _in_hub_cache(path: Path) -> bool:
     return "snapshots" in folders and any(folder.startswith("models--") for folder in folders)
 
 
-def check_finite(adapter: Adapter) -> None:
+def check_finite(adapter: Adapter | StoredAdapter) -> None:
     """Refuse NaN and infinity, which would spread through the whole model.
 
     Raises:
@@ -107,26 +205,35 @@ def is_finite(layer: Layer) -> bool:
 
 
 def write_adapter(
-    adapter: Adapter, path: str | Path, *, dialect: str = "diffusers", dtype: torch.dtype | None = None
+    adapter: Adapter | StoredAdapter,
+    path: str | Path,
+    *,
+    dialect: str = "diffusers",
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write an adapter in one layout, whole or not at all; gives the file, or the folder of a PEFT adapter.
 
-    ``path`` is a ``.safetensors`` file, or a folder, in which the file gets its layout's usual name.
+    ``path`` is a ``.safetensors`` file, or a folder, in which the file gets its layout's usual name. A stored
+    adapter goes from file to file layer by layer.
 
     Raises:
         DialectError: the layout is unknown, or cannot hold some layer.
         FileError: the place cannot be written, or a PEFT adapter shall be a file.
     """
     path = Path(path)
-    encoded = encode(adapter, dialect, dtype=dtype)
+    if isinstance(adapter, StoredAdapter):
+        encoded, tensors = encode_stored(adapter, dialect, dtype=dtype)
+    else:
+        encoded = encode(adapter, dialect, dtype=dtype)
+        tensors = iter(encoded.tensors.items())
     names_file = path.suffix == ".safetensors" and not path.is_dir()
     if encoded.config is not None:
-        return _write_folder(encoded, path, names_file=names_file)
+        return _write_folder(encoded, tensors, path, names_file=names_file)
     file = path if names_file else path / encoded.filename
-    return write_tensors(file, encoded.tensors, encoded.metadata)
+    return write_stream(file, encoded.tensors, tensors, encoded.metadata)
 
 
-def _write_folder(encoded: Encoded, path: Path, *, names_file: bool) -> Path:
+def _write_folder(encoded: Encoded, tensors: Iterable[tuple[str, Tensor]], path: Path, *, names_file: bool) -> Path:
     """A PEFT folder: as one rename if it is new, else its two files renamed back to back once both are whole."""
     if names_file:
         raise FileError(f"{path}: PEFT's layout is a folder of two files; name a folder")
@@ -135,9 +242,9 @@ def _write_folder(encoded: Encoded, path: Path, *, names_file: bool) -> Path:
         with writing(path) as part:
             part.mkdir()
             (part / CONFIG_NAME).write_text(config, "utf-8")
-            write_tensors(part / encoded.filename, encoded.tensors, encoded.metadata)
+            write_stream(part / encoded.filename, encoded.tensors, tensors, encoded.metadata)
         return path
     with writing(path / encoded.filename) as weights, writing(path / CONFIG_NAME) as settings:
         settings.write_text(config, "utf-8")
-        write_tensors(weights, encoded.tensors, encoded.metadata)
+        write_stream(weights, encoded.tensors, tensors, encoded.metadata)
     return path

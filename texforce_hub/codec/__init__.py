@@ -4,6 +4,8 @@
 """
 
 from texforce_hub.codec.decoding import decode
-from texforce_hub.codec.encoding import Encoded, encode
+from texforce_hub.codec.encoding import Encoded, encode, encode_stored
+from texforce_hub.codec.joining import join_adapters
+from texforce_hub.codec.stored import StoredAdapter, decode_stored
 
-__all__ = ["Encoded", "decode", "encode"]
+__all__ = ["Encoded", "StoredAdapter", "decode", "decode_stored", "encode", "encode_stored", "join_adapters"]

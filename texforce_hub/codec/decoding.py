@@ -24,19 +24,25 @@ def decode(plan: Plan, tensors: Mapping[str, Tensor], *, alpha: float | None = N
     missing = [key for layer in plan.layers.values() for key in layer.keys.values() if key not in tensors]
     if missing:
         raise DialectError(f"{_named(plan.dialects)}: tensor {missing[0]!r} is in the header and not in the file")
-    layers = {name: _decode_layer(layer, tensors, alpha) for name, layer in plan.layers.items()}
-    return Adapter(layers, _read_metadata(plan, alpha), {key: tensors[key] for key in plan.extras})
+    layers = {name: decode_layer(layer, tensors, alpha) for name, layer in plan.layers.items()}
+    return Adapter(layers, describe_reading(plan, alpha), {key: tensors[key] for key in plan.extras})
 
 
 def _named(dialects: tuple[str, ...]) -> str:
     return " + ".join(dialects)
 
 
-def _decode_layer(layer: LayerPlan, tensors: Mapping[str, Tensor], alpha: float | None) -> Layer:
+def decode_layer(layer: LayerPlan, tensors: Mapping[str, Tensor], alpha: float | None = None) -> Layer:
+    """One layer of a plan without faults.
+
+    Raises:
+        DialectError: it is there twice with unequal values.
+        AdapterError: tensors of a dtype that is no floating one.
+    """
     decoded = _decode_one(layer, tensors, alpha)
     for twin in layer.twins:
         other = _decode_one(twin, tensors, alpha)
-        if type(other) is not type(decoded) or not _equal(decoded, other):
+        if not equal_layers(decoded, other):
             raise DialectError(
                 f"{_named((layer.dialect, twin.dialect))}: {layer.name} is there twice, with unequal values; "
                 "split the file, or remove one of the two spellings"
@@ -44,16 +50,18 @@ def _decode_layer(layer: LayerPlan, tensors: Mapping[str, Tensor], alpha: float 
     return decoded
 
 
-def _equal(one: Layer, other: Layer) -> bool:
-    """The same tensors and scales, bit for bit."""
+def equal_layers(one: Layer, other: Layer) -> bool:
+    """The same kind, tensors and scales, bit for bit."""
 
     def facts(layer: Layer) -> list[Any]:
         values = [getattr(layer, name) for name in layer.__slots__]
-        return [fact for value in values for fact in (facts(value) if isinstance(value, Layer) else [value])]
+        inner = [fact for value in values for fact in (facts(value) if isinstance(value, Layer) else [value])]
+        return [type(layer), *inner]
 
-    return all(
+    first, second = facts(one), facts(other)
+    return len(first) == len(second) and all(
         torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
-        for a, b in zip(facts(one), facts(other), strict=True)
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -110,7 +118,7 @@ def _decode_kronecker(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float
     return Kronecker(left, up=up, down=down.view(down.shape[0], inner, *kernel), scale=scale)
 
 
-def _read_metadata(plan: Plan, alpha: float | None) -> dict[str, str]:
+def describe_reading(plan: Plan, alpha: float | None) -> dict[str, str]:
     """The file's own words, and what reading it established: dialects, family, the alphas as they were found."""
     found = dict(plan.metadata)
     found["texforce_hub.dialect"] = _named(plan.dialects)
