@@ -16,7 +16,7 @@ from texforce_hub.dialects import plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
 from texforce_hub.files import DTYPES, stream_tensors, write_stream, writing
 from texforce_hub.header import CONFIG_NAME, Header, TensorInfo
-from texforce_hub.locate import find_bundle
+from texforce_hub.locate import find_file
 from texforce_hub.refs import AdapterRef
 
 _LOG = logging.getLogger("texforce_hub")
@@ -84,53 +84,11 @@ def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
 def _open(
     path_or_ref: str | Path | AdapterRef, device: str | torch.device | None, *, allow_pickle: bool
 ) -> tuple[Path, Header, Mapping[str, Tensor]]:
-    bundle = find_bundle(path_or_ref)
-    adapter = read_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
-    try:
-        check_finite(adapter)
-    except AdapterError as error:
-        raise AdapterError(f"{bundle.path}: {error}") from error
-    return adapter
-
-
-def read_bundle(
-    bundle: Bundle,
-    *,
-    device: str | torch.device | None = None,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-) -> Adapter:
-    """The adapter that its files hold, NaN and infinity included; otherwise as :func:`read_adapter`.
-
-    Raises:
-        FileError, DialectError, AdapterError: as :func:`read_adapter`.
-    """
-    plans, adapters = {}, {}
-    for piece in bundle.pieces:
-        header, tensors = _read_piece(piece, device, allow_pickle=allow_pickle)
-        name = bundle.name_of(piece)
-        with _naming(piece.paths[0]):
-            plans[name] = plan(header, piece.part)
-            adapters[name] = decode(plans[name], tensors, alpha=alpha)
-    if len(adapters) == 1:
-        return adapters.popitem()[1]
-    with _naming(bundle.path):
-        return join_adapters(join_plans(plans), adapters, alpha=alpha)
-
-
-def _read_piece(
-    piece: Piece, device: str | torch.device | None, *, allow_pickle: bool
-) -> tuple[Header, dict[str, Tensor]]:
-    check_shards(piece)
-    headers: list[Header] = []
-    joined: dict[str, Tensor] = {}
-    for path in piece.paths:
-        if sniff(path) == "pickle":
-            _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
-        header, tensors = read_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
-        headers.append(header)
-        joined |= tensors
-    return join_headers(piece.paths, headers), joined
+    path = find_file(path_or_ref)
+    if sniff(path) == "pickle":
+        _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
+    header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
+    return path, header, tensors
 
 
 @contextmanager
@@ -142,29 +100,8 @@ def _naming(path: Path) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
-    """As :func:`read_adapter`, from the files' headers alone: every tensor is on the ``meta`` device, a shape only.
-
-    Raises:
-        RefError, FileError, DialectError: as :func:`read_adapter`, as far as a header can tell.
-    """
-    bundle = find_bundle(path_or_ref)
-    plans, adapters, seen = {}, {}, set[str]()
-    for piece in bundle.pieces:
-        header, name = open_piece(piece), bundle.name_of(piece)
-        with _naming(piece.paths[0]):
-            tensors = {key: _outline(key, info) for key, info in header.tensors.items()}
-            plans[name] = plan(header, piece.part)
-            adapters[name] = decode(_without_twins(plans[name], seen), tensors)
-        seen |= adapters[name].layers.keys()
-    with _naming(bundle.path):
-        return join_adapters(join_plans(plans), adapters)
-
-
-def _without_twins(found: Plan, seen: Collection[str]) -> Plan:
-    """Each layer once: an outline has no values that could be compared."""
-    layers = {name: replace(layer, twins=()) for name, layer in found.layers.items() if name not in seen}
-    return replace(found, layers=layers)
+def _outlines(header: Header) -> dict[str, Tensor]:
+    return {name: _outline(name, info) for name, info in header.tensors.items()}
 
 
 def _outline(name: str, info: TensorInfo) -> Tensor:
