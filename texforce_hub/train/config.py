@@ -19,7 +19,7 @@ class TrainConfig(Settings):
     base: str = "shapes"  # the pipeline: "shapes", a folder, a single file, or a Hub id
     reward: tuple[str, ...] = ("alignment",)  # rewards, each NAME or NAME=WEIGHT
     prompts: str | None = None  # file with a prompt a line; "shapes:colour", "shapes:shape" or "shapes:both"
-    canonical: Share = 0.5  # of the shapes prompts, the share whose words the base already knows
+    canonical: Share = 0.625  # of the shapes prompts, the share whose words the base already knows
     negative_prompt: str = ""  # what guidance steers away from
     steps: Count = 80  # rollouts, each followed by its updates
     seed: int = 0  # of everything random; the same seed gives the same adapter (on CPU, bit for bit)
