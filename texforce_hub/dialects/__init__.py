@@ -9,6 +9,7 @@ from types import MappingProxyType
 from texforce_hub.dialects.attention_processors import ATTENTION_PROCESSORS
 from texforce_hub.dialects.comfy import COMFY
 from texforce_hub.dialects.diffusers import DIFFUSERS
+from texforce_hub.dialects.joining import join_plans
 from texforce_hub.dialects.kinds import LayerPlan
 from texforce_hub.dialects.kohya import KOHYA
 from texforce_hub.dialects.layout import Dialect, Reading
@@ -21,17 +22,20 @@ from texforce_hub.dialects.recognition import FamilyVerdict
 from texforce_hub.dialects.state_dict import STATE_DICT
 from texforce_hub.header import Header
 
-__all__ = ["DIALECTS", "Dialect", "FamilyVerdict", "LayerPlan", "Plan", "Reading", "plan"]
+__all__ = ["DIALECTS", "Dialect", "FamilyVerdict", "LayerPlan", "Plan", "Reading", "join_plans", "plan"]
 
 _TABLE = (DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, OMI, PEFT, STATE_DICT, POSITIONAL)
 
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({dialect.name: dialect for dialect in _TABLE})
 
 
-def plan(header: Header) -> Plan:
+def plan(header: Header, part: str | None = None) -> Plan:
     """What a file holds, by our layer names, from its header alone.
+
+    ``part`` is the text encoder that the file's place names (``text_encoder_2/adapter_model.safetensors``); it
+    counts where the tensors' names leave that open.
 
     Raises:
         DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
     """
-    return plan_header(header, DIALECTS)
+    return plan_header(header, DIALECTS, part)

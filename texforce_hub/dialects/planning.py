@@ -50,8 +50,8 @@ class _Sorted:
     clashes: list[str] = field(default_factory=list)
 
 
-def plan_header(header: Header, dialects: Mapping[str, Dialect]) -> Plan:
-    """The plan of a header, by the dialects of the table.
+def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | None = None) -> Plan:
+    """The plan of a header, by the dialects of the table; ``part`` is the text encoder that the file's place names.
 
     Raises:
         DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
@@ -64,7 +64,7 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect]) -> Plan:
     if not found.stems:
         raise DialectError(_nothing_read(header, dialects))
     named = _settle(found.stems.values(), dialects)
-    used = [stem for stem in _place(named) if stem.roles.keys() != {"unused"}]
+    used = [stem for stem in _place(named, part) if stem.roles.keys() != {"unused"}]
     layers = _merge_twins(plan_layer(stem, header) for stem in used)
     left = sort_leftovers(found.unread)
     family = recognize_family({name: layer.shape for name, layer in layers.items() if layer.shape}, header)
@@ -130,13 +130,16 @@ def _settle(stems: Iterable[Stem], dialects: Mapping[str, Dialect]) -> list[Stem
     return stems
 
 
-def _place(stems: Sequence[Stem]) -> Iterator[Stem]:
-    """Layers whose part the file leaves open move to the second text encoder when they are as wide as CLIP-G."""
-    open_text = [stem for stem in stems if stem.assumed and stem.name.startswith("text_encoder.")]
+def _place(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
+    """Text layers whose encoder the file leaves open go to the one named; as wide as CLIP-G, to the second."""
+    open_text = [stem for stem in stems if stem.assumed and stem.name.startswith("text_encoder")]
+    named = part if part is not None and part.startswith("text_encoder") else None
     wide = any(_width(stem) == _CLIP_G_WIDTH for stem in open_text)
     for stem in stems:
-        if wide and stem in open_text:
-            stem.name = stem.name.replace("text_encoder.", "text_encoder_2.", 1)
+        if stem in open_text:
+            home, _, path = stem.name.partition(".")
+            home = named or home
+            stem.name = f"{'text_encoder_2' if wide and home == 'text_encoder' else home}.{path}"
         yield stem
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,13 @@ def recognize_family(shapes: Mapping[str, Shape], header: Header) -> FamilyVerdi
         evidence.append(f"the shapes contradict that it is for {', '.join(meant)}; the shapes count")
     candidates = tuple(family.name for family in claimed or fitting)
     return FamilyVerdict(candidates, tuple(evidence), _summary(candidates, shapes))
+
+
+def join_verdicts(verdicts: Sequence[FamilyVerdict], shapes: Mapping[str, Shape]) -> FamilyVerdict:
+    """The families that fit every one of the files in which one adapter lies; ``shapes`` are those of all layers."""
+    candidates = tuple(name for name in verdicts[0].candidates if all(name in one.candidates for one in verdicts))
+    evidence = tuple(dict.fromkeys(line for one in verdicts for line in one.evidence))
+    return FamilyVerdict(candidates, evidence, _summary(candidates, shapes))
 
 
 def find_base(header: Header) -> str | None:
