@@ -133,7 +133,7 @@ def test_a_trainers_companions_are_no_candidates(tmp_path):
 
 def test_nothing_of_a_name_says_the_way_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HubError, match="'me/x@v1' is no file or folder here, and as a Hub id: .*HF_HUB_OFFLINE"):
+    with pytest.raises(HubError, match=r"'me/x@v1' is no file or folder here, and as a Hub id: .*HF_HUB_OFFLINE"):
         find_file("me/x@v1:0.5")
     with pytest.raises(RefError, match="no catalogue name"):
         find_file("nothing")
@@ -210,7 +210,7 @@ def test_a_catalogue_name_is_its_folder(tmp_path, monkeypatch):
     }
     monkeypatch.setattr("texforce_hub.locate.read_catalog", lambda: entries)
     same(read_adapter("here:0.3"), read_adapter(PEFT))
-    with pytest.raises(HubError, match="me/x@0000.*HF_HUB_OFFLINE is set"):
+    with pytest.raises(HubError, match=r"me/x@0000.*HF_HUB_OFFLINE is set"):
         read_adapter("away")
     with pytest.raises(RefError, match="not in this installation"):
         read_adapter("lost")

@@ -1,70 +1,130 @@
-"""From a name to the file that it means: local paths, folders, catalogue names. Torch-free."""
+"""From a name to the file that it means: local paths, folders, catalogue names, the Hub. Torch-free."""
 
+import logging
 import os
+import re
 from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from texforce_hub.catalog import Entry, read_catalog
+from texforce_hub.choose import PICKLED, PREFERRED, SUFFIXES, choose_name, is_candidate, list_names
 from texforce_hub.container import open_header
 from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, RefError
-from texforce_hub.refs import AdapterRef
+from texforce_hub.refs import AdapterRef, HubId
 
-PREFERRED = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-PICKLED = ("pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin")
-SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")
-"""Files with these endings can hold an adapter."""
+if TYPE_CHECKING:
+    from texforce_hub.hub import RemoteFile
+    from texforce_hub.remote import RemotePlace
 
-_COMPANIONS = ("optimizer", "scheduler", "random_states", "scaler", "training_args", "rng_state")
+__all__ = ["PICKLED", "PREFERRED", "SUFFIXES", "find_file", "find_files", "find_local", "find_place", "pick_file"]
+
+_LOG = logging.getLogger("texforce_hub")
+
+_FORCED = "hf://"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def find_file(ref: str | Path | AdapterRef) -> Path:
-    """The one file that a reference means; a folder is searched as its layout asks.
+    """The one file that a reference means; a folder is searched as its layout asks, one on the Hub is fetched.
 
     Raises:
         RefError: nothing of that name, or a folder in which no file or several could be meant.
+        HubError: the Hub has nothing of that name, or cannot be asked.
     """
-    place = find_place(ref)
+    place = find_local(ref)
+    if place is None:
+        from texforce_hub.remote import fetch_remote_file, pick_remote_file
+
+        remote = _find_remote(ref)
+        return fetch_remote_file(remote, pick_remote_file(remote))
     return pick_file(place) if place.is_dir() else place
 
 
 def find_place(ref: str | Path | AdapterRef) -> Path:
-    """The file or folder that a reference means: an existing path, else a catalogue entry's.
+    """The file or folder that a reference means; one on the Hub is fetched with all tensor files in it.
 
     Raises:
-        RefError: nothing of that name here.
+        RefError, HubError: nothing of that name.
     """
-    source = str(ref) if isinstance(ref, Path) else _parsed(ref).source
-    if "\0" not in source and os.path.lexists(source):
+    place = find_local(ref)
+    if place is None:
+        from texforce_hub.remote import fetch_place
+
+        return fetch_place(_find_remote(ref))
+    return place
+
+
+def find_local(ref: str | Path | AdapterRef) -> Path | None:
+    """The path here that a reference means: an existing one, or a catalogue entry's; ``None``: it is on the Hub.
+
+    Raises:
+        RefError: nothing of that name here, and it can be none on the Hub.
+    """
+    source = _source_of(ref)
+    if not source.startswith(_FORCED) and "\0" not in source and os.path.lexists(source):
+        if isinstance(ref, str | AdapterRef):
+            _say_shadow(source)
         return Path(source)
     entry = None if isinstance(ref, Path) else read_catalog().get(source)
     if entry is not None:
-        return _entry_folder(entry)
-    raise RefError(_not_found(source))
+        return None if entry.folder is None else _shipped_folder(entry, entry.folder)
+    if isinstance(ref, Path) or not _names_hub(source):
+        raise RefError(_not_found(source))
+    return None
 
 
-def _parsed(ref: str | AdapterRef) -> AdapterRef:
-    return AdapterRef.parse(ref) if isinstance(ref, str) else ref
+def _source_of(ref: str | Path | AdapterRef) -> str:
+    if isinstance(ref, str):
+        ref = AdapterRef.parse(ref)
+    return ref.source if isinstance(ref, AdapterRef) else str(ref)
 
 
-def _entry_folder(entry: Entry) -> Path:
-    if entry.folder is not None:
-        if entry.folder.exists():
-            return entry.folder
-        raise RefError(f"catalogue entry {entry.name!r}: its weights are not in this installation ({entry.folder})")
-    raise RefError(
-        f"catalogue entry {entry.name!r} is on the Hub: download it first, "
-        f"'hf download {entry.repo} --revision {entry.revision}', and give the folder"
-    )
+def _find_remote(ref: str | Path | AdapterRef) -> "RemotePlace":
+    from texforce_hub.remote import find_remote
+
+    source = _source_of(ref)
+    return find_remote(read_catalog().get(source) or source)
+
+
+@cache
+def _say_shadow(source: str) -> None:
+    """A folder here that is named as a repository could be: say once which of them is meant."""
+    if source.count("/") == 1 and _names_hub(source) and Path(source).is_dir():
+        _LOG.info(
+            "%s: the folder here is used; for the Hub repository of that name write %s%s", source, _FORCED, source
+        )
+
+
+def _names_hub(source: str) -> bool:
+    """Whether a name that is none here can be one on the Hub; ``hf://`` says so, and then it must be."""
+    if source.startswith(_FORCED):
+        HubId.parse(source)
+        return True
+    if source.startswith((".", "/", "~")) or (source.count("/") == 1 and source.endswith(SUFFIXES)):
+        return False
+    try:
+        HubId.parse(source)
+    except RefError:
+        return False
+    return True
+
+
+def _shipped_folder(entry: Entry, folder: Path) -> Path:
+    if folder.exists():
+        return folder
+    raise RefError(f"catalogue entry {entry.name!r}: its weights are not in this installation ({folder})")
 
 
 def _not_found(source: str) -> str:
-    seen = f"{source!r} is no file or folder here"
-    if source.startswith("hf://") or (source.count("/") >= 1 and not source.startswith((".", "/", "~"))):
-        repo = source.removeprefix("hf://").partition("@")[0]
-        return f"{seen}; if it is a Hub id, download it first, 'hf download {repo}', and give the folder"
     names = ", ".join(read_catalog()) or "none"
-    return f"{seen} and no catalogue name (known: {names}); expected a path, or a name of the catalogue"
+    return (
+        f"{source!r} is no file or folder here and no catalogue name (known: {names}); "
+        f"expected a path, a name of the catalogue, or a Hub id owner/name"
+    )
 
 
 def pick_file(folder: Path) -> Path:
@@ -73,18 +133,8 @@ def pick_file(folder: Path) -> Path:
     Raises:
         RefError: no file, or several of equal standing.
     """
-    for name in PREFERRED:
-        if (folder / name).is_file():
-            return folder / name
-    adapters = [path for path in sorted(folder.glob("*.safetensors")) if _holds_adapter(path)]
-    if len(adapters) > 1:
-        raise RefError(f"{folder}: holds {len(adapters)} adapters, {_listed(adapters)}; name the one you mean")
-    if adapters:
-        return adapters[0]
-    for name in PICKLED:
-        if (folder / name).is_file():
-            return folder / name
-    raise RefError(f"{folder}: holds no adapter file; it holds {_listed(sorted(folder.iterdir())) or 'nothing'}")
+    names = [path.name + ("/" if path.is_dir() else "") for path in sorted(folder.iterdir())]
+    return folder / choose_name(names, lambda name: _holds_adapter(folder / name), str(folder))
 
 
 def _holds_adapter(path: Path) -> bool:
@@ -95,35 +145,62 @@ def _holds_adapter(path: Path) -> bool:
     return True
 
 
-def _listed(paths: list[Path]) -> str:
-    names = [path.name + ("/" if path.is_dir() else "") for path in paths]
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def find_files(ref: str | Path | AdapterRef) -> list[Path]:
     """Every file that a reference can mean: itself, or all tensor files of a folder and the folders in it.
 
-    A trainer's optimizer states and hidden files are left out; links to folders are not followed.
+    A trainer's optimizer states and hidden files are left out; links to folders are not followed. What is on the
+    Hub is fetched.
 
     Raises:
-        RefError: nothing of that name, or a folder without any.
+        RefError, HubError: nothing of that name, or a folder without any.
     """
-    place = find_place(ref)
+    if find_local(ref) is not None:
+        return _find_here(find_place(ref))
+    from texforce_hub.remote import fetch_remote_file, list_remote_files
+
+    remote = _find_remote(ref)
+    return [fetch_remote_file(remote, file) for file in list_remote_files(remote)]
+
+
+def list_files(ref: str | Path | AdapterRef) -> "list[Path] | list[RemoteFile]":
+    """As :func:`find_files`, but what is on the Hub stays there.
+
+    Raises:
+        RefError, HubError: as :func:`find_files`.
+    """
+    place = find_local(ref)
+    if place is not None:
+        return _find_here(place)
+    from texforce_hub.remote import list_remote_files
+
+    return list_remote_files(_find_remote(ref))
+
+
+def _find_here(place: Path) -> list[Path]:
     if not place.is_dir():
         return [place]
     found = list(_walk(place))
     if not found:
-        seen = _listed(sorted(place.iterdir())) or "nothing"
+        seen = list_names([path.name + ("/" if path.is_dir() else "") for path in sorted(place.iterdir())]) or "nothing"
         raise RefError(f"{place}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {seen}")
     return found
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
         if path.is_dir():
-            if not path.is_symlink():
+            if not path.is_symlink() and not path.name.startswith("."):
                 yield from _walk(path)
-        elif path.suffix in SUFFIXES and not path.name.startswith(_COMPANIONS):
+        elif is_candidate(path.name):
             yield path
+
+
+def pinned_name(path: Path) -> str | None:
+    """The reference ``hf://owner/name@commit/file`` of a file in a Hub cache; ``None`` for any other file."""
+    parts = path.absolute().parts
+    for place, (folder, commit) in enumerate(pairwise(parts)):
+        repo = parts[place - 1]
+        if folder == "snapshots" and _COMMIT.fullmatch(commit) and repo.startswith("models--"):
+            name = repo.removeprefix("models--").replace("--", "/")
+            return f"{_FORCED}{name}@{commit}/{'/'.join(parts[place + 2 :])}"
+    return None

@@ -4,8 +4,8 @@
 whose cache this is. Whatever goes wrong is one ``HubError`` of one line.
 """
 
-from texforce_hub.hub.fetch import cached_name, fetch_file
+from texforce_hub.hub.fetch import fetch_file
 from texforce_hub.hub.ranges import read_remote_header
 from texforce_hub.hub.repository import RemoteFile, Repository, open_repository
 
-__all__ = ["RemoteFile", "Repository", "cached_name", "fetch_file", "open_repository", "read_remote_header"]
+__all__ = ["RemoteFile", "Repository", "fetch_file", "open_repository", "read_remote_header"]

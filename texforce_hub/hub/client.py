@@ -28,7 +28,7 @@ def find_endpoint() -> str:
 
 def make_headers() -> dict[str, str]:
     """Who asks, and the user's token if there is one."""
-    return dict(build_hf_headers(**LIBRARY))
+    return dict(build_hf_headers(library_name=LIBRARY["library_name"], library_version=LIBRARY["library_version"]))
 
 
 def ask_json(url: str, params: Mapping[str, Any]) -> Any:

@@ -5,7 +5,6 @@ import logging
 import re
 from contextlib import suppress
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -13,7 +12,7 @@ from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_downl
 from texforce_hub.errors import HubError
 from texforce_hub.hub.client import LIBRARY, find_endpoint, make_headers
 from texforce_hub.hub.faults import FAULTS, explained
-from texforce_hub.hub.repository import COMMIT, RemoteFile, Repository
+from texforce_hub.hub.repository import RemoteFile, Repository
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -60,7 +59,8 @@ def _download(file: RemoteFile) -> str:
         file.path,
         revision=repository.commit,
         endpoint=endpoint,
-        **LIBRARY,
+        library_name=LIBRARY["library_name"],
+        library_version=LIBRARY["library_version"],
     )
 
 
@@ -96,14 +96,3 @@ def _remember(repository: Repository) -> None:
     """Note in the cache which commit the asked revision is, so that it can be found offline."""
     with suppress(*FAULTS):
         HfApi(endpoint=find_endpoint()).resolve_revision(repository.repo, revision=repository.revision)
-
-
-def cached_name(path: Path) -> str | None:
-    """The pinned reference ``owner/name@commit/file`` of a file in a Hub cache; ``None`` for any other file."""
-    parts = path.absolute().parts
-    for place, (folder, commit) in enumerate(pairwise(parts)):
-        repo = parts[place - 1]
-        if folder == "snapshots" and COMMIT.fullmatch(commit) and repo.startswith("models--"):
-            name = repo.removeprefix("models--").replace("--", "/")
-            return f"{name}@{commit}/{'/'.join(parts[place + 2 :])}"
-    return None

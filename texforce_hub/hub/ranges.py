@@ -14,13 +14,15 @@ from texforce_hub.hub.repository import RemoteFile
 
 _FIRST = 100_000  # bytes: holds the header of most adapters
 _NEAR = 16_384  # bytes between two numbers below which they are asked for together
-_MOST = 400  # requests for one file's single numbers
+_MOST = 2_000  # requests for one file's single numbers
 _WORKERS = 8
 _LONGEST_CONFIG = 1_000_000
 
 
-def read_remote_header(file: RemoteFile) -> Header:
+def read_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
     """A safetensors file's checked header, single numbers and PEFT config, without the file being fetched.
+
+    Without ``numbers`` its single numbers (alphas, which may lie scattered over the file) are not asked for.
 
     Raises:
         HubError: the Hub cannot be asked, or does not answer with byte ranges.
@@ -29,6 +31,8 @@ def read_remote_header(file: RemoteFile) -> Header:
     ranges = _Ranges(file)
     config = None if file.config is None else parse_config(_read_config(file.config), str(file.config))
     layout = parse_layout(ranges, file.blob.size, name=str(file))
+    if not numbers:
+        return Header({name: span.info for name, span in layout.spans.items()}, layout.metadata, {}, config)
     ranges.prefetch([(span.begin, span.end) for span in layout.spans.values() if span.info.numel == 1])
     return parse_header(ranges, file.blob.size, name=str(file), config=config)
 

@@ -21,7 +21,7 @@ from texforce_hub.hub.faults import explained, is_outage
 
 _LOG = logging.getLogger("texforce_hub")
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -117,7 +117,7 @@ def _read_answer(answer: Any, repo: str, revision: str | None) -> Repository:
         ValueError: it is none of a Hub.
     """
     commit = answer.get("sha") if isinstance(answer, dict) else None
-    if not isinstance(commit, str) or not COMMIT.fullmatch(commit):
+    if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise ValueError(f"the answer names no commit but {commit!r:.80}; HF_ENDPOINT is no Hub")
     blobs = dict(_read_entry(entry) for entry in answer.get("siblings") or [])
     return Repository(repo, commit, MappingProxyType(blobs), revision)

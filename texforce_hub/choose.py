@@ -1,0 +1,48 @@
+"""Which of a folder's files is the adapter, by their names: the same order here and on the Hub."""
+
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
+
+from texforce_hub.errors import RefError
+
+PREFERRED = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PICKLED = ("pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")
+"""Files with these endings can hold an adapter."""
+
+_COMPANIONS = ("optimizer", "scheduler", "random_states", "scaler", "training_args", "rng_state")
+
+
+def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], place: str) -> str:
+    """The adapter's file among a folder's: the usual names in order, else the only one that holds an adapter.
+
+    ``names`` are relative to the folder; files of folders in it are no candidates. ``place`` is for errors.
+
+    Raises:
+        RefError: no file, or several of equal standing.
+    """
+    for name in PREFERRED:
+        if name in names:
+            return name
+    own = [name for name in names if "/" not in name]
+    adapters = [name for name in own if name.endswith(".safetensors") and holds_adapter(name)]
+    if len(adapters) > 1:
+        raise RefError(f"{place}: holds {len(adapters)} adapters, {list_names(adapters)}; name the one you mean")
+    if adapters:
+        return adapters[0]
+    for name in PICKLED:
+        if name in names:
+            return name
+    raise RefError(f"{place}: holds no adapter file; it holds {list_names(names) or 'nothing'}")
+
+
+def is_candidate(name: str) -> bool:
+    """Whether a file of this path can hold an adapter: not a trainer's own states, nothing hidden."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return path.suffix in SUFFIXES and not hidden and not path.name.startswith(_COMPANIONS)
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first of the names, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

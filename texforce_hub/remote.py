@@ -1,0 +1,126 @@
+"""From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from texforce_hub.catalog import Entry
+from texforce_hub.choose import choose_name, is_candidate, list_names
+from texforce_hub.dialects import plan
+from texforce_hub.errors import DialectError, FileError, HubError, RefError
+from texforce_hub.hub import RemoteFile, Repository, fetch_file, open_repository, read_remote_header
+from texforce_hub.refs import HubId
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePlace:
+    """A file or a folder in a repository; ``path`` is empty for all of it, ``sha256`` what a catalogue says of it."""
+
+    repository: Repository
+    path: str = ""
+    sha256: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, and not a folder."""
+        return self.path in self.repository.blobs
+
+    @property
+    def names(self) -> list[str]:
+        """The paths of the files in it, inside folders too, relative to it."""
+        prefix = f"{self.path}/" if self.path else ""
+        return sorted(name.removeprefix(prefix) for name in self.repository.blobs if name.startswith(prefix))
+
+    def file(self, name: str) -> RemoteFile:
+        """A file in it."""
+        return self.repository.file(f"{self.path}/{name}" if self.path else name)
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{self.path}" if self.path else str(self.repository)
+
+
+def find_remote(source: str | Entry) -> RemotePlace:
+    """The place that a Hub id, or a catalogue entry on the Hub, means; nothing of it is fetched.
+
+    Raises:
+        HubError: the Hub cannot be asked, or says that there is no such thing.
+        RefError: the repository holds no such file.
+    """
+    if isinstance(source, Entry):
+        wanted, sha256 = HubId(source.repo or "", source.revision, source.file), source.sha256 or ""
+    else:
+        wanted, sha256 = HubId.parse(source), ""
+    try:
+        repository = open_repository(wanted.repo, wanted.revision)
+    except HubError as error:
+        if isinstance(source, Entry) or source.startswith("hf://"):
+            raise
+        raise HubError(f"{source!r} is no file or folder here, and as a Hub id: {error}") from error
+    place = RemotePlace(repository, wanted.file or "", sha256)
+    if not place.is_file and not place.names:
+        held = list_names(sorted(repository.blobs)) or "nothing"
+        raise RefError(f"{repository}: holds no file {place.path!r}; it holds {held}")
+    return place
+
+
+def pick_remote_file(place: RemotePlace) -> RemoteFile:
+    """The adapter's file in a place: the usual names in order, else the only one that holds an adapter.
+
+    Raises:
+        RefError: no file, or several of equal standing.
+    """
+    if place.is_file:
+        return place.repository.file(place.path)
+    return place.file(choose_name(place.names, lambda name: _holds_adapter(place.file(name)), str(place)))
+
+
+def _holds_adapter(file: RemoteFile) -> bool:
+    try:
+        plan(read_remote_header(file, numbers=False))
+    except (FileError, DialectError):
+        return False
+    return True
+
+
+def list_remote_files(place: RemotePlace) -> list[RemoteFile]:
+    """Every tensor file in a place and the folders in it.
+
+    Raises:
+        RefError: there is none.
+    """
+    if place.is_file:
+        return [place.repository.file(place.path)]
+    found = [place.file(name) for name in place.names if is_candidate(name)]
+    if not found:
+        raise RefError(f"{place}: holds no tensor file; it holds {list_names(place.names)}")
+    return found
+
+
+def fetch_remote_file(place: RemotePlace, file: RemoteFile) -> Path:
+    """Where a file of the place lies in the cache, fetched if it was not there.
+
+    Raises:
+        HubError: it cannot be fetched, or is not what the Hub lists or the catalogue says.
+    """
+    path = fetch_file(file)
+    if place.sha256:
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != place.sha256:
+            raise HubError(f"{file}: its SHA-256 is {found[:12]}…, the catalogue's {place.sha256[:12]}…; not used")
+    return path
+
+
+def fetch_place(place: RemotePlace) -> Path:
+    """The file in the cache, or the folder in it, that a place is, with all tensor files in it fetched.
+
+    Raises:
+        RefError: there is none.
+        HubError: one of them cannot be fetched.
+    """
+    if place.is_file:
+        return fetch_remote_file(place, place.repository.file(place.path))
+    files = list_remote_files(place)
+    paths = [fetch_remote_file(place, file) for file in files]
+    inside = files[0].path.removeprefix(place.path).strip("/")
+    return paths[0].parents[inside.count("/")]
