@@ -137,7 +137,7 @@ def test_weights_show_norms_ranks_zeros_and_nan(tmp_path):
         ATTENTION.format(1): LowRank(torch.zeros(2, 32), torch.ones(32, 2)),
         ATTENTION.format(2): LowRank(torch.full((2, 32), float("nan")), torch.ones(32, 2)),
     }
-    flat, zero, broken = measure_layers(Adapter(layers))
+    flat, zero, broken = measure_layers(layers.items())
     assert flat.norm == pytest.approx(6.0, rel=1e-5)
     assert flat.effective_rank == pytest.approx(4.0, rel=1e-4)
     assert (zero.is_zero, zero.effective_rank) == (True, 0.0)

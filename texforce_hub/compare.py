@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Adapter, Decomposed, LayerName, LowRank, Vector
+from texforce_hub.adapter import Adapter, Decomposed, Layer, LayerName, LowRank, Vector
+from texforce_hub.codec import StoredAdapter
 from texforce_hub.errors import MergeError
 from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Mergeable
@@ -55,8 +56,8 @@ class Comparison:
         return asdict(self)
 
 
-def compare_adapters(a: Adapter, b: Adapter, *, base: Base | None = None) -> Comparison:
-    """Cosine, principal angles and interference of every layer that both adapters change.
+def compare_adapters(a: Adapter | StoredAdapter, b: Adapter | StoredAdapter, *, base: Base | None = None) -> Comparison:
+    """Cosine, principal angles and interference of every layer that both adapters change, one layer at a time.
 
     Args:
         base: pipeline, model or mapping of weights; only DoRA layers need it.
@@ -67,21 +68,21 @@ def compare_adapters(a: Adapter, b: Adapter, *, base: Base | None = None) -> Com
     shared = [name for name in a.layers if name in b.layers]
     if not shared:
         raise MergeError(f"no layer in common: one has {next(iter(a.layers), None)!r}, the other {_first(b)!r}")
-    layers = tuple(_compare_layer(name, a, b, base) for name in shared)
+    layers = tuple(_compare_layer(name, a.layers[name], b.layers[name], base) for name in shared)
     inner = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in layers)
     squares = [math.fsum(layer.norms[side] ** 2 for layer in layers) for side in (0, 1)]
     only = tuple(tuple(name for name in one.layers if name not in other.layers) for one, other in ((a, b), (b, a)))
     return Comparison(layers, (only[0], only[1]), _cosine(inner, *squares), _interference(inner, *squares))
 
 
-def _first(adapter: Adapter) -> LayerName | None:
+def _first(adapter: Adapter | StoredAdapter) -> LayerName | None:
     return next(iter(adapter.layers), None)
 
 
-def _compare_layer(name: LayerName, a: Adapter, b: Adapter, base: Base | None) -> ComparedLayer:
-    if a.layers[name].shape != b.layers[name].shape:
-        raise MergeError(f"{name}: shapes {a.layers[name].shape} and {b.layers[name].shape}; expected one family")
-    pair = [_resolved(name, adapter, base) for adapter in (a, b)]
+def _compare_layer(name: LayerName, a: Layer, b: Layer, base: Base | None) -> ComparedLayer:
+    if a.shape != b.shape:
+        raise MergeError(f"{name}: shapes {a.shape} and {b.shape}; expected one family")
+    pair = [_resolved(name, layer, base) for layer in (a, b)]
     (aa, ab), (_, bb) = products(pair).tolist()
     reads, writes, overlap = (90.0, 90.0, 0.0) if isinstance(pair[0], Vector) or not aa * bb > 0 else _spaces(pair)
     return ComparedLayer(
@@ -94,8 +95,7 @@ def _compare_layer(name: LayerName, a: Adapter, b: Adapter, base: Base | None) -
     )
 
 
-def _resolved(name: LayerName, adapter: Adapter, base: Base | None) -> Mergeable:
-    layer = adapter.layers[name]
+def _resolved(name: LayerName, layer: Layer, base: Base | None) -> Mergeable:
     return resolve(name, layer, find_weight(base, name) if isinstance(layer, Decomposed) else None)
 
 

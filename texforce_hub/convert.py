@@ -10,7 +10,7 @@ from texforce_hub.dialects import DIALECTS
 from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHubError
 from texforce_hub.locate import find_file, find_files, find_place
 from texforce_hub.refs import AdapterRef
-from texforce_hub.sources import read_adapter, write_adapter
+from texforce_hub.sources import open_adapter, write_adapter
 
 DTYPES = {
     "float32": torch.float32,
@@ -41,7 +41,8 @@ def convert_adapter(
 ) -> Path:
     """Read an adapter and write it in another layout; gives the file or folder written.
 
-    ``alpha`` is that of every layer which stores none.
+    It goes from file to file layer by layer: memory stays at the largest few, whatever the file's size. ``alpha``
+    is that of every layer which stores none.
 
     Raises:
         ConfigError: no such dtype.
@@ -50,7 +51,7 @@ def convert_adapter(
     source, target, chosen = find_file(ref), Path(output), _dtype(dtype)
     if dialect not in DIALECTS:
         raise DialectError(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-    adapter = read_adapter(source, alpha=alpha)
+    adapter = open_adapter(source, alpha=alpha)
     if any(place.exists() and place.samefile(source) for place in (target, target / DIALECTS[dialect].filename)):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     return write_adapter(adapter, target, dialect=dialect, dtype=chosen)

@@ -7,7 +7,7 @@ import pickle
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from torch import Tensor
 from texforce_hub.container import open_header, sniff
 from texforce_hub.errors import FileError
 from texforce_hub.header import Header, Reader, Span, parse_header, parse_layout, read_config, regular_size
+from texforce_hub.lazy import LazyMapping
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -59,6 +60,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
         if path.is_dir():
             raise FileError(f"{path}: is a folder that exists; name a file in it, or another folder")
@@ -72,6 +74,9 @@ def writing(path: str | Path) -> Iterator[Path]:
         raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error
     finally:
         _remove(part)
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()  # only where it is empty still: nothing was written
 
 
 def _sync(path: Path) -> None:
@@ -139,7 +144,16 @@ def _open_stream(path: Path, device: torch.device) -> tuple[Header, Mapping[str,
         read = _reader(file)
         header = parse_header(read, size, name=str(path), config=read_config(path))
         spans = parse_layout(read, size, name=str(path)).spans
-        return header, _Stream(path, device, spans, _identify(file))
+        identity = _identify(file)
+
+    def read_tensor(name: str) -> Tensor:
+        with _opened(path) as file:
+            tensor = _read_span(file, name, spans[name], path)
+            if _identify(file) != identity:
+                raise FileError(f"{path}: changed while it was read; do it again")
+        return tensor.to(device)
+
+    return header, LazyMapping(spans, read_tensor)
 
 
 @contextmanager
@@ -171,27 +185,6 @@ def _read_span(file: BinaryIO, name: str, span: Span, path: Path) -> Tensor:
     if data.numel() and file.readinto(data.numpy()) != data.numel():  # type: ignore[attr-defined]
         raise FileError(f"{path}: shrank while it was read; copy it again")
     return _shaped(data, name, span, path)
-
-
-class _Stream(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, as it was when its header was read."""
-
-    def __init__(self, path: Path, device: torch.device, spans: Mapping[str, Span], identity: tuple[int, ...]) -> None:
-        self._path, self._device, self._spans, self._identity = path, device, spans, identity
-
-    def __getitem__(self, name: str) -> Tensor:
-        span = self._spans[name]
-        with _opened(self._path) as file:
-            tensor = _read_span(file, name, span, self._path)
-            if _identify(file) != self._identity:
-                raise FileError(f"{self._path}: changed while it was read; do it again")
-        return tensor.to(self._device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._spans)
-
-    def __len__(self) -> int:
-        return len(self._spans)
 
 
 def _shaped(data: Tensor, name: str, span: Span, path: Path) -> Tensor:

@@ -25,12 +25,12 @@ def compare(
     from texforce_hub.compare import compare_adapters
     from texforce_hub.device import choose_device
     from texforce_hub.pipelines import load_pipeline
-    from texforce_hub.sources import read_adapter
+    from texforce_hub.sources import open_adapter
 
     place = choose_device(device)
     found = compare_adapters(
-        read_adapter(first, device=place),
-        read_adapter(second, device=place),
+        open_adapter(first, device=place),
+        open_adapter(second, device=place),
         base=None if base is None else load_pipeline(base, device=place),
     )
     if json:

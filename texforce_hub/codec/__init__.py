@@ -3,9 +3,21 @@
 ``decode(encode(a))`` keeps every layer's delta to the rounding of the file's dtype; scales may fold into ``up``.
 """
 
-from texforce_hub.codec.decoding import decode
+from texforce_hub.codec.decoding import check_plan, decode, decode_layer
 from texforce_hub.codec.encoding import Encoded, encode, encode_stored
-from texforce_hub.codec.joining import join_adapters
-from texforce_hub.codec.stored import StoredAdapter, decode_stored
+from texforce_hub.codec.joining import join_outlines, join_stored
+from texforce_hub.codec.stored import StoredAdapter, decode_stored, hold_adapter
 
-__all__ = ["Encoded", "StoredAdapter", "decode", "decode_stored", "encode", "encode_stored", "join_adapters"]
+__all__ = [
+    "Encoded",
+    "StoredAdapter",
+    "check_plan",
+    "decode",
+    "decode_layer",
+    "decode_stored",
+    "encode",
+    "encode_stored",
+    "hold_adapter",
+    "join_outlines",
+    "join_stored",
+]

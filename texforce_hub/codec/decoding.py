@@ -1,6 +1,6 @@
 """Plan + tensors → adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +18,24 @@ def decode(plan: Plan, tensors: Mapping[str, Tensor], *, alpha: float | None = N
         DialectError: the plan has faults, a tensor is missing, or one layer is there twice with unequal values.
         AdapterError: tensors of a dtype that is no floating one.
     """
+    check_plan(plan, tensors)
+    layers = {name: decode_layer(layer, tensors, alpha) for name, layer in plan.layers.items()}
+    return Adapter(layers, describe_reading(plan, alpha), {key: tensors[key] for key in plan.extras})
+
+
+def check_plan(plan: Plan, tensors: Collection[str]) -> Plan:
+    """The plan, if it can be carried out with the tensors of these names.
+
+    Raises:
+        DialectError: it has faults, or a tensor is missing.
+    """
     if plan.faults:
         more = f" (and {len(plan.faults) - 1} more)" if len(plan.faults) > 1 else ""
         raise DialectError(f"{_named(plan.dialects)}: {plan.faults[0]}{more}; the file is incomplete or damaged")
     missing = [key for layer in plan.layers.values() for key in layer.keys.values() if key not in tensors]
     if missing:
         raise DialectError(f"{_named(plan.dialects)}: tensor {missing[0]!r} is in the header and not in the file")
-    layers = {name: decode_layer(layer, tensors, alpha) for name, layer in plan.layers.items()}
-    return Adapter(layers, describe_reading(plan, alpha), {key: tensors[key] for key in plan.extras})
+    return plan
 
 
 def _named(dialects: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from texforce_hub import __version__
 from texforce_hub.adapter import Adapter, Layer, LayerName
 from texforce_hub.codec.peft import describe_folder
 from texforce_hub.codec.spelling import Spelling, choose_spelling
-from texforce_hub.codec.stored import StoredAdapter
+from texforce_hub.codec.stored import StoredAdapter, outline_adapter
 from texforce_hub.dialects.headers import describe_training, keep_metadata
 from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
 from texforce_hub.errors import DialectError
@@ -42,7 +42,7 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
         DialectError: no such dialect, one that is only read, or a layer that it has no spelling for.
         AdapterError: a value that the dtype cannot hold.
     """
-    outline = replace(adapter, layers={name: layer.map(_shape_only) for name, layer in adapter.layers.items()})
+    outline = outline_adapter(adapter)
     verdict = _recognize(outline)
     spelling = _spell(outline, dialect, verdict, dtype)
     layout = spelling.layout
@@ -76,10 +76,6 @@ def encode_stored(
             yield from adapter.extras.items()
 
     return encode(adapter.outline, dialect, dtype=dtype), stream()
-
-
-def _shape_only(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("meta")
 
 
 def _spell(adapter: Adapter, dialect: str, verdict: FamilyVerdict, dtype: torch.dtype | None) -> Spelling:

@@ -1,16 +1,14 @@
 """An adapter whose numbers stay in its file: they are read a layer at a time, and none are kept."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Layer, LayerName
 from texforce_hub.codec.decoding import decode, decode_layer
 from texforce_hub.dialects import Plan
-
-Value = TypeVar("Value")
+from texforce_hub.lazy import LazyMapping
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,26 +33,19 @@ def decode_stored(
     """
     once = {name: replace(layer, twins=()) for name, layer in plan.layers.items()}  # shapes have no values to compare
     outline = decode(replace(plan, layers=once), outlines, alpha=alpha)
-    layers = _Read(plan.layers, lambda name: decode_layer(plan.layers[name], tensors, alpha))
-    return StoredAdapter(outline, layers, _Read(plan.extras, tensors.__getitem__))
+    layers = LazyMapping(plan.layers, lambda name: decode_layer(plan.layers[name], tensors, alpha))
+    return StoredAdapter(outline, layers, LazyMapping(plan.extras, tensors.__getitem__))
 
 
-class _Read(Mapping[str, Value], Generic[Value]):
-    """Names, and what is read whenever one is asked for."""
+def hold_adapter(adapter: Adapter) -> StoredAdapter:
+    """An adapter that is in memory, where a stored one is expected."""
+    return StoredAdapter(outline_adapter(adapter), adapter.layers, adapter.extras)
 
-    def __init__(self, names: Iterable[str], read: Callable[[str], Value]) -> None:
-        self._names, self._read = dict.fromkeys(names), read
 
-    def __getitem__(self, name: str) -> Value:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._read(name)
+def outline_adapter(adapter: Adapter) -> Adapter:
+    """The same adapter with every layer's tensors on the ``meta`` device: shapes, dtypes and scales."""
+    return replace(adapter, layers={name: layer.map(_outline) for name, layer in adapter.layers.items()})
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # without reading it
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _outline(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")

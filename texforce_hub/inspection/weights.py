@@ -1,7 +1,7 @@
 """What the numbers of an adapter are like, layer by layer: size, effective rank, NaN, zeros."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Adapter, Decomposed, Hadamard, Kronecker, Layer, LowRank
-from texforce_hub.codec import decode
+from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank
+from texforce_hub.codec import check_plan, decode_layer
 from texforce_hub.dialects import plan
-from texforce_hub.files import read_tensors
+from texforce_hub.files import stream_tensors
 from texforce_hub.lowrank import singular_values
+
+_TOGETHER = 1 << 22  # numbers; enough for one batched call, little beside a large layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +48,50 @@ class LayerFacts:
 def measure_file(path: Path, *, device: str | torch.device | None = None) -> list[LayerFacts]:
     """The numbers of every layer of a file; NaN and infinity are counted, not refused.
 
+    Memory: a few layers at a time, whatever the file's size.
+
     Raises:
         FileError, DialectError, AdapterError: the file cannot be read as an adapter.
     """
-    header, tensors = read_tensors(path, device=device, allow_pickle=True)
-    return measure_layers(decode(plan(header), tensors))
+    header, tensors = stream_tensors(path, device=device, allow_pickle=True)
+    found = check_plan(plan(header), tensors)
+    return list(measure_layers((name, decode_layer(layer, tensors)) for name, layer in found.layers.items()))
 
 
-def measure_layers(adapter: Adapter) -> list[LayerFacts]:
-    """The numbers of every layer, in the adapter's order."""
-    broken = {name: _count_broken(layer) for name, layer in adapter.layers.items()}
-    whole = {name: layer for name, layer in adapter.layers.items() if not broken[name]}
+def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:
+    """The numbers of every layer, in their order; no more than a few are held at once."""
+    for together in _batches(layers):
+        yield from _measure(together)
+
+
+def _batches(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[dict[LayerName, Layer]]:
+    """As many layers as make a call worth its while."""
+    batch: dict[LayerName, Layer] = {}
+    size = 0
+    for name, layer in layers:
+        batch[name] = layer
+        size += _count_numbers(layer)
+        if size >= _TOGETHER:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _count_numbers(layer: Layer) -> int:
+    sizes: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    layer.map(count)
+    return sum(sizes)
+
+
+def _measure(layers: Mapping[LayerName, Layer]) -> list[LayerFacts]:
+    broken = {name: _count_broken(layer) for name, layer in layers.items()}
+    whole = {name: layer for name, layer in layers.items() if not broken[name]}
     values = _spectra(whole)
     return [
         LayerFacts(
@@ -68,7 +103,7 @@ def measure_layers(adapter: Adapter) -> list[LayerFacts]:
             _effective_rank(values[name]) if name in values else None,
             broken[name],
         )
-        for name, layer in adapter.layers.items()
+        for name, layer in layers.items()
     ]
 
 
