@@ -12,13 +12,14 @@ from typer.testing import CliRunner
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
 from tests.test_pipelines import original_topology
 from texforce_hub.cli import app
-from texforce_hub.cli.drawing import read_prompts, sweep_weights
+from texforce_hub.cli.drawing import sweep_weights
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import ConfigError, PromptError, RecipeError, TexForceHubError
 from texforce_hub.generate import Settings, generate_images
 from texforce_hub.images.png import a1111_parameters, encode_png, read_png_text
 from texforce_hub.images.sheet import contact_sheet
 from texforce_hub.pipelines import load_pipeline
+from texforce_hub.prompts import gather_prompts
 from texforce_hub.replay import Run, hash_place, record_run, replay_run
 from texforce_hub.schedulers import SCHEDULERS, set_scheduler
 from texforce_hub.sources import write_adapter
@@ -105,12 +106,15 @@ def test_impossible_settings_are_named():
 
 
 def test_prompts_come_from_options_and_files(tmp_path):
-    (tmp_path / "p.txt").write_text("# mine\na cat\n\n a dog \n", encoding="utf-8")
-    assert read_prompts(["x"], tmp_path / "p.txt") == ("x", "a cat", "a dog")
+    (tmp_path / "p.txt").write_text("# mine\na cat\n  # and\n\n a dog \n", encoding="utf-8")
+    assert gather_prompts(["x"], tmp_path / "p.txt") == ("x", "a cat", "a dog")
     with pytest.raises(PromptError, match="no prompt"):
-        read_prompts([], None)
+        gather_prompts([], None)
     with pytest.raises(PromptError, match="nothing"):
-        read_prompts([], tmp_path / "nothing.txt")
+        gather_prompts([], tmp_path / "nothing.txt")
+    (tmp_path / "empty.txt").write_text("# nothing else\n", encoding="utf-8")
+    with pytest.raises(PromptError, match="holds no prompt"):
+        gather_prompts(["x"], tmp_path / "empty.txt")
 
 
 def test_apply_draws_before_and_after_and_a_recipe_replays_it_to_the_byte(shelf, tmp_path):

@@ -27,6 +27,7 @@ _HOMES: dict[str, str] = {
     "merge_adapters": "merge",
     "Merged": "merge",
     "read_adapter": "sources",
+    "read_tags": "prompt_tags",
     "Recipe": "recipe",
     "repair_pipeline": "pipelines",
     "resize_adapter": "resize",

@@ -5,8 +5,10 @@ U-Net, called once a step for all of them, never knows.
 """
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,12 @@ from torch import Tensor, nn
 
 from texforce_hub.apply import apply_adapter
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
+from texforce_hub.refs.emphasis import Emphasis, may_be_weighted, read_emphasis
+from texforce_hub.refs.tags import refuse_tags
 from texforce_hub.stack import Entry, Item, read_stack
+from texforce_hub.weighting import EMPTY, clip_readers, count_chunks, encode_side_by_side, say_cut
+
+logger = logging.getLogger("texforce_hub")
 
 Stack = Item | Sequence[Item] | None
 
@@ -56,6 +63,65 @@ def final_norms_named(pipe: Any) -> Iterator[None]:
         del encoder.__dict__["text_model"]
 
 
+@contextmanager
+def _hushed(pipe: Any) -> Iterator[None]:
+    """No word from the pipeline that it cuts a prompt which is read in chunks."""
+    heard = logging.getLogger(type(pipe).__module__)
+    before = heard.level
+    heard.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        heard.setLevel(before)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPrompts:
+    """Prompts and their negative prompt with the weights of their words, and the chunks that all of them take."""
+
+    prompts: tuple[Emphasis, ...]
+    negative: Emphasis
+    chunks: int = 1
+
+    def only(self, members: Sequence[int]) -> "ReadPrompts":
+        """Some of the prompts, in this order."""
+        return ReadPrompts(tuple(self.prompts[i] for i in members), self.negative, self.chunks)
+
+
+def read_prompts(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    negative: str = "",
+    prompt_weights: str = "auto",
+    long_prompts: bool = False,
+    longest: int | None = None,
+) -> ReadPrompts:
+    """The prompts as a pipeline will read them; what it will not read, or reads otherwise than A1111, is said.
+
+    ``longest`` is the call's ``max_sequence_length``, if it has one.
+
+    Raises:
+        PromptError: a prompt with a tag, or one that needs compel, which is not installed.
+        RefError: weights that cannot be read.
+        FamilyError: weights or long prompts for a pipeline that cannot have them.
+    """
+    for prompt in (*prompts, negative):
+        refuse_tags(prompt, "take it out with read_tags(prompt, folder), which gives its adapter too")
+    texts = tuple(read_emphasis(prompt, prompt_weights) for prompt in prompts)
+    away = read_emphasis(negative, prompt_weights)
+    everything = [*texts, away]
+    if not long_prompts:
+        say_cut(pipe, everything, longest=longest)
+    for prompt, read in zip((*prompts, negative), everything):
+        if prompt_weights == "auto" and read.text == prompt and may_be_weighted(prompt):
+            logger.info(
+                "%r is read as it stands, its brackets and capital words too; prompt weights 'on' does as A1111 does",
+                prompt,
+            )
+    return ReadPrompts(texts, away, count_chunks(pipe, everything) if long_prompts else 1)
+
+
 @torch.no_grad()
 def encode_prompts(
     pipe: Any,
@@ -64,6 +130,8 @@ def encode_prompts(
     *,
     negative: str = "",
     guided: bool = True,
+    prompt_weights: str = "auto",
+    long_prompts: bool = False,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Embeddings of each prompt under its own stack, as keyword arguments for one call of the pipeline.
@@ -72,9 +140,14 @@ def encode_prompts(
 
     Args:
         prompts: ``b`` of them.
-        stacks: one for each prompt, as :func:`~texforce_hub.apply.apply_adapter` takes them; ``None``: the base.
+        stacks: one for each prompt, as :func:`~texforce_hub.apply.apply_adapter` takes them; ``None`` or an empty
+            list: the pipeline as it is.
         negative: the negative prompt of all; empty: what the pipeline does without one.
         guided: whether negative embeddings are needed (guidance above 1).
+        prompt_weights: ``on``: ``(word:1.2)`` and the rest of A1111's syntax (:mod:`texforce_hub.refs.emphasis`);
+            ``off``: parentheses are text; ``auto``: ``on`` for a prompt with a number or an escape in it.
+        long_prompts: read prompts beyond the encoder's length in several chunks; all rows get as many as the
+            longest prompt takes.
         options: for the pipeline's own ``encode_prompt`` (``clip_skip``, ``max_sequence_length``).
 
     Returns:
@@ -82,15 +155,19 @@ def encode_prompts(
         ``pooled_prompt_embeds (b, width)``, ``negative_pooled_prompt_embeds`` and attention masks.
 
     Raises:
-        PromptError: no prompts, or not one stack for each.
+        PromptError: no prompts, not one stack for each, a prompt with a tag, or compel is needed and missing.
         ConfigError: a stack that changes the U-Net, which all prompts share.
+        FamilyError: weights or long prompts for a pipeline that cannot have them.
         MatchError: a stack that does not fit.
+        RefError: weights that cannot be read.
     """
     if not prompts or len(prompts) != len(stacks):
         raise PromptError(f"{len(prompts)} prompts and {len(stacks)} stacks; expected one stack for each prompt")
+    how: dict[str, Any] = {"negative": negative, "prompt_weights": prompt_weights, "long_prompts": long_prompts}
+    read = read_prompts(pipe, prompts, **how, longest=options.get("max_sequence_length"))
     rows: list[dict[str, Tensor]] = [{}] * len(prompts)
     for stack, members in _grouped(stacks):
-        embeddings = _encode_under(pipe, stack, [prompts[i] for i in members], negative, guided=guided, **options)
+        embeddings = _encode_under(pipe, stack, read.only(members), guided=guided, **options)
         for position, member in enumerate(members):
             rows[member] = {name: tensor[position] for name, tensor in embeddings.items()}
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
@@ -108,16 +185,14 @@ def _grouped(stacks: Sequence[Stack]) -> list[tuple[Stack, list[int]]]:
     return groups
 
 
-def _encode_under(
-    pipe: Any, stack: Stack, prompts: list[str], negative: str, *, guided: bool, **options: Any
-) -> dict[str, Tensor]:
-    if stack is None:
-        return _encode(pipe, prompts, negative, guided=guided, **options)
+def _encode_under(pipe: Any, stack: Stack, read: ReadPrompts, *, guided: bool, **options: Any) -> dict[str, Tensor]:
+    if stack is None or stack == []:
+        return _encode(pipe, read, guided=guided, **options)
     entries = read_stack(stack)
     for entry in entries:
         _check_text_only(entry)
     with apply_adapter(pipe, [entry.item for entry in entries]):
-        return _encode(pipe, prompts, negative, guided=guided, **options)
+        return _encode(pipe, read, guided=guided, **options)
 
 
 def _check_text_only(entry: Entry) -> None:
@@ -129,16 +204,41 @@ def _check_text_only(entry: Entry) -> None:
         )
 
 
-def _encode(pipe: Any, prompts: list[str], negative: str, *, guided: bool, **options: Any) -> dict[str, Tensor]:
+def _encode(pipe: Any, read: ReadPrompts, *, guided: bool, **options: Any) -> dict[str, Tensor]:
+    found = _encode_plainly(pipe, read, guided=guided, **options)
+    whole = read.chunks > 1
+    if whole or not all(prompt.is_plain for prompt in read.prompts):
+        readers = clip_readers(pipe, clip_skip=options.get("clip_skip"))
+        kept = list(found["prompt_embeds"])
+        for i, prompt in enumerate(read.prompts):
+            if whole or not prompt.is_plain:
+                kept[i] = encode_side_by_side(readers, prompt, chunks=read.chunks).to(kept[i])
+        found["prompt_embeds"] = torch.stack(kept)
+    if "negative_prompt_embeds" in found and (whole or not read.negative.is_plain):
+        found["negative_prompt_embeds"] = _encode_negative(pipe, read, found["negative_prompt_embeds"])
+    return found
+
+
+def _encode_negative(pipe: Any, read: ReadPrompts, plain: Tensor) -> Tensor:
+    """The negative prompt at its weights and in all chunks; the pipelines skip none of its layers."""
+    if read.negative == EMPTY and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        return plain.repeat(1, read.chunks, 1)  # zeros, by the pipeline's own rule
+    row = encode_side_by_side(clip_readers(pipe), read.negative, chunks=read.chunks)
+    return row.to(plain).expand(len(plain), -1, -1)
+
+
+def _encode_plainly(pipe: Any, read: ReadPrompts, *, guided: bool, **options: Any) -> dict[str, Tensor]:
+    """What the pipeline itself makes of the words without their weights, as many as it reads."""
     accepted = inspect.signature(pipe.encode_prompt).parameters
     names = next((names for mark, names in _OUTPUTS.items() if mark in accepted), None)
     if names is None:
         raise FamilyError(f"{type(pipe).__name__} has no encode_prompt whose embeddings its call takes back")
+    prompts = [prompt.text for prompt in read.prompts]
     wanted: dict[str, Any] = {"prompt": prompts, "device": pipe._execution_device, "num_images_per_prompt": 1}
     wanted |= {"do_classifier_free_guidance": guided, "prompt_2": None, "prompt_3": None}
-    if guided and negative:  # without one, SDXL's is zeros, not an empty text
-        wanted["negative_prompt"] = [negative] * len(prompts)
+    if guided and read.negative.text:  # without one, SDXL's is zeros, not an empty text
+        wanted["negative_prompt"] = [read.negative.text] * len(prompts)
     given = {name: value for name, value in wanted.items() if name in accepted}
-    with final_norms_named(pipe):
+    with final_norms_named(pipe), _hushed(pipe) if read.chunks > 1 else nullcontext():
         found = pipe.encode_prompt(**given, **options)
     return {name: t for name, t in zip(names, found, strict=True) if name is not None and t is not None}

@@ -5,11 +5,14 @@ the uninterrupted one would have asked.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from texforce_hub.errors import PromptError
+from texforce_hub.refs.emphasis import is_weighted
+from texforce_hub.refs.tags import refuse_tags
 from texforce_hub.shapes.grammar import KINDS, caption, sample_prompts, sample_scene
 
 _KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts: with two noisy words a pair is too much a matter of chance
@@ -92,7 +95,7 @@ def load_prompts(source: str | None, *, base: str, canonical: float) -> PromptSe
         source = "shapes:colour"
     if source.startswith("shapes:"):
         return ShapesPrompts(_find_words(source), canonical)
-    return ListedPrompts(read_prompts(source))
+    return ListedPrompts(_read_plain(source))
 
 
 def held_out_prompts(source: str) -> list[str]:
@@ -103,7 +106,7 @@ def held_out_prompts(source: str) -> list[str]:
     """
     if source.startswith("shapes:"):
         return sample_prompts(_HELD_OUT, 0, split="test", noisy=_find_words(source))
-    return list(read_prompts(source))
+    return list(_read_plain(source))
 
 
 def _find_words(source: str) -> frozenset[str]:
@@ -113,6 +116,27 @@ def _find_words(source: str) -> frozenset[str]:
             f"no prompts {source!r}; there are {', '.join(f'shapes:{name}' for name in _WORDS)}, or a file"
         )
     return _WORDS[words]
+
+
+def _read_plain(source: str) -> tuple[str, ...]:
+    prompts = read_prompts(source)
+    for prompt in prompts:
+        refuse_tags(prompt, "tags are for apply; give the adapter as an option")
+        if is_weighted(prompt):
+            raise PromptError(f"{prompt!r} holds weights, which only apply reads; write the words alone")
+    return prompts
+
+
+def gather_prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
+    """The prompts of a command line, then those of a file.
+
+    Raises:
+        PromptError: there is none, or the file cannot be read or holds none.
+    """
+    found = (*given, *(read_prompts(file) if file is not None else ()))
+    if not found:
+        raise PromptError("no prompt; give --prompt TEXT or --prompts FILE")
+    return found
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

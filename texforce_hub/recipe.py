@@ -23,7 +23,7 @@ Kind = Literal["merge", "apply"]
 Setting = str | int | float | bool
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SOURCE_KEYS = {"source", "name", "weight", "parts", "revision", "sha256"}
+_SOURCE_KEYS = {"source", "name", "weight", "parts", "revision", "sha256", "prompt"}
 _TOP_KEYS = {"format", "kind", "method", "seed", "options", "settings", "versions", "source"}
 
 
@@ -36,6 +36,7 @@ class RecipeSource:
     parts: weights by part, block or pattern
     revision: the full commit, if it came from the Hub
     sha256: of the file's bytes, 64 hexadecimal digits; empty: unknown
+    prompt: the number, from 0, of the one prompt whose tag asked for it; ``None``: it acts on all
     """
 
     source: str
@@ -44,6 +45,7 @@ class RecipeSource:
     name: str = ""
     revision: str = ""
     sha256: str = ""
+    prompt: int | None = None
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -52,6 +54,8 @@ class RecipeSource:
             raise RecipeError(f"{self.source}: sha256 {self.sha256[:80]!r}; expected 64 hexadecimal digits")
         if not all(math.isfinite(w) for w in (self.weight, *self.parts.values())):
             raise RecipeError(f"{self.source}: a weight is not finite")
+        if self.prompt is not None and self.prompt < 0:
+            raise RecipeError(f"{self.source}: prompt {self.prompt}; expected its number from 0")
         object.__setattr__(self, "parts", MappingProxyType(dict(self.parts)))
 
 
@@ -141,12 +145,14 @@ def _read_source(entry: Any) -> RecipeSource:
         weight=float(numbers[0]),
         parts={key: float(value) for key, value in entry.get("parts", {}).items()},
         **{key: _typed(entry, key, str, "") for key in ("name", "revision", "sha256")},
+        prompt=_typed(entry, "prompt", int, 0) if "prompt" in entry else None,
     )
 
 
 def _source_table(source: RecipeSource) -> dict[str, Any]:
     table: dict[str, Any] = {"source": source.source}
     table |= {key: value for key in ("name", "revision", "sha256") if (value := getattr(source, key))}
+    table |= {"prompt": source.prompt} if source.prompt is not None else {}
     return table | ({"parts": source.parts} if source.parts else {"weight": source.weight})
 
 

@@ -12,7 +12,7 @@ from texforce_hub.files import writing
 from texforce_hub.generate import Settings
 from texforce_hub.locate import find_file
 from texforce_hub.recipe import Recipe, RecipeSource
-from texforce_hub.refs import AdapterRef
+from texforce_hub.refs import AdapterRef, TaggedPrompt
 
 _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
@@ -21,7 +21,9 @@ _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 class Run:
     """One drawing run: base, partner, stack, how it is put on, its columns, and how to sample.
 
-    ``each``: a column for every adapter of the stack; ``sweep``: ``NAME=FROM:TO:COUNT``, one for every weight.
+    The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
+    nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweep``:
+    ``NAME=FROM:TO:COUNT``, one for every weight.
     """
 
     base: str
@@ -33,6 +35,13 @@ class Run:
     scheduler: str = ""
     each: bool = False
     sweep: str = ""
+    tags: tuple[tuple[AdapterRef, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        written = [len(TaggedPrompt.parse(prompt).tags) for prompt in self.settings.prompts]
+        found = [len(refs) for refs in self.tags] or [0] * len(written)
+        if found != written:
+            raise RecipeError(f"the prompts have {written} tags, and there are {found} adapters for them")
 
 
 def record_run(run: Run, path: Path) -> None:
@@ -41,10 +50,8 @@ def record_run(run: Run, path: Path) -> None:
     Raises:
         RecipeError: a run without adapters.
     """
-    sources = tuple(
-        RecipeSource(ref.source, ref.weight, dict(ref.parts), ref.name or "", sha256=hash_place(find_file(ref)))
-        for ref in run.adapters
-    )
+    sources = [_record_source(ref) for ref in run.adapters]
+    sources += [_record_source(ref, prompt=number) for number, refs in enumerate(run.tags) for ref in refs]
     chosen = asdict(run.settings)
     prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
@@ -55,9 +62,14 @@ def record_run(run: Run, path: Path) -> None:
         if digest := _hash_local(source):
             table[f"{name}_sha256"] = digest
     versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "texforce-hub")}
-    recipe = Recipe("apply", sources, settings=table, seed=seed, versions=versions)
+    recipe = Recipe("apply", tuple(sources), settings=table, seed=seed, versions=versions)
     with writing(path) as part:
         part.write_text(str(recipe), encoding="utf-8")
+
+
+def _record_source(ref: AdapterRef, *, prompt: int | None = None) -> RecipeSource:
+    sha256 = hash_place(find_file(ref))
+    return RecipeSource(ref.source, ref.weight, dict(ref.parts), ref.name or "", sha256=sha256, prompt=prompt)
 
 
 def replay_run(path: Path) -> Run:
@@ -78,10 +90,22 @@ def replay_run(path: Path) -> Run:
     for name in ("base", "unet"):
         recorded = table.pop(f"{name}_sha256", "")
         _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), str(recorded))
-    refs = tuple(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())) for s in recipe.sources)
+    refs: dict[int | None, list[AdapterRef]] = {}
+    for s in recipe.sources:
+        refs.setdefault(s.prompt, []).append(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())))
+    shared = tuple(refs.pop(None, ()))
     outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
     each = table.pop("each", False) is True
-    return Run(adapters=refs, settings=_read_settings(table, recipe.seed, path), each=each, **outer)
+    settings = _read_settings(table, recipe.seed, path)
+    tags = tuple(tuple(refs.pop(number, ())) for number in range(len(settings.prompts))) if refs else ()
+    if refs:
+        raise RecipeError(
+            f"{path}: an adapter for prompt {max(map(str, refs))}; it has {len(settings.prompts)} prompts"
+        )
+    try:
+        return Run(adapters=shared, settings=settings, each=each, tags=tags, **outer)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 _OUTER = ("base", "unet", "mode", "rounding", "scheduler", "sweep")
@@ -90,6 +114,8 @@ _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     "prompts": Mapping,
     "negative": str,
     "guidance": (int, float),
+    "prompt_weights": str,
+    "long_prompts": bool,
 }
 
 

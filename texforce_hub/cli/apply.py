@@ -20,8 +20,19 @@ def apply(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", help="PATH, name or Hub id, with :WEIGHT; repeat to stack.")
     ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What to draw; repeat for more.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to draw, <lora:NAME:WEIGHT> tags in it too; repeatable.")
+    ] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
+    adapter_dir: Annotated[
+        Path | None, typer.Option("--adapter-dir", help="Where the names in tags are; default: the catalogue.")
+    ] = None,
+    prompt_weights: Annotated[
+        str, typer.Option("--prompt-weights", help="(word:1.2) and A1111's like: auto (with a number), on or off.")
+    ] = "auto",
+    long_prompts: Annotated[
+        bool, typer.Option("--long-prompts", help="Read prompts beyond the text encoder's length, too.")
+    ] = False,
     unet: Annotated[str | None, typer.Option("--unet", help="A tuned U-Net, or a U-Net LoRA with :WEIGHT.")] = None,
     each: Annotated[bool, typer.Option("--each", help="One column for each adapter, all in one batch.")] = False,
     sweep: Annotated[str, typer.Option("--sweep", help="NAME=FROM:TO:COUNT, a column for each weight.")] = "",
@@ -51,8 +62,10 @@ def apply(
     as_json: Annotated[bool, typer.Option("--json", help="Print the files written as JSON.")] = False,
 ) -> None:
     """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
-    from texforce_hub.cli.drawing import Drawing, print_files, read_prompts
+    from texforce_hub.cli.drawing import Drawing, print_files
     from texforce_hub.generate import Settings
+    from texforce_hub.prompt_tags import TagShelf
+    from texforce_hub.prompts import gather_prompts
     from texforce_hub.refs import AdapterRef
     from texforce_hub.replay import Run, record_run, replay_run
     from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
@@ -69,8 +82,10 @@ def apply(
         run = replay_run(recipe)
     else:
         own = base == "shapes"
+        given = gather_prompts(prompt or [], prompts) if prompt or prompts or output is not None else ("nothing",)
+        shelf = TagShelf(adapter_dir)
         settings = Settings(
-            prompts=read_prompts(prompt or [], prompts, needed=output is not None),
+            prompts=given,
             negative=negative_prompt or "",
             inference_steps=inference_steps or (INFERENCE_STEPS if own else 30),
             guidance=guidance if guidance is not None else (GUIDANCE if own else 7.5),
@@ -80,6 +95,8 @@ def apply(
             num_images=num_images,
             batch_size=batch_size,
             clip_skip=clip_skip,
+            prompt_weights=prompt_weights,
+            long_prompts=long_prompts,
         )
         refs = tuple(AdapterRef.parse(text) for text in adapter or [])
         run = Run(
@@ -92,7 +109,10 @@ def apply(
             scheduler=scheduler,
             each=each,
             sweep=sweep,
+            tags=shelf.find_all(given),
         )
+    if run.tags and any(saves.values()):
+        raise ConfigError("a model is saved for all prompts, a tag acts on its own; give its adapter with --adapter")
     drawing = Drawing(run)
     drawing.load(device=device, dtype=dtype, offload=offload)
     files = drawing.draw(output) if output is not None else []

@@ -1,7 +1,10 @@
 """What every command prints with: results on stdout, everything else on stderr, nothing raw."""
 
 import json
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -39,3 +42,21 @@ def put_table(columns: list[str], rows: list[list[str]], *, title: str | None = 
         table.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 120
     Console(width=width, highlight=False).print(table)
+
+
+@contextmanager
+def saying_once() -> Iterator[None]:
+    """Each line of the library's log once, though it concerns every column of a picture."""
+    said: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(said)
+        said.add(record.getMessage())
+        return len(said) > before
+
+    logger = logging.getLogger("texforce_hub")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

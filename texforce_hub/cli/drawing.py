@@ -11,38 +11,21 @@ from rich.console import Console
 from rich.progress import Progress
 
 from texforce_hub.apply import Applied, apply_adapter
-from texforce_hub.cli.console import put, put_json
-from texforce_hub.conditioning import encode_prompts
+from texforce_hub.cli.console import put, put_json, saying_once
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.files import writing
-from texforce_hub.generate import generate_images, sample, save_images
+from texforce_hub.generate import Cell, generate_cells, generate_images, save_images
 from texforce_hub.images.sheet import contact_sheet
+from texforce_hub.locate import find_file
 from texforce_hub.pipelines import load_pipeline, save_checkpoint, save_pipeline, save_text_encoder
-from texforce_hub.replay import Run
+from texforce_hub.refs import AdapterRef, TaggedPrompt
+from texforce_hub.replay import Run, hash_place
 from texforce_hub.schedulers import set_scheduler
-from texforce_hub.stack import Entry, Item, read_stack, reweighted
+from texforce_hub.stack import Entry, read_stack, reweighted
 
 logger = logging.getLogger("texforce_hub")
 
 _SWEEP = re.compile(r"(?P<name>[\w-]+)=(?P<start>[^:]+):(?P<stop>[^:]+):(?P<count>\d+)")
-
-
-def read_prompts(given: Sequence[str], file: Path | None, *, needed: bool = True) -> tuple[str, ...]:
-    """The prompts of the command line and of a file, one a line, ``#`` beginning a comment.
-
-    Raises:
-        PromptError: there is none though one is needed, or the file cannot be read.
-    """
-    lines: list[str] = []
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise PromptError(f"prompts file {file}: {error}") from error
-    found = (*given, *(line.strip() for line in lines if line.strip() and not line.startswith("#")))
-    if not found and needed:
-        raise PromptError("no prompt; give --prompt TEXT or --prompts FILE")
-    return found or ("nothing",)
 
 
 def sweep_weights(text: str) -> tuple[str, list[float]]:
@@ -72,19 +55,15 @@ def print_files(files: Sequence[Path], *, as_json: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the sheet: its title, and the stack it is drawn under (none: the base)."""
+    """One column of the sheet: its title, the stack it is drawn under, and whether the prompts' tags act too."""
 
     label: str
     entries: tuple[Entry, ...] = ()
-
-    @property
-    def items(self) -> list[Item] | None:
-        """The stack as ``apply_adapter`` takes it."""
-        return [entry.item for entry in self.entries] or None
+    tagged: bool = True
 
 
 def plan_columns(run: Run, entries: Sequence[Entry]) -> list[Column]:
-    """The base, then the whole stack, or each adapter, or a sweep of one adapter's weight.
+    """The base; then the whole stack, or each adapter, or one at several weights. Tags act in all but the base.
 
     Raises:
         ConfigError: both, one of them without a stack or fused, or a sweep of an adapter that is not there.
@@ -94,12 +73,13 @@ def plan_columns(run: Run, entries: Sequence[Entry]) -> list[Column]:
         raise ConfigError("--each and --sweep both ask for columns; give one of them")
     if together and (not entries or run.mode != "attach"):
         raise ConfigError("--each and --sweep draw several stacks at once: give --adapter, and no other --mode")
+    base = Column("base", tagged=False)
     if run.each:
-        return [Column("base"), *(Column(entry.label, (entry,)) for entry in entries)]
+        return [base, *(Column(entry.label, (entry,)) for entry in entries)]
     if run.sweep:
-        return [Column("base"), *_sweep_columns(run.sweep, entries)]
-    whole = [Column(" + ".join(str(ref) for ref in run.adapters), tuple(entries))] if entries else []
-    return [Column("base"), *whole]
+        return [base, *_sweep_columns(run.sweep, entries)]
+    title = " + ".join([*map(str, run.adapters), *(["tags"] if run.tags else [])])
+    return [base, Column(title, tuple(entries))] if title else [base]
 
 
 def _sweep_columns(sweep: str, entries: Sequence[Entry]) -> Iterator[Column]:
@@ -118,7 +98,12 @@ class Drawing:
         self.run = run
         self.entries = read_stack(list(run.adapters)) if run.adapters else []
         self.columns = plan_columns(run, self.entries)
-        self.together = run.each or bool(run.sweep)
+        self.texts = [TaggedPrompt.parse(prompt).text for prompt in run.settings.prompts]
+        if not all(self.texts):
+            raise PromptError(f"{run.settings.prompts[self.texts.index('')]!r} holds tags alone; expected a word too")
+        self.tags = [_read_tagged(refs) for refs in run.tags] or [[] for _ in self.texts]
+        self.together = run.each or bool(run.sweep) or (bool(run.tags) and run.mode == "attach")
+        self.together &= all(_is_text_only(entry) for entry in (*self.entries, *(e for t in self.tags for e in t)))
         self.pipe: Any = None
         if run.rounding not in ("nearest", "stochastic"):
             raise ConfigError(f"--rounding {run.rounding!r}; expected nearest or stochastic")
@@ -138,13 +123,11 @@ class Drawing:
     def draw(self, output: Path) -> list[Path]:
         """Write the images of every column and the sheet, whose path comes last."""
         settings = self.run.settings
-        jobs = len(settings.jobs())
-        runs = [jobs * len(self.columns)] if self.together else [jobs] * len(self.columns)
-        batches = sum(-(-images // settings.batch_size) for images in runs)
-        with Progress(console=Console(stderr=True), transient=True) as bars:
-            task = bars.add_task("drawing", total=batches * settings.inference_steps)
+        images = len(settings.jobs()) * len(self.columns)
+        with Progress(console=Console(stderr=True), transient=True) as bars, saying_once():
+            task = bars.add_task("drawing", total=images * settings.inference_steps)
             draw = self._draw_together if self.together else self._draw_in_turn
-            groups = draw(lambda: bars.advance(task))
+            groups = draw(lambda count: bars.advance(task, count))
         paths: list[Path] = []
         for column, group in zip(self.columns, groups):
             paths += self._save_column(column, group, output)
@@ -161,13 +144,13 @@ class Drawing:
             return []
         if not self.entries:
             return list(self._save_all(places, portable))
-        with self._apply([entry.item for entry in self.entries], "fuse"):
+        with self._apply(self.entries, "fuse"):
             return list(self._save_all(places, portable))
 
-    def _apply(self, items: list[Item], mode: str) -> Applied:
+    def _apply(self, entries: Sequence[Entry], mode: str) -> Applied:
         rounding = self.run.rounding if mode == "fuse" else "nearest"
         how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed}
-        return apply_adapter(self.pipe, items, **cast(Any, how))
+        return apply_adapter(self.pipe, [entry.item for entry in entries], **cast(Any, how))
 
     def _save_all(self, places: Mapping[str, Path | None], portable: bool) -> Iterator[Path]:
         if (folder := places["pipeline"]) is not None:
@@ -177,41 +160,84 @@ class Drawing:
         if (file := places["text_encoder"]) is not None:
             yield from save_text_encoder(self.pipe, file)
 
-    def _draw_in_turn(self, on_step: Callable[[], None]) -> list[list[Any]]:
-        return [self._draw_column(column.items, on_step) for column in self.columns]
+    def _stack(self, column: Column, number: int) -> list[Entry]:
+        """What acts on one prompt in one column: the column's stack, then the prompt's own."""
+        return [*column.entries, *(self.tags[number] if column.tagged else [])]
 
-    def _draw_column(self, items: list[Item] | None, on_step: Callable[[], None]) -> list[Any]:
-        if items is None:
-            return generate_images(self.pipe, self.run.settings, on_step=on_step)
-        with self._apply(items, self.run.mode) as applied:
-            for reason in dict.fromkeys(applied.dead_layers(self.run.settings.clip_skip or 0).values()):
+    def _draw_in_turn(self, on_step: Callable[[int], None]) -> list[list[Any]]:
+        """Column by column; in each, the prompts under one stack after those under another."""
+        groups = []
+        for column in self.columns:
+            images: dict[int, list[Any]] = {}
+            numbers = range(len(self.texts))
+            for members in _alike(numbers, key=lambda number: self._stack(column, number)):
+                found = self._draw_under(self._stack(column, members[0]), members, on_step)
+                size = self.run.settings.num_images
+                images |= {number: found[i * size : (i + 1) * size] for i, number in enumerate(members)}
+            groups.append([image for number in numbers for image in images[number]])
+        return groups
+
+    def _draw_under(self, stack: Sequence[Entry], members: Sequence[int], on_step: Callable[[int], None]) -> list[Any]:
+        settings = replace(self.run.settings, prompts=tuple(self.texts[number] for number in members))
+        if not stack:
+            return generate_images(self.pipe, settings, on_step=on_step)
+        with self._apply(stack, self.run.mode) as applied:
+            for reason in dict.fromkeys(applied.dead_layers(settings.clip_skip or 0).values()):
                 logger.warning("%s", reason)
-            return generate_images(self.pipe, self.run.settings, on_step=on_step)
+            return generate_images(self.pipe, settings, on_step=on_step)
 
-    def _draw_together(self, on_step: Callable[[], None]) -> list[list[Any]]:
+    def _draw_together(self, on_step: Callable[[int], None]) -> list[list[Any]]:
         """All columns in the same batches: one U-Net call a step, whatever the number of stacks."""
         settings = self.run.settings
-        cells = [(prompt, seed, column.items) for column in self.columns for prompt, seed in settings.jobs()]
-        images: list[Any] = []
-        extra = {"clip_skip": settings.clip_skip} if settings.clip_skip is not None else {}
-        for start in range(0, len(cells), settings.batch_size):
-            texts, seeds, stacks = zip(*cells[start : start + settings.batch_size])
-            guided = settings.guidance > 1
-            given = encode_prompts(self.pipe, texts, stacks, negative=settings.negative, guided=guided, **extra)
-            images += sample(self.pipe, settings, list(seeds), given, on_step=on_step)
+        cells: list[Cell] = []
+        for column in self.columns:
+            for number, text in enumerate(self.texts):
+                stack = [entry.item for entry in self._stack(column, number)] or None
+                cells += [(text, settings.seed + i, stack) for i in range(settings.num_images)]
+        images = generate_cells(self.pipe, settings, cells, on_step=on_step)
         size = len(settings.jobs())
         return [images[i * size : (i + 1) * size] for i in range(len(self.columns))]
 
     def _save_column(self, column: Column, images: list[Any], output: Path) -> list[Path]:
-        named = re.sub(r"[^\w.=-]+", "_", column.label) if self.together else "stack"
+        many = self.run.each or bool(self.run.sweep)
+        named = re.sub(r"[^\w.=-]+", "_", column.label) if many else "stack"
         origin: dict[str, Any] = {"base": self.run.base, "unet": self.run.unet, "column": column.label}
-        if column.entries:
+        if column.entries or (column.tagged and self.run.tags):
             origin |= {"adapters": [self._written(entry) for entry in column.entries], "mode": self.run.mode}
+        tags = [{"tags": written} if column.tagged and written else {} for written in self._written_tags()]
+        origins = [origin | of_prompt for of_prompt in tags for _ in range(self.run.settings.num_images)]
         sampler = type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
-        folder = output / (named if column.entries else "base")
-        return save_images(images, self.run.settings, folder, sampler=sampler, origin=origin)
+        folder = output / (named if column is not self.columns[0] else "base")
+        return save_images(images, self.run.settings, folder, sampler=sampler, origins=origins)
 
     def _written(self, entry: Entry) -> str:
         """The reference that gives this entry, with the weight it has here."""
         position = [other.label for other in self.entries].index(entry.label)
         return str(replace(self.run.adapters[position], weight=entry.weight.weight, parts=entry.weight.parts))
+
+    def _written_tags(self) -> list[list[dict[str, str]]]:
+        """For each prompt, the adapters of its tags and their files' hashes."""
+        return [
+            [{"adapter": str(ref), "sha256": hash_place(find_file(ref))} for ref in refs]
+            for refs in self.run.tags or [()] * len(self.texts)
+        ]
+
+
+def _read_tagged(refs: Sequence[AdapterRef]) -> list[Entry]:
+    return read_stack(list(refs)) if refs else []
+
+
+def _is_text_only(entry: Entry) -> bool:
+    return all(part.startswith("text_encoder") for part in entry.adapter.parts)
+
+
+def _alike(numbers: Sequence[int], *, key: Callable[[int], list[Entry]]) -> list[list[int]]:
+    """The numbers whose entries are the same, together, in the order of their first."""
+    groups: list[list[int]] = []
+    for number in numbers:
+        home = next((members for members in groups if key(members[0]) == key(number)), None)
+        if home is None:
+            groups.append([number])
+        else:
+            home.append(number)
+    return groups

@@ -1,4 +1,4 @@
-"""One grammar for naming things: adapters with their weights, stacks of them, rewards.
+"""One grammar for naming things: adapters with their weights, stacks of them, rewards, tags in prompts.
 
 ::
 
@@ -8,14 +8,28 @@
     WINDOW   = "[" start "-" end "]"                     fractions of the denoising steps
     STACK    = REF { ["+"] REF }                         split as a shell splits words
     REWARD   = NAME ["=" number]                         NAME may be a URL or python:module:function
+    TAG      = "<lora:" NAME {":" number} ">"            inside a prompt; see refs.tags, and refs.emphasis for weights
 
 ``parse`` and ``str`` are inverse. What exists on disk under exactly the written name is that thing, whatever
 else the name could mean.
 """
 
 from texforce_hub.refs.adapter import WHOLE, AdapterRef, Exists
+from texforce_hub.refs.emphasis import Emphasis
 from texforce_hub.refs.hub import HubId
 from texforce_hub.refs.reward import RewardRef
 from texforce_hub.refs.stack import Stack, make_unique
+from texforce_hub.refs.tags import PromptTag, TaggedPrompt
 
-__all__ = ["WHOLE", "AdapterRef", "Exists", "HubId", "RewardRef", "Stack", "make_unique"]
+__all__ = [
+    "WHOLE",
+    "AdapterRef",
+    "Emphasis",
+    "Exists",
+    "HubId",
+    "PromptTag",
+    "RewardRef",
+    "Stack",
+    "TaggedPrompt",
+    "make_unique",
+]
