@@ -9,8 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, lies_in_pieces, part_folders
 from texforce_hub.catalog import Entry, read_catalog
-from texforce_hub.choose import PICKLED, PREFERRED, SUFFIXES, choose_name, is_candidate, list_names
+from texforce_hub.choose import PICKLED, PREFERRED, SUFFIXES, choose_name, list_names
 from texforce_hub.container import open_header
 from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, RefError
@@ -32,16 +33,36 @@ def find_file(ref: str | Path | AdapterRef) -> Path:
     """The one file that a reference means; a folder is searched as its layout asks, one on the Hub is fetched.
 
     Raises:
-        RefError: nothing of that name, or a folder in which no file or several could be meant.
+        RefError: nothing of that name, a folder in which no adapter or several could be meant, or one of several files.
+        HubError: the Hub has nothing of that name, or cannot be asked.
+    """
+    bundle = find_bundle(ref)
+    if len(bundle.files) > 1:
+        names = list_names([str(path) for path in bundle.files])
+        raise RefError(f"{bundle.path}: is one adapter in {len(bundle.files)} files, {names}; name the one you mean")
+    return bundle.files[0]
+
+
+def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
+    """The files of the one adapter that a reference means; :mod:`texforce_hub.bundles` has the rule.
+
+    Raises:
+        RefError: nothing of that name, or a folder in which no adapter or several could be meant.
         HubError: the Hub has nothing of that name, or cannot be asked.
     """
     place = find_local(ref)
     if place is None:
-        from texforce_hub.remote import fetch_remote_file, pick_remote_file
+        place = _fetch_adapter(_find_remote(ref))
+    return pick_bundle(place) if place.is_dir() else bundle_file(place)
 
-        remote = _find_remote(ref)
-        return fetch_remote_file(remote, pick_remote_file(remote))
-    return pick_file(place) if place.is_dir() else place
+
+def _fetch_adapter(remote: "RemotePlace") -> Path:
+    """The file, or the folder of an adapter in several files, in the cache."""
+    from texforce_hub.remote import fetch_place, fetch_remote_file, pick_remote_file
+
+    if not remote.is_file and lies_in_pieces(remote.names):
+        return fetch_place(remote)
+    return fetch_remote_file(remote, pick_remote_file(remote))
 
 
 def find_place(ref: str | Path | AdapterRef) -> Path:
@@ -137,6 +158,24 @@ def pick_file(folder: Path) -> Path:
     return folder / choose_name(names, lambda name: _holds_adapter(folder / name), str(folder))
 
 
+def pick_bundle(folder: Path) -> Bundle:
+    """The one adapter in a folder: as :func:`pick_file` finds it, else the one that lies in several files.
+
+    Raises:
+        RefError: no adapter, or several of equal standing.
+    """
+    bundles = [] if any((folder / name).is_file() for name in PREFERRED) else bundle_folder(folder)
+    several = [bundle for bundle in bundles if not bundle.is_one_file]
+    if not several:
+        return bundle_file(pick_file(folder))
+    single = [bundle for bundle in bundles if bundle.is_one_file and bundle.path.suffix == ".safetensors"]
+    rivals = [bundle.path for bundle in (*several, *(one for one in single if _holds_adapter(one.path)))]
+    if len(rivals) > 1:
+        names = list_names([path.name for path in rivals])
+        raise RefError(f"{folder}: holds {len(rivals)} adapters, {names}; name the one you mean")
+    return several[0]
+
+
 def _holds_adapter(path: Path) -> bool:
     try:
         plan(open_header(path))
@@ -155,7 +194,7 @@ def find_files(ref: str | Path | AdapterRef) -> list[Path]:
         RefError, HubError: nothing of that name, or a folder without any.
     """
     if find_local(ref) is not None:
-        return _find_here(find_place(ref))
+        return [path for bundle in find_bundles(ref) for path in bundle.files]
     from texforce_hub.remote import fetch_remote_file, list_remote_files
 
     remote = _find_remote(ref)
@@ -170,29 +209,37 @@ def list_files(ref: str | Path | AdapterRef) -> "list[Path] | list[RemoteFile]":
     """
     place = find_local(ref)
     if place is not None:
-        return _find_here(place)
+        return [path for bundle in _find_here(place) for path in bundle.files]
     from texforce_hub.remote import list_remote_files
 
     return list_remote_files(_find_remote(ref))
 
 
-def _find_here(place: Path) -> list[Path]:
+def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
+    """Every adapter that a reference can mean, as the files that it lies in; what is on the Hub is fetched.
+
+    Raises:
+        RefError, HubError: as :func:`find_files`.
+    """
+    return _find_here(find_place(ref))
+
+
+def _find_here(place: Path) -> list[Bundle]:
     if not place.is_dir():
-        return [place]
-    found = list(_walk(place))
+        return [bundle_file(place)]
+    found = sorted(_walk(place), key=lambda bundle: bundle.path)
     if not found:
         seen = list_names([path.name + ("/" if path.is_dir() else "") for path in sorted(place.iterdir())]) or "nothing"
         raise RefError(f"{place}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {seen}")
     return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path) -> Iterator[Bundle]:
+    yield from bundle_folder(folder)
+    pieces = part_folders(folder)
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            if not path.is_symlink() and not path.name.startswith("."):
-                yield from _walk(path)
-        elif is_candidate(path.name):
-            yield path
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and path not in pieces:
+            yield from _walk(path)
 
 
 def pinned_name(path: Path) -> str | None:

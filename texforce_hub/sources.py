@@ -4,19 +4,30 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Layer
-from texforce_hub.codec import Encoded, StoredAdapter, decode, decode_stored, encode, encode_stored
-from texforce_hub.container import open_header, sniff
-from texforce_hub.dialects import plan
+from texforce_hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece
+from texforce_hub.codec import (
+    Encoded,
+    StoredAdapter,
+    decode_stored,
+    encode,
+    encode_stored,
+    join_outlines,
+    join_stored,
+)
+from texforce_hub.container import sniff
+from texforce_hub.dialects import Plan, join_plans, plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
 from texforce_hub.files import DTYPES, stream_tensors, write_stream, writing
 from texforce_hub.header import CONFIG_NAME, Header, TensorInfo
-from texforce_hub.locate import find_file
+from texforce_hub.lazy import LazyMapping
+from texforce_hub.locate import find_bundle
 from texforce_hub.refs import AdapterRef
 
 _LOG = logging.getLogger("texforce_hub")
@@ -41,9 +52,10 @@ def read_adapter(
         DialectError: no layout fits the tensors' names.
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
-    path, header, tensors = _open(path_or_ref, device, allow_pickle=allow_pickle)
-    with _naming(path):
-        adapter = decode(plan(header), dict(tensors), alpha=alpha)
+    bundle = find_bundle(path_or_ref)
+    stored = _store(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
+    with _naming(bundle.path):
+        adapter = replace(stored.outline, layers=dict(stored.layers), extras=dict(stored.extras))
         check_finite(adapter)
         return adapter
 
@@ -55,40 +67,72 @@ def open_adapter(
     alpha: float | None = None,
     allow_pickle: bool = False,
 ) -> StoredAdapter:
-    """As :func:`read_adapter`, of an adapter that stays in its file: layers are read when they are looked at.
+    """As :func:`read_adapter`, of an adapter that stays in its files: layers are read when they are looked at.
 
-    The whole file is read and checked once, here, so that what can be wrong with it is said before any work.
+    All of it is read and checked once, here, so that what can be wrong with it is said before any work.
 
     Raises:
         RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`.
     """
-    path, header, tensors = _open(path_or_ref, device, allow_pickle=allow_pickle)
-    with _naming(path):
-        stored = decode_stored(plan(header), _outlines(header), tensors, alpha=alpha)
+    bundle = find_bundle(path_or_ref)
+    stored = _store(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
+    with _naming(bundle.path):
         check_finite(stored)
         return stored
 
 
+def _store(
+    bundle: Bundle, *, device: str | torch.device | None, alpha: float | None, allow_pickle: bool
+) -> StoredAdapter:
+    """The adapter in its files, not yet looked into."""
+    plans: dict[str, Plan] = {}
+    pieces: dict[str, StoredAdapter] = {}
+    for piece in bundle.pieces:
+        header, tensors = _open_piece(piece, device, allow_pickle=allow_pickle)
+        name = bundle.name_of(piece)
+        with _naming(piece.paths[0]):
+            plans[name] = plan(header, piece.part)
+            pieces[name] = decode_stored(plans[name], _outlines(header), tensors, alpha=alpha)
+    if len(pieces) == 1:
+        return pieces.popitem()[1]
+    with _naming(bundle.path):
+        return join_stored(join_plans(plans), pieces, alpha=alpha)
+
+
 def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
-    """As :func:`read_adapter`, from the file's header alone: every tensor is on the ``meta`` device, a shape only.
+    """As :func:`read_adapter`, from the files' headers alone: every tensor is on the ``meta`` device, a shape only.
 
     Raises:
         RefError, FileError, DialectError: as :func:`read_adapter`, as far as a header can tell.
     """
-    path = find_file(path_or_ref)
-    header = open_header(path)
-    with _naming(path):
-        return decode_stored(plan(header), _outlines(header), {}).outline
+    bundle = find_bundle(path_or_ref)
+    plans: dict[str, Plan] = {}
+    outlines: dict[str, Adapter] = {}
+    for piece in bundle.pieces:
+        header, name = open_piece(piece), bundle.name_of(piece)
+        with _naming(piece.paths[0]):
+            plans[name] = plan(header, piece.part)
+            outlines[name] = decode_stored(plans[name], _outlines(header), {}).outline
+    if len(outlines) == 1:
+        return outlines.popitem()[1]
+    with _naming(bundle.path):
+        return join_outlines(join_plans(plans), outlines)
 
 
-def _open(
-    path_or_ref: str | Path | AdapterRef, device: str | torch.device | None, *, allow_pickle: bool
-) -> tuple[Path, Header, Mapping[str, Tensor]]:
-    path = find_file(path_or_ref)
-    if sniff(path) == "pickle":
-        _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
-    header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
-    return path, header, tensors
+def _open_piece(
+    piece: Piece, device: str | torch.device | None, *, allow_pickle: bool
+) -> tuple[Header, Mapping[str, Tensor]]:
+    """The header of a file, or of all its shards, and its tensors, to be read when they are asked for."""
+    check_shards(piece)
+    headers: list[Header] = []
+    homes: dict[str, Mapping[str, Tensor]] = {}
+    for path in piece.paths:
+        if sniff(path) == "pickle":
+            _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
+        header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
+        headers.append(header)
+        homes |= dict.fromkeys(tensors, tensors)
+    return join_headers(piece.paths, headers), LazyMapping(homes, lambda key: homes[key][key])
 
 
 @contextmanager

@@ -1,31 +1,60 @@
 """The adapters of several files that are one, as one adapter."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from texforce_hub.adapter import Adapter, Layer
+from torch import Tensor
+
+from texforce_hub.adapter import Adapter
 from texforce_hub.codec.decoding import describe_reading, equal_layers
+from texforce_hub.codec.stored import StoredAdapter
 from texforce_hub.dialects import Plan
 from texforce_hub.errors import DialectError
+from texforce_hub.lazy import LazyMapping
 
 
-def join_adapters(plan: Plan, adapters: Mapping[str, Adapter], *, alpha: float | None = None) -> Adapter:
-    """One adapter of those that its files hold; ``plan`` is the joined one, ``adapters`` are by the files' names.
+def join_stored(plan: Plan, stored: Mapping[str, StoredAdapter], *, alpha: float | None = None) -> StoredAdapter:
+    """One adapter of those that its files hold; ``plan`` is the joined one, ``stored`` are by the files' names.
 
-    ``alpha`` is that with which they were decoded.
+    ``alpha`` is that with which they were decoded. Layers that two files hold are read and compared here.
 
     Raises:
-        DialectError: the plan has faults, or two files hold one layer, or one extra, unequally.
+        DialectError: the plan has faults, or two files hold one layer unequally, or an extra of one name.
     """
+    _check_joined(plan)
+    homes: dict[str, StoredAdapter] = {}
+    for file, one in stored.items():
+        for name in one.layers:
+            if homes.setdefault(name, one) is not one and not equal_layers(homes[name].layers[name], one.layers[name]):
+                raise DialectError(f"{name} is in {file} and in another file of it, with unequal values; name one file")
+    outline = join_outlines(plan, {file: one.outline for file, one in stored.items()}, alpha=alpha)
+    extras = {key: one for one in stored.values() for key in one.extras}
+    return StoredAdapter(
+        outline,
+        LazyMapping(homes, lambda name: homes[name].layers[name]),
+        LazyMapping(extras, lambda key: extras[key].extras[key]),
+    )
+
+
+def join_outlines(plan: Plan, outlines: Mapping[str, Adapter], *, alpha: float | None = None) -> Adapter:
+    """As :func:`join_stored`, of shapes without values, which cannot be compared.
+
+    Raises:
+        DialectError: the plan has faults, or two files hold an extra of one name.
+    """
+    _check_joined(plan)
+    layers = {name: layer for one in reversed(list(outlines.values())) for name, layer in one.layers.items()}
+    extras = [(key, tensor) for one in outlines.values() for key, tensor in one.extras.items()]
+    return Adapter({name: layers[name] for name in plan.layers}, describe_reading(plan, alpha), _once(extras))
+
+
+def _check_joined(plan: Plan) -> None:
     if plan.faults:
         more = f" (and {len(plan.faults) - 1} more)" if len(plan.faults) > 1 else ""
         raise DialectError(f"{plan.faults[0]}{more}; mend it, or name the one file that you mean")
-    layers: dict[str, Layer] = {}
-    for file, adapter in adapters.items():
-        for name, layer in adapter.layers.items():
-            if not equal_layers(layers.setdefault(name, layer), layer):
-                raise DialectError(f"{name} is in {file} and in another file of it, with unequal values; name one file")
-    extras = {f"{file}|{key}": tensor for file, one in adapters.items() for key, tensor in one.extras.items()}
-    names = [key.partition("|")[2] for key in extras]
+
+
+def _once(extras: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    names = [key for key, _ in extras]
     if len(set(names)) < len(names):
         raise DialectError(f"two of its files hold a tensor {max(names, key=names.count)!r}, no layer; name one file")
-    return Adapter(layers, describe_reading(plan, alpha), dict(zip(names, extras.values(), strict=True)))
+    return dict(extras)
