@@ -3,13 +3,16 @@
 import json
 import subprocess
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from texforce_hub import cli, doctor
+from texforce_hub.errors import PipelineError
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"
 
@@ -32,16 +35,62 @@ def pipeline_folder(folder, parts=("unet", "vae")):
     return folder
 
 
-def test_every_subject_is_in_the_json_and_the_token_is_in_neither_output(cache, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    data, table = (CliRunner().invoke(cli.app, ["doctor", "--device", "cpu", *more]) for more in (["--json"], []))
-    names = {one["name"] for one in json.loads(data.stdout)["findings"]}
+@pytest.fixture(scope="module")
+def findings():
+    """All of it once, with a token that is there: it looks at real libraries, which takes its time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        return list(doctor.examine(device="cpu"))
+
+
+@pytest.fixture
+def examined(findings, monkeypatch):
+    """The command, given what was found already; gives the bases and the device that it was asked about."""
+    asked = []
+
+    def examine(bases, *, device):
+        asked.append((bases, device))
+        return iter([*findings, *map(doctor.examine_base, bases)])
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    return asked
+
+
+def test_every_subject_is_looked_at_and_the_token_is_in_no_output(findings, examined):
+    names = {one.name for one in findings}
     wanted = {"python", "torch", "diffusers", "transformers", "torchvision", "device", "bfloat16", "cache", "room"}
-    assert wanted | {"endpoint", "token", "base shapes", "tensorboard"} <= names
-    token = next(one for one in json.loads(data.stdout)["findings"] if one["name"] == "token")
-    assert token["found"].startswith("present")
+    assert wanted | {"endpoint", "token", "base shapes", "vocabulary", "extra prompt"} <= names
+    assert next(one.found for one in findings if one.name == "token").startswith("present")
+    data, table = (CliRunner().invoke(cli.app, ["doctor", "--device", "cpu", *more]) for more in (["--json"], []))
+    assert examined == [([], "cpu")] * 2
+    assert [one["name"] for one in json.loads(data.stdout)["findings"]] == [one.name for one in findings]
     for shown in (data.output, table.output):
+        assert "token" in shown
         assert SECRET[:10] not in shown
+
+
+def test_the_extras_are_those_of_the_package_and_each_says_what_it_is_for():
+    project = tomllib.loads((Path(doctor.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    offered = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
+    assert {name: [Requirement(need).name for need in needs] for name, needs in offered.items()} == {
+        name: [package] for name, (package, _) in doctor.EXTRAS.items()
+    }
+    there = doctor._examine_extra("some", "pytest", "testing")
+    assert (there.state, there.found.startswith("pytest "), "for testing" in there.found) == ("ok", True, True)
+    missing = doctor._examine_extra("some", "no-such-package", "nothing")
+    assert (missing.state, "texforce-hub[some]" in missing.advice) == ("ok", True)
+
+
+def test_a_vocabulary_that_is_missing_comes_with_the_package_that_has_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "find_vocabulary", lambda: tmp_path / "vocabulary.gz")
+    assert doctor.examine_vocabulary().found == str(tmp_path / "vocabulary.gz")
+
+    def fail():
+        raise PipelineError("none")
+
+    monkeypatch.setattr(doctor, "find_vocabulary", fail)
+    found = doctor.examine_vocabulary()
+    assert (found.state, "open_clip_torch" in found.advice) == ("note", True)
 
 
 def test_an_absent_token_is_said(monkeypatch):
@@ -59,7 +108,7 @@ def test_a_base_that_cannot_be_found_offline_is_a_problem_with_its_way_out(cache
     assert doctor.examine_endpoint().state == "ok"
 
 
-def test_a_problem_makes_the_answer_no(cache, tmp_path):
+def test_a_problem_makes_the_answer_no(examined, tmp_path):
     run = CliRunner().invoke(cli.app, ["doctor", "--device", "cpu", "--base", str(tmp_path / "nowhere"), "--json"])
     assert run.exit_code == 1
     assert json.loads(run.stdout)["problems"] >= 1
@@ -100,8 +149,6 @@ def test_a_torchvision_that_cannot_be_imported_is_a_problem(tmp_path, monkeypatc
 
 
 def test_a_library_outside_its_range_or_missing_is_said(monkeypatch):
-    from packaging.requirements import Requirement
-
     assert doctor._examine_library("pytest", Requirement("pytest<1")).state == "note"
     assert doctor._examine_library("pytest", Requirement("pytest>1")).state == "ok"
     missing = doctor._examine_library("no-such-library", Requirement("no-such-library>1"))

@@ -16,7 +16,7 @@ from texforce_hub.families import FAMILIES
 from texforce_hub.files import write_tensors
 from texforce_hub.pipelines import save_checkpoint, save_pipeline
 from texforce_hub.pipelines.single_file import checkpoint_family, load_single_file, write_config
-from texforce_hub.pipelines.vocabulary import find_vocabulary, write_tokenizer
+from texforce_hub.vocabulary import find_vocabulary, write_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 

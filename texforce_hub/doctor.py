@@ -17,11 +17,13 @@ from huggingface_hub import CacheNotFound, constants, get_token, scan_cache_dir,
 from packaging.requirements import Requirement
 
 from texforce_hub.catalog import read_catalog
+from texforce_hub.errors import PipelineError
+from texforce_hub.vocabulary import find_vocabulary
 
 PACKAGE = "texforce-hub"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface-hub")
-EXTRAS = {"tensorboard": "trackers"}
-"""Packages that do more when they are there, and the extra that brings each."""
+EXTRAS = {"prompt": ("compel", "weights of words and prompts of more than 77 tokens")}
+"""The package that each extra brings, and what it is for."""
 
 SHAPES = Path(__file__).parent / "shapes" / "weights"
 _TIGHT = 10_000_000_000  # bytes; an SDXL checkpoint needs seven
@@ -44,12 +46,13 @@ class Finding:
 
 
 def examine(bases: Sequence[str] = (), *, device: str | None = None) -> Iterator[Finding]:
-    """Everything looked at, one after the other: versions, device, dtypes, cache, endpoint, token, bases.
+    """Everything looked at, one after the other: versions, extras, device, dtypes, cache, endpoint, token, bases.
 
     ``bases`` are looked for beside ``shapes`` and the catalogue's; ``device`` is CUDA if present, else the CPU.
     """
     yield from examine_versions()
     yield examine_torchvision()
+    yield examine_vocabulary()
     yield from examine_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     yield from examine_cache()
     yield examine_endpoint()
@@ -60,7 +63,7 @@ def examine(bases: Sequence[str] = (), *, device: str | None = None) -> Iterator
 
 
 def examine_versions() -> Iterator[Finding]:
-    """Python, this package, and the libraries against the ranges that it asks for."""
+    """Python, this package, the libraries against the ranges that it asks for, and its extras."""
     yield Finding("python", "ok", f"{sys.version.split()[0]} at {sys.executable}")
     wanted = {}
     try:
@@ -71,10 +74,8 @@ def examine_versions() -> Iterator[Finding]:
         yield Finding(PACKAGE, "note", "runs from a folder", "pip install -e . makes its command and versions known")
     for library in LIBRARIES:
         yield _examine_library(library, wanted.get(library))
-    for package, extra in EXTRAS.items():
-        there = importlib.util.find_spec(package) is not None
-        what = metadata.version(package) if there else f"not installed: pip install '{PACKAGE}[{extra}]' if you need it"
-        yield Finding(package, "ok", what)
+    for extra, (package, purpose) in EXTRAS.items():
+        yield _examine_extra(extra, package, purpose)
 
 
 def _examine_library(name: str, wanted: Requirement | None) -> Finding:
@@ -86,6 +87,24 @@ def _examine_library(name: str, wanted: Requirement | None) -> Finding:
         return Finding(name, "ok", version)
     asked = f"{version}; tested are {wanted.specifier}"
     return Finding(name, "note", asked, f"pip install '{wanted}' if something fails")
+
+
+def _examine_extra(extra: str, package: str, purpose: str) -> Finding:
+    name = f"extra {extra}"
+    try:
+        return Finding(name, "ok", f"{package} {metadata.version(package)}, for {purpose}")
+    except metadata.PackageNotFoundError:
+        how = f"pip install '{PACKAGE}[{extra}]' if you need it"
+        return Finding(name, "ok", f"{package} is not installed; it is for {purpose}", how)
+
+
+def examine_vocabulary() -> Finding:
+    """Whether CLIP's vocabulary is here, which bases need that bring no tokenizer: single files, some folders."""
+    try:
+        return Finding("vocabulary", "ok", str(find_vocabulary()))
+    except PipelineError:
+        found = "CLIP's is not here; checkpoints in a single file need it, folders with a tokenizer do not"
+        return Finding("vocabulary", "note", found, "pip install --no-deps open_clip_torch")
 
 
 def examine_torchvision() -> Finding:

@@ -11,7 +11,7 @@ from texforce_hub.errors import PipelineError
 from texforce_hub.files import read_tensors, write_tensors, writing
 from texforce_hub.patch import tuner_layers
 from texforce_hub.pipelines.quiet import quiet
-from texforce_hub.pipelines.vocabulary import write_tokenizer_files
+from texforce_hub.vocabulary import write_tokenizer_files
 
 
 def refuse_live_adapters(pipe: Any) -> None:

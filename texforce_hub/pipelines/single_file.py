@@ -14,7 +14,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from texforce_hub.container import open_header
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.pipelines.folder import read_json
-from texforce_hub.pipelines.vocabulary import write_tokenizer
+from texforce_hub.vocabulary import write_tokenizer
 
 logger = logging.getLogger("texforce_hub")
 
