@@ -6,9 +6,11 @@ from pathlib import Path
 
 from texforce_hub.catalog import Entry
 from texforce_hub.choose import choose_name, is_candidate, list_names
+from texforce_hub.container import open_header
 from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, HubError, RefError
-from texforce_hub.hub import RemoteFile, Repository, fetch_file, open_repository, read_remote_header
+from texforce_hub.header import Header
+from texforce_hub.hub import RemoteFile, Repository, fetch_file, find_cached, open_repository, read_remote_header
 from texforce_hub.refs import HubId
 
 
@@ -76,10 +78,25 @@ def pick_remote_file(place: RemotePlace) -> RemoteFile:
 
 def _holds_adapter(file: RemoteFile) -> bool:
     try:
-        plan(read_remote_header(file, numbers=False))
+        plan(open_remote_header(file, numbers=False))
     except (FileError, DialectError):
         return False
     return True
+
+
+def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
+    """A file's header: from the cache if it lies there, else by byte ranges, with its single numbers or without.
+
+    Raises:
+        FileError: it is a pickle, which cannot be read in parts, or damaged.
+        HubError: the Hub cannot be asked.
+    """
+    path = find_cached(file)
+    if path is not None:
+        return open_header(path)
+    if not file.path.endswith(".safetensors"):
+        raise FileError(f"{file}: a pickle, which must be fetched to look into it: texforce-hub inspect --weights")
+    return read_remote_header(file, numbers=numbers)
 
 
 def list_remote_files(place: RemotePlace) -> list[RemoteFile]:

@@ -32,16 +32,20 @@ def fetch_file(file: RemoteFile) -> Path:
     return _fetch_one(file)
 
 
+def find_cached(file: RemoteFile) -> Path | None:
+    """Where a file lies in the cache; ``None`` if it was not fetched yet."""
+    found = try_to_load_from_cache(file.repository.repo, file.path, revision=file.repository.commit)
+    return Path(found) if isinstance(found, str) else None
+
+
 def _fetch_one(file: RemoteFile) -> Path:
-    repository = file.repository
-    found = try_to_load_from_cache(repository.repo, file.path, revision=repository.commit)
-    if not isinstance(found, str):
+    path = find_cached(file)
+    if path is None:
         _LOG.info("fetching %s, %.2f MB", file, file.blob.size / 1e6)
         with explained(str(file)):
-            found = _download(file)
-        _check_hash(file, Path(found))
-        _remember(repository)
-    path = Path(found)
+            path = Path(_download(file))
+        _check_hash(file, path)
+        _remember(file.repository)
     if path.stat().st_size != file.blob.size:
         raise HubError(
             f"{file}: {path.stat().st_size} bytes in the cache, {file.blob.size} on the Hub; "

@@ -145,7 +145,7 @@ def _is_inside(name: Any) -> bool:
 
 def _find_cached(repo: str, revision: str | None, folder: Path) -> Repository | None:
     try:
-        commit = str(HfApi().resolve_revision(repo, revision=revision, cache_dir=folder, local_files_only=True))
+        commit = HfApi().resolve_revision(repo, revision=revision, cache_dir=folder, local_files_only=True).resolved
     except RevisionResolutionError:
         return None
     place = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
