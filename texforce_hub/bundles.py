@@ -12,6 +12,7 @@ All other files of a folder are an adapter each. A file that is named directly i
 means its whole set.
 """
 
+import hashlib
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,23 @@ def join_headers(paths: Sequence[Path], headers: Sequence[Header]) -> Header:
         for name, values in joined.items():
             values.update(getattr(header, name))
     return Header(**{name: MappingProxyType(values) for name, values in joined.items()}, config=headers[0].config)
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of the bytes of some files, one after the other, hexadecimal: of an only file, the file's own.
+
+    Raises:
+        FileError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def _shards(folder: Path, shard: re.Match[str]) -> Iterator[Path]:

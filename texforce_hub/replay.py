@@ -1,16 +1,16 @@
 """A drawing run as a recipe: recorded with the hashes of what went in, replayed only if they still hold."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from texforce_hub.errors import FileError, RecipeError, RefError
+from texforce_hub.bundles import hash_files
+from texforce_hub.errors import RecipeError, RefError
 from texforce_hub.files import writing
 from texforce_hub.generate import Settings
-from texforce_hub.locate import find_file
+from texforce_hub.locate import find_bundle
 from texforce_hub.recipe import Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef, TaggedPrompt
 
@@ -68,7 +68,7 @@ def record_run(run: Run, path: Path) -> None:
 
 
 def _record_source(ref: AdapterRef, *, prompt: int | None = None) -> RecipeSource:
-    sha256 = hash_place(find_file(ref))
+    sha256 = hash_files(find_bundle(ref).files)
     return RecipeSource(ref.source, ref.weight, dict(ref.parts), ref.name or "", sha256=sha256, prompt=prompt)
 
 
@@ -86,7 +86,7 @@ def replay_run(path: Path) -> Run:
         raise RecipeError(f"{path}: a recipe of kind {recipe.kind!r}; expected 'apply'")
     table = dict(recipe.settings)
     for source in recipe.sources:
-        _check_hash(source.source, hash_place(find_file(AdapterRef(source.source))), source.sha256)
+        _check_hash(source.source, hash_files(find_bundle(AdapterRef(source.source)).files), source.sha256)
     for name in ("base", "unet"):
         recorded = table.pop(f"{name}_sha256", "")
         _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), str(recorded))
@@ -154,12 +154,4 @@ def hash_place(place: Path) -> str:
     files: Sequence[Path] = [place]
     if place.is_dir():
         files = sorted(path for path in place.rglob("*") if path.suffix in _SUFFIXES)
-    digest = hashlib.sha256()
-    try:
-        for path in files:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    except OSError as error:
-        raise FileError(f"{place}: cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
+    return hash_files(files)

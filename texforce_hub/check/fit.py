@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from texforce_hub.bundles import plan_bundle
 from texforce_hub.check.base import Base, Shape, read_base
-from texforce_hub.container import open_header
-from texforce_hub.dialects import LayerPlan, Plan, plan
+from texforce_hub.dialects import LayerPlan, Plan
 from texforce_hub.errors import DialectError
-from texforce_hub.locate import find_file
+from texforce_hub.locate import find_bundle
 from texforce_hub.refs import AdapterRef
 
 
@@ -52,12 +52,12 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | Base) -> Fit:
         RefError, FileError, DialectError: the adapter cannot be read.
         PipelineError, FamilyError: the base is none that is known.
     """
-    path = find_file(ref)
+    bundle = find_bundle(ref)
     base = base if isinstance(base, Base) else read_base(base)
     try:
-        planned = plan(open_header(path))
+        planned = plan_bundle(bundle)
     except DialectError as error:
-        raise DialectError(f"{path}: {error}") from error
+        raise DialectError(f"{bundle.path}: {error}") from error
     found = _Sorted(notes=[*planned.notes, *planned.faults])
     found.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
     for part, layers in _by_part(planned.layers.values()).items():

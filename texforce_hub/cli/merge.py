@@ -108,12 +108,12 @@ def parse_pairs(pairs: list[str] | None, label: str) -> dict[str, Any]:
 
 def _check_apart(sources: list[Any], output: Path) -> None:
     """Refuse to write over a source: the recipe could never be run again."""
-    from texforce_hub.locate import find_file
+    from texforce_hub.locate import find_bundle
     from texforce_hub.refs import AdapterRef
 
     for source in sources:
-        file = find_file(source if isinstance(source, AdapterRef) else AdapterRef.parse(source))
-        if file.resolve() == output.resolve():
+        bundle = find_bundle(source if isinstance(source, AdapterRef) else AdapterRef.parse(source))
+        if output.resolve() in [file.resolve() for file in bundle.files]:
             raise MergeError(f"--output {output} is a source of the merge; name another file")
 
 

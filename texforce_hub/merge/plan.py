@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter import LayerName, LowRank
-from texforce_hub.locate import find_file
+from texforce_hub.locate import find_bundle
 from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
 from texforce_hub.methods import Method, find_method
@@ -115,7 +115,7 @@ def _planned_sources(gathered: Gathered) -> list[PlannedSource]:
     return [
         PlannedSource(
             entry.label,
-            source if source == IN_MEMORY else str(find_file(AdapterRef(source))),
+            source if source == IN_MEMORY else str(find_bundle(AdapterRef(source)).path),
             entry.adapter.family,
             len(entry.adapter.layers),
             max((rank for rank in entry.adapter.ranks.values() if rank is not None), default=None),

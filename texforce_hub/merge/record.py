@@ -1,9 +1,8 @@
 """A merge's recipe, as its result carries it."""
 
-import hashlib
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 
 from texforce_hub import __version__
-from texforce_hub.locate import find_file
+from texforce_hub.bundles import hash_files
+from texforce_hub.locate import find_bundle
 from texforce_hub.merge.gather import IN_MEMORY, Gathered
 from texforce_hub.recipe import Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef
@@ -65,17 +65,11 @@ def versions() -> dict[str, str]:
 
 def _record_source(entry: Entry, source: str) -> RecipeSource:
     weights = entry.weight
-    revision, sha256 = ("", "") if source == IN_MEMORY else _pin(find_file(AdapterRef(source)))
+    revision, sha256 = ("", "") if source == IN_MEMORY else _pin(find_bundle(AdapterRef(source)).files)
     return RecipeSource(source, weights.weight, dict(weights.parts), entry.label, revision, sha256)
 
 
-def _pin(path: Path) -> tuple[str, str]:
-    """The commit, if the file lies in a Hub snapshot, and the hash of its bytes."""
-    commits = [b for a, b in pairwise(path.absolute().parts) if a == "snapshots" and _COMMIT.fullmatch(b)]
-    return (commits[-1] if commits else "", hash_file(path))
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _pin(paths: Sequence[Path]) -> tuple[str, str]:
+    """The commit, if the files lie in a Hub snapshot, and the hash of their bytes."""
+    commits = [b for a, b in pairwise(paths[0].absolute().parts) if a == "snapshots" and _COMMIT.fullmatch(b)]
+    return (commits[-1] if commits else "", hash_files(paths))

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter import Adapter, LayerName, wide
+from texforce_hub.bundles import hash_files
 from texforce_hub.device import choose_dtype
 from texforce_hub.errors import RecipeError
-from texforce_hub.locate import find_file
+from texforce_hub.locate import find_bundle
 from texforce_hub.merge import Merged, merge_adapters
 from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import IN_MEMORY
-from texforce_hub.merge.record import hash_file
 from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef
 from texforce_hub.sources import read_adapter
@@ -89,7 +89,7 @@ def _checked_ref(source: RecipeSource) -> AdapterRef:
     if source.source == IN_MEMORY:
         raise RecipeError(f"source {source.name!r} was an adapter in memory: the recipe cannot be replayed")
     ref = AdapterRef(source.source, weight=source.weight, parts=tuple(source.parts.items()))
-    if source.sha256 and (found := hash_file(find_file(ref))) != source.sha256:
+    if source.sha256 and (found := hash_files(find_bundle(ref).files)) != source.sha256:
         raise RecipeError(
             f"{source.source}: its sha256 is {found[:12]}…, the recipe's {source.sha256[:12]}…; it changed"
         )

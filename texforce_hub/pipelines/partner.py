@@ -13,7 +13,7 @@ from texforce_hub.apply import apply_adapter
 from texforce_hub.container import open_header
 from texforce_hub.dialects.ldm import from_ldm
 from texforce_hub.errors import FamilyError, PipelineError, RefError
-from texforce_hub.locate import PICKLED, PREFERRED, find_place, pick_file
+from texforce_hub.locate import PICKLED, PREFERRED, find_place
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
@@ -157,11 +157,10 @@ def _put_lora(pipe: Any, ref: AdapterRef) -> None:
     place = find_place(ref)
     if place.is_dir():
         place = latest_checkpoint(place) or place
-    file = pick_file(place) if place.is_dir() else place
-    adapter = read_adapter(file)
+    adapter = read_adapter(place)
     part = adapter.only("unet")
     if not part.layers:
-        raise PipelineError(f"{file} changes {', '.join(adapter.parts)}, not the U-Net; put it on with --adapter")
+        raise PipelineError(f"{place} changes {', '.join(adapter.parts)}, not the U-Net; put it on with --adapter")
     if len(part.layers) < len(adapter.layers):
-        logger.warning("%s: its text layers are left out here; put it on with --adapter for all of it", file)
+        logger.warning("%s: its text layers are left out here; put it on with --adapter for all of it", place)
     apply_adapter(pipe, [(part, dict(ref.parts) if ref.parts else ref.weight)], mode="fuse").keep()
