@@ -1,0 +1,56 @@
+"""A change of low rank (LoRA)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from texforce_hub.adapter.tensors import check_place, show_shapes, wide
+from texforce_hub.errors import AdapterError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """A change ``scale · up @ down`` of one layer's weight (LoRA, arXiv 2106.09685).
+
+    Shapes:
+        down: ``(rank, in)``, or ``(rank, in, *kernel)`` for a convolution
+        up: ``(out, rank)``
+
+    Raises:
+        AdapterError: the halves do not share a rank, or have other dimensions or dtypes.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        halves = {"down": self.down, "up": self.up}
+        if self.up.dim() != 2 or self.down.dim() < 2 or self.up.shape[1] != self.down.shape[0]:
+            raise AdapterError(
+                f"low-rank layer with {show_shapes(halves)}; expected down (rank, in, …) and up (out, rank) of one rank"
+            )
+        check_place("low-rank layer", halves)
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of ``down``."""
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight it changes, ``(out, in, *kernel)``."""
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002  # the kinds share one signature
+        """The dense change ``(out, in, *kernel)``, float32 (float64 if the halves are)."""
+        return (self.scale * (wide(self.up) @ wide(self.down).flatten(1))).view(self.shape)
+
+    def scaled(self, weight: float) -> "LowRank":
+        """The same change times ``weight``."""
+        return replace(self, scale=self.scale * weight)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "LowRank":
+        """The same layer with every tensor passed through ``change`` (a move or a cast)."""
+        return replace(self, down=change(self.down), up=change(self.up))

@@ -1,0 +1,113 @@
+"""The value in the middle: a frozen mapping from layer names to changes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter.decomposed import Decomposed
+from texforce_hub.adapter.hadamard import Hadamard
+from texforce_hub.adapter.kronecker import Kronecker
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.stored import Dense, Vector
+from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
+from texforce_hub.errors import AdapterError
+from texforce_hub.header import Header
+
+LayerName = str
+
+Layer = LowRank | Dense | Vector | Hadamard | Kronecker | Decomposed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """Changes of a pipeline's weights, by layer name; never changed after it is made.
+
+    ``metadata`` is what the file said of itself, ``extras`` what came along and is no layer (bundled
+    embeddings). Python cannot freeze a tensor's contents: treat them as read-only.
+
+    Raises:
+        AdapterError: a name without a part (``text_encoder.`` …), or something that is no layer.
+    """
+
+    layers: Mapping[LayerName, Layer]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            if not isinstance(layer, Layer):
+                raise AdapterError(f"layer {name!r} is a {type(layer).__name__}; expected one of {_kinds()}")
+            if "." not in name:
+                raise AdapterError(f"layer name {name!r} names no part; expected e.g. 'text_encoder.{name}'")
+        for attribute in ("layers", "metadata", "extras"):
+            object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The pipeline parts it changes, in the order of the layers: ``text_encoder``, ``unet`` …"""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.layers))
+
+    @property
+    def ranks(self) -> Mapping[LayerName, int | None]:
+        """Every layer's rank; ``None`` where a layer has none (dense changes, vectors)."""
+        return MappingProxyType({name: layer.rank for name, layer in self.layers.items()})
+
+    @property
+    def family(self) -> str | None:
+        """The base family, as the reader established it; ``None`` if it is ambiguous or unknown.
+
+        :attr:`family_verdict` tells the two apart.
+        """
+        return self.metadata.get("texforce_hub.family")
+
+    @property
+    def family_verdict(self) -> FamilyVerdict:
+        """Every family that the layers fit, with the evidence: names and shapes first, metadata second.
+
+        ``candidates`` holds several where the layers do not tell (CLIP-L alone: SD1.x, or SDXL's part 1), none where
+        no known family fits; ``summary`` says it in words.
+
+        Raises:
+            DialectError: the metadata claims to hold PEFT's settings and cannot be read.
+        """
+        return recognize_family({name: layer.shape for name, layer in self.layers.items()}, Header({}, self.metadata))
+
+    def delta(self, name: LayerName, base: Tensor | None = None) -> Tensor:
+        """The dense change of one layer; ``base`` is its weight in the model, which only DoRA layers need.
+
+        Raises:
+            AdapterError: there is no such layer, or it needs ``base``.
+        """
+        if name not in self.layers:
+            raise AdapterError(
+                f"no layer {name!r}; the adapter has {len(self.layers)}, e.g. {next(iter(self.layers), None)!r}"
+            )
+        return self.layers[name].delta(base)
+
+    def scaled(self, weight: float) -> "Adapter":
+        """Every change times ``weight``."""
+        return replace(self, layers={name: layer.scaled(weight) for name, layer in self.layers.items()})
+
+    def only(self, part: str) -> "Adapter":
+        """The layers of one part (``"text_encoder"``), without extras."""
+        chosen = {n: layer for n, layer in self.layers.items() if n.partition(".")[0] == part}
+        return replace(self, layers=chosen, extras={})
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Adapter":
+        """The same adapter on another device, in another dtype."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype)
+
+        return replace(
+            self,
+            layers={name: layer.map(move) for name, layer in self.layers.items()},
+            extras={name: tensor.to(device=device) for name, tensor in self.extras.items()},
+        )
+
+
+def _kinds() -> str:
+    return ", ".join(kind.__name__ for kind in (LowRank, Dense, Vector, Hadamard, Kronecker, Decomposed))
