@@ -88,14 +88,12 @@ def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
     """A file's header: from the cache if it lies there, else by byte ranges, with its single numbers or without.
 
     Raises:
-        FileError: it is a pickle, which cannot be read in parts, or damaged.
+        FileError: it is damaged, or a pickle, which cannot be read in parts.
         HubError: the Hub cannot be asked.
     """
     path = find_cached(file)
     if path is not None:
         return open_header(path)
-    if not file.path.endswith(".safetensors"):
-        raise FileError(f"{file}: a pickle, which must be fetched to look into it: texforce-hub inspect --weights")
     return read_remote_header(file, numbers=numbers)
 
 

@@ -6,12 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from texforce_hub.container import open_header, sniff
 from texforce_hub.dialects import Plan, plan
 from texforce_hub.errors import FileError, TexForceHubError
 from texforce_hub.header import regular_size
+
+if TYPE_CHECKING:
+    from texforce_hub.hub import RemoteFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +74,32 @@ def inspect_file(path: str | Path) -> Inspection:
         container = sniff(path)
         planned = plan(open_header(path))
     except TexForceHubError as error:
-        return _with_error(known, str(error))
-    return _describe(path, size, sha256, container, planned)
+        return with_error(known, str(error))
+    return describe(path, size, sha256, container, planned)
 
 
-def inspect_files(paths: Sequence[Path], *, workers: int = 4) -> Iterator[Inspection]:
-    """The facts of many files, in order, each as it is ready; a file that cannot be opened gives its ``error``."""
+def inspect_files(paths: "Sequence[Path | RemoteFile]", *, workers: int = 4) -> Iterator[Inspection]:
+    """The facts of many files, in order, each as it is ready; a file that cannot be opened gives its ``error``.
+
+    Files on the Hub stay there.
+    """
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(_inspect_safely, paths)
 
 
-def _inspect_safely(path: Path) -> Inspection:
+def _inspect_safely(path: "Path | RemoteFile") -> Inspection:
+    if not isinstance(path, Path):
+        from texforce_hub.inspection.remote import inspect_remote_file
+
+        return inspect_remote_file(path)
     try:
         return inspect_file(path)
     except TexForceHubError as error:
-        return _with_error(Inspection(path), str(error))
+        return with_error(Inspection(path), str(error))
 
 
-def _with_error(known: Inspection, error: str) -> Inspection:
+def with_error(known: Inspection, error: str) -> Inspection:
+    """What is known of a file that is no readable adapter, and why it is none."""
     error = error.removeprefix(f"{known.path}: ")
     return Inspection(known.path, known.size, known.sha256, known.container, error=error)
 
@@ -102,7 +113,8 @@ def _hash(path: Path) -> tuple[int, str]:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _describe(path: Path, size: int, sha256: str, container: str, planned: Plan) -> Inspection:
+def describe(path: Path, size: int, sha256: str, container: str, planned: Plan) -> Inspection:
+    """The facts of a file, from what is planned of it."""
     layers = planned.layers.values()
     return Inspection(
         path=path,
