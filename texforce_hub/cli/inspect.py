@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def inspect(
-    refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names.")],
+    refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names, Hub ids.")],
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Also read the numbers: norms, ranks, NaN.")] = False,
     family: Annotated[str | None, typer.Option("--family", help="Only files that can be of it, e.g. sdxl.")] = None,
@@ -37,10 +37,11 @@ def inspect(
     Example: texforce-hub inspect downloads/ --json
     """
     from texforce_hub.inspection import inspect_files
-    from texforce_hub.locate import find_files
+    from texforce_hub.locate import find_files, list_files
 
     _check_choices(family, sort)
-    paths = list(dict.fromkeys(path for ref in refs for path in find_files(ref)))
+    look = find_files if weights else list_files  # a header on the Hub can be read there, numbers must be fetched
+    paths = list(dict.fromkeys(path for ref in refs for path in look(ref)))
     found = list(track(inspect_files(paths), total=len(paths), what="inspecting"))
     found = _chosen(found, family, sort)
     measured: dict[Path, list[LayerFacts]] = {}
@@ -134,13 +135,24 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
 
 
 def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFacts]]") -> None:
-    root = Path(os.path.commonpath([one.path.parent for one in found]))
-    problems = {one.path.relative_to(root): _problems(one, measured.get(one.path)) for one in found}
+    root = _common_folder([one.path for one in found])
+    problems = {_inside(one.path, root): _problems(one, measured.get(one.path)) for one in found}
     columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "state"]
-    put_table(columns, [_row(one, root, len(problems[one.path.relative_to(root)])) for one in found], title=str(root))
+    put_table(columns, [_row(one, root, len(problems[_inside(one.path, root)])) for one in found], title=str(root))
     for path, lines in problems.items():
         for line in lines:
             put(f"{path}: {line}")
+
+
+def _common_folder(paths: list[Path]) -> Path:
+    """The folder that all of them lie in, here or in one repository; none if some are absolute and some are not."""
+    if len({path.is_absolute() for path in paths}) > 1:
+        return Path()
+    return Path(os.path.commonpath([path.parent for path in paths]))
+
+
+def _inside(path: Path, root: Path) -> Path:
+    return path.relative_to(root) if path.is_relative_to(root) else path
 
 
 def _problems(one: "Inspection", measured: "list[LayerFacts] | None") -> list[str]:
@@ -150,7 +162,7 @@ def _problems(one: "Inspection", measured: "list[LayerFacts] | None") -> list[st
 
 def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
     return [
-        str(one.path.relative_to(root)),
+        str(_inside(one.path, root)),
         ", ".join(one.dialects),
         ", ".join(one.families) or ("" if one.error else "unknown"),
         ", ".join(f"{part} {count}" for part, count in one.parts.items()),

@@ -9,7 +9,6 @@ from texforce_hub.hub import RemoteFile
 from texforce_hub.inspection.header import Inspection, describe, with_error
 from texforce_hub.remote import open_remote_header
 
-
 _PICKLE = "a pickle, which cannot be looked into from here; texforce-hub inspect --weights fetches it"
 
 
