@@ -6,7 +6,7 @@
 from texforce_hub.codec.decoding import check_plan, decode, decode_layer
 from texforce_hub.codec.encoding import Encoded, encode, encode_stored
 from texforce_hub.codec.joining import join_outlines, join_stored
-from texforce_hub.codec.stored import StoredAdapter, decode_stored, hold_adapter
+from texforce_hub.codec.stored import StoredAdapter, decode_stored
 
 __all__ = [
     "Encoded",
@@ -17,7 +17,6 @@ __all__ = [
     "decode_stored",
     "encode",
     "encode_stored",
-    "hold_adapter",
     "join_outlines",
     "join_stored",
 ]

@@ -37,11 +37,6 @@ def decode_stored(
     return StoredAdapter(outline, layers, LazyMapping(plan.extras, tensors.__getitem__))
 
 
-def hold_adapter(adapter: Adapter) -> StoredAdapter:
-    """An adapter that is in memory, where a stored one is expected."""
-    return StoredAdapter(outline_adapter(adapter), adapter.layers, adapter.extras)
-
-
 def outline_adapter(adapter: Adapter) -> Adapter:
     """The same adapter with every layer's tensors on the ``meta`` device: shapes, dtypes and scales."""
     return replace(adapter, layers={name: layer.map(_outline) for name, layer in adapter.layers.items()})
