@@ -93,7 +93,10 @@ def test_what_is_wrong_with_a_file_is_said_as_ever_and_nothing_is_written(tmp_pa
     good = dict(encode(some_adapter(torch.float32), "kohya").tensors)
     down = next(key for key in good if key.endswith("lora_down.weight"))
     twin = {key.replace("lora_te_", "lora_te1_"): tensor + 1 for key, tensor in good.items()}
+    dense = {"lora_te_text_model_encoder_layers_0_mlp_fc1.diff": torch.ones(6, 8)}
+    dense_twin = {key.replace("lora_te_", "lora_te1_"): tensor + 1 for key, tensor in dense.items()}
     broken = {
+        "dense-twins": ({**dense, **dense_twin}, DialectError, "is there twice, with unequal values"),
         "nan": ({**good, down: good[down] * torch.nan}, TexForceHubError, "NaN or infinity in 1 of 4 layers"),
         "twins": ({**good, **twin}, DialectError, "is there twice, with unequal values"),
     }

@@ -1,6 +1,7 @@
 """Plan + tensors → adapter."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def equal_layers(one: Layer, other: Layer) -> bool:
     """The same kind, tensors and scales, bit for bit."""
 
     def facts(layer: Layer) -> list[Any]:
-        values = [getattr(layer, name) for name in layer.__slots__]
+        values = [getattr(layer, field.name) for field in fields(layer)]
         inner = [fact for value in values for fact in (facts(value) if isinstance(value, Layer) else [value])]
         return [type(layer), *inner]
 
