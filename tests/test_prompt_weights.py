@@ -224,10 +224,10 @@ def test_words_that_are_cut_are_said(family, caplog):
 def test_parentheses_read_as_text_are_mentioned(caplog):
     caplog.set_level(logging.INFO, logger="texforce_hub")
     encode_prompts(shared_pipeline("sd1"), ["a (red) cat"], [None])
-    assert "as it stands" in caplog.text
+    assert "are read as text" in caplog.text
     caplog.clear()
     encode_prompts(shared_pipeline("sd1"), ["a (red) cat"], [None], prompt_weights="off")
-    assert "as it stands" not in caplog.text
+    assert "are read as text" not in caplog.text
 
 
 def test_without_compel_weights_and_long_prompts_name_the_extra(monkeypatch):

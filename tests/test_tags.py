@@ -120,6 +120,13 @@ def folder(tmp_path_factory, pipe):
         tensors = {f"{name}.lora_A.weight": layer.down for name, layer in adapter.layers.items()}
         tensors |= {f"{name}.lora_B.weight": layer.up for name, layer in adapter.layers.items()}
         write_tensors(home / f"{place}.safetensors", tensors, {"ss_output_name": title})
+    for place in ("halves", "."):  # cloneofsimo's two halves: alone in a folder, and beside others
+        for half, parts in (("pair.text_encoder.pt", ["text_encoder"]), ("pair.pt", ["unet"])):
+            (home / place).mkdir(exist_ok=True)
+            layers = random_adapter(pipe, seed=7, parts=parts).layers
+            state = {f"{name}.lora_A.weight": layer.down for name, layer in layers.items()}
+            state |= {f"{name}.lora_B.weight": layer.up for name, layer in layers.items()}
+            torch.save(state, home / place / half)
     (home / "sub" / "again.safetensors").write_bytes((home / "words.safetensors").read_bytes())
     (home / "again.safetensors").write_bytes((home / "words.safetensors").read_bytes())
     (home / "broken.safetensors").write_bytes(b"nothing")
@@ -135,6 +142,8 @@ def folder(tmp_path_factory, pipe):
         ("sub/more words", "sub/more words"),
         ("sub\\again", "sub/again.safetensors"),
         ("titled", "e1.safetensors"),
+        ("halves/pair", "halves"),
+        ("./again", "again.safetensors"),
     ],
 )
 def test_a_name_is_a_file_a_path_a_folder_or_a_title(folder, name, file):
@@ -144,8 +153,10 @@ def test_a_name_is_a_file_a_path_a_folder_or_a_title(folder, name, file):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("again", "could mean 2 files.*again.safetensors, sub/again.safetensors; write the path"),
-        ("twice", "could mean 2 files.*e2.safetensors, e3.safetensors"),
+        ("again", "could mean 2 adapters.*: ./again.safetensors, ./sub/again.safetensors; write the path"),
+        ("./pair", "one adapter in several files"),
+        ("pair", "could mean 2 adapters.*: ./halves/pair.pt, ./pair.pt"),
+        ("twice", "could mean 2 adapters.*: ./e2.safetensors, ./e3.safetensors"),
         ("Wrods", "the nearest: words"),
         ("broken", "broken.safetensors"),
         ("0", "no adapter '0'"),

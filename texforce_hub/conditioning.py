@@ -115,10 +115,7 @@ def read_prompts(
         say_cut(pipe, everything, longest=longest)
     for prompt, read in zip((*prompts, negative), everything):
         if prompt_weights == "auto" and read.text == prompt and may_be_weighted(prompt):
-            logger.info(
-                "%r is read as it stands, its brackets and capital words too; prompt weights 'on' does as A1111 does",
-                prompt,
-            )
+            logger.info("%r: brackets and capital words are read as text; --prompt-weights on reads A1111's", prompt)
     return ReadPrompts(texts, away, count_chunks(pipe, everything) if long_prompts else 1)
 
 

@@ -7,11 +7,12 @@ from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 
+from texforce_hub.bundles import Bundle, plan_bundle
 from texforce_hub.catalog import read_catalog
+from texforce_hub.choose import PICKLED, PREFERRED
 from texforce_hub.container import open_header
-from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, RefError
-from texforce_hub.locate import PICKLED, PREFERRED, find_file, find_files
+from texforce_hub.locate import find_bundle, find_bundles
 from texforce_hub.refs import AdapterRef, PromptTag, TaggedPrompt
 
 _LOG = logging.getLogger("texforce_hub")
@@ -36,8 +37,9 @@ class TagShelf:
     """The adapters that tags can name.
 
     In a folder and the folders in it, an adapter goes by its file's name without or with its ending, by its path
-    from the folder, and, if its file has a trainer's usual name, by its folder's name. If none of these fits, by
-    the ``ss_output_name`` in its header. Without a folder, by its name in the catalogue.
+    from the folder, and, if its file has a trainer's usual name, by its folder's name; one in several files by the
+    name that these share. If none of these fits, by the ``ss_output_name`` in its header. A path that begins with
+    ``./`` is nothing but a path. Without a folder, an adapter goes by its name in the catalogue.
 
     Raises:
         RefError: there is no such folder, or it holds no tensor file.
@@ -45,13 +47,13 @@ class TagShelf:
 
     def __init__(self, folder: str | PathLike[str] | None = None) -> None:
         self._folder = None if folder is None else Path(folder)
-        self._files: tuple[Path, ...] = ()
+        self._bundles: tuple[Bundle, ...] = ()
         if self._folder is not None:
             if not self._folder.is_dir():
                 raise RefError(f"{self._folder}: no folder of adapters here; tags are looked up in it")
-            self._files = tuple(find_files(self._folder))
-        self._by_name = _gathered((name, path) for path in self._files for name in self._names(path))
-        self._by_title: Mapping[str, list[Path]] | None = None
+            self._bundles = tuple(find_bundles(self._folder))
+        self._by_name = _gathered((name, bundle) for bundle in self._bundles for name in self._names(bundle))
+        self._by_title: Mapping[str, list[Bundle]] | None = None
         self._found: dict[PromptTag, AdapterRef] = {}
 
     def find(self, tag: PromptTag) -> AdapterRef:
@@ -75,13 +77,17 @@ class TagShelf:
         found = tuple(tuple(self.find(tag) for tag in TaggedPrompt.parse(prompt).tags) for prompt in prompts)
         return found if any(found) else ()
 
-    def _names(self, path: Path) -> set[str]:
-        assert self._folder is not None
-        whole = path.relative_to(self._folder)
-        names = {path.stem, path.name, whole.as_posix(), whole.with_suffix("").as_posix()}
-        if path.name in (*PREFERRED, *PICKLED) and path.parent != self._folder:
-            names |= {path.parent.name, whole.parent.as_posix()}
+    def _names(self, bundle: Bundle) -> set[str]:
+        path = self._inside(bundle)
+        paths = {path.as_posix(), (path.parent / bundle.stem).as_posix()}
+        names = {bundle.stem, path.name, *paths, *(f"./{written}" for written in paths)}
+        if path.name in (*PREFERRED, *PICKLED) and path.parent.name:
+            names |= {path.parent.name, path.parent.as_posix()}
         return names
+
+    def _inside(self, bundle: Bundle) -> Path:
+        assert self._folder is not None
+        return bundle.path.relative_to(self._folder)
 
     def _find_source(self, name: str) -> str:
         if self._folder is None:
@@ -90,42 +96,52 @@ class TagShelf:
                 raise RefError(_not_found(name, "the catalogue", known, "; give --adapter-dir DIR for your own files"))
             return name
         wanted = name.replace("\\", "/")
-        paths = self._by_name.get(wanted) or self._titles().get(wanted, [])
-        if len(paths) > 1:
-            listed = ", ".join(path.relative_to(self._folder).as_posix() for path in paths)
-            raise RefError(f"<lora:{name}> could mean {len(paths)} files of {self._folder}: {listed}; write the path")
-        if not paths:
+        found = self._by_name.get(wanted) or self._titles().get(wanted, [])
+        if len(found) > 1:
+            listed = ", ".join(f"./{self._inside(bundle).as_posix()}" for bundle in found)
+            raise RefError(
+                f"<lora:{name}> could mean {len(found)} adapters of {self._folder}: {listed}; write the path"
+            )
+        if not found:
             raise RefError(_not_found(name, str(self._folder), [*self._by_name, *self._titles()], ""))
-        return _as_source(paths[0])
+        return _as_source(found[0])
 
-    def _titles(self) -> Mapping[str, list[Path]]:
-        """Files by the name that their trainer was told to give them."""
+    def _titles(self) -> Mapping[str, list[Bundle]]:
+        """Adapters by the name that their trainer was told to give them."""
         if self._by_title is None:
-            self._by_title = _gathered((title, path) for path in self._files if (title := _title(path)))
+            self._by_title = _gathered((title, bundle) for bundle in self._bundles if (title := _title(bundle)))
         return self._by_title
 
 
-def _gathered(pairs: Iterable[tuple[str, Path]]) -> Mapping[str, list[Path]]:
-    found: dict[str, list[Path]] = {}
-    for name, path in pairs:
-        found.setdefault(name, []).append(path)
+def _gathered(pairs: Iterable[tuple[str, Bundle]]) -> Mapping[str, list[Bundle]]:
+    found: dict[str, list[Bundle]] = {}
+    for name, bundle in pairs:
+        found.setdefault(name, []).append(bundle)
     return MappingProxyType(found)
 
 
-def _title(path: Path) -> str:
+def _title(bundle: Bundle) -> str:
     try:
-        return open_header(path).metadata.get("ss_output_name", "").strip()
+        return open_header(bundle.files[0]).metadata.get("ss_output_name", "").strip()
     except FileError:  # a damaged file has no other name, and is refused if it is asked for by its own
         return ""
 
 
-def _as_source(path: Path) -> str:
-    place = path.parent if path.name in PREFERRED and find_file(path.parent) == path else path
-    return str(place) if place.is_absolute() else f"./{place.as_posix()}"
+def _as_source(bundle: Bundle) -> str:
+    """How a reference names the adapter: its folder if that means it, else its file."""
+    places = [bundle.path.parent, bundle.path] if bundle.path.name in PREFERRED else [bundle.path, bundle.path.parent]
+    for place in places:
+        source = str(place) if place.is_absolute() else f"./{place.as_posix()}"
+        try:
+            if find_bundle(AdapterRef(source)).files == bundle.files:
+                return source
+        except RefError:  # a folder of several adapters means none of them
+            continue
+    raise RefError(f"{bundle.path}: one adapter in several files; put them into a folder of their own to name it")
 
 
 def _not_found(name: str, where: str, known: Iterable[str], way_out: str) -> str:
-    lowered = {other.lower(): other for other in known}
+    lowered = {other.lower(): other for other in known if not other.startswith("./")}
     nearest = [lowered[key] for key in get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
     hint = (
         f"the nearest: {', '.join(nearest)}" if nearest else f"it has {', '.join(list(lowered.values())[:8]) or 'none'}"
@@ -134,11 +150,11 @@ def _not_found(name: str, where: str, known: Iterable[str], way_out: str) -> str
 
 
 def _weighted(source: str, tag: PromptTag) -> AdapterRef:
-    file = find_file(AdapterRef(source))
+    bundle = find_bundle(AdapterRef(source))
     try:
-        layers = plan(open_header(file)).layers
+        layers = plan_bundle(bundle).layers
     except DialectError as error:
-        raise DialectError(f"{file}: {error}") from error
+        raise DialectError(f"{bundle.path}: {error}") from error
     parts = dict.fromkeys(layer.partition(".")[0] for layer in layers)
     weights = {part: tag.text_encoder if part.startswith("text_encoder") else tag.unet for part in parts}
     if tag.text_encoder != tag.unet:

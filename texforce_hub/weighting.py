@@ -120,8 +120,13 @@ def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = Non
     for prompt in dict.fromkeys(prompts) if limit else ():
         ids = [i for text, _ in prompt.fragments for i in tokenizer(text, add_special_tokens=False).input_ids]
         if cut := ids[limit - tokenizer.num_special_tokens_to_add() :]:
-            words, end = prompt.text, tokenizer.decode(cut).strip()
-            _LOG.warning("%r is longer than the text encoder's %d tokens; not read: %r", words, limit, end)
+            shown = prompt.text, limit, tokenizer.decode(cut).strip()
+            _LOG.warning("%r is longer than the text encoder's %d tokens; not read: %r; %s", *shown, _way_out(pipe))
+
+
+def _way_out(pipe: Any) -> str:
+    longer = getattr(pipe, "unet", None) is not None
+    return "--long-prompts (long_prompts=True) reads all of it" if longer else "say it in fewer words"
 
 
 def _encoders(pipe: Any) -> list[tuple[Any, Any]]:

@@ -11,15 +11,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from texforce_hub.apply import Applied, apply_adapter
+from texforce_hub.bundles import hash_files
 from texforce_hub.cli.console import put, put_json, saying_once
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.files import writing
 from texforce_hub.generate import Cell, generate_cells, generate_images, save_images
 from texforce_hub.images.sheet import contact_sheet
-from texforce_hub.locate import find_file
+from texforce_hub.locate import find_bundle
 from texforce_hub.pipelines import load_pipeline, save_checkpoint, save_pipeline, save_text_encoder
 from texforce_hub.refs import AdapterRef, TaggedPrompt
-from texforce_hub.replay import Run, hash_place
+from texforce_hub.replay import Run
 from texforce_hub.schedulers import set_scheduler
 from texforce_hub.stack import Entry, read_stack, reweighted
 
@@ -218,7 +219,7 @@ class Drawing:
     def _written_tags(self) -> list[list[dict[str, str]]]:
         """For each prompt, the adapters of its tags and their files' hashes."""
         return [
-            [{"adapter": str(ref), "sha256": hash_place(find_file(ref))} for ref in refs]
+            [{"adapter": str(ref), "sha256": hash_files(find_bundle(ref).files)} for ref in refs]
             for refs in self.run.tags or [()] * len(self.texts)
         ]
 
