@@ -12,8 +12,8 @@ PRODUCTS = {"Hadamard": "LOHA", "Kronecker": "LOKR"}
 
 def peft_twin(key: str) -> str | None:
     """The same tensor's name for the other generation of ``transformers``: with or without ``text_model.``."""
-    old = "base_model.model.text_model."
-    return f"base_model.model.{key.removeprefix(old)}" if key.startswith(old) else None
+    old, new = "base_model.model.text_model.", "base_model.model."
+    return f"{new}{key.removeprefix(old)}" if key.startswith(f"{old}encoder.") else None
 
 
 def lora_config(ranks: Mapping[str, int], *, base: str | None, decomposed: bool) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def lora_config(ranks: Mapping[str, int], *, base: str | None, decomposed: bool)
     ``ranks`` are by module path inside the part.
     """
     config = {
-        **_common(list(ranks), base),
+        **_common(_targets(list(ranks)), base),
         **_patterned("r", "rank_pattern", ranks),
         **_patterned("lora_alpha", "alpha_pattern", ranks),
         "peft_type": "LORA",
@@ -39,7 +39,7 @@ def product_config(
 ) -> dict[str, Any]:
     """The config of LoHa or LoKr layers, whose scale is ``alpha / rank`` always; ``factor`` is LoKr's."""
     config = {
-        **_common(list(ranks), base),
+        **_common(_exactly(list(ranks)), base),
         **_patterned("r", "rank_pattern", ranks),
         **_patterned("alpha", "alpha_pattern", alphas),
         "peft_type": PRODUCTS[kind],
@@ -69,13 +69,13 @@ def split_size(size: int, factor: int) -> int:
     return max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n <= max(1, most))
 
 
-def _common(paths: Sequence[str], base: str | None) -> dict[str, Any]:
+def _common(targets: list[str] | str, base: str | None) -> dict[str, Any]:
     return {
         "task_type": None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": _targets(paths),
+        "target_modules": targets,
     }
 
 
@@ -97,6 +97,10 @@ def _targets(paths: Sequence[str]) -> list[str] | str:
     last = sorted({path.rpartition(".")[2] for path in paths})
     if len(set(shapes.values())) == 1 and all(name.isidentifier() for name in last) and _text(paths):
         return last
+    return _exactly(paths)
+
+
+def _exactly(paths: Sequence[str]) -> str:
     return "|".join(rf"(.*\.)?{re.escape(_anywhere(path))}" for path in paths)
 
 
