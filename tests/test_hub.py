@@ -16,7 +16,7 @@ from texforce_hub import locate
 from texforce_hub.catalog import Entry
 from texforce_hub.errors import FileError, HubError, RefError
 from texforce_hub.hub import fetch_file, open_repository, read_remote_header, repository
-from texforce_hub.locate import find_file, find_files, find_local, find_place, list_files, pinned_name
+from texforce_hub.locate import find_file, find_files, find_local, find_place, list_adapters, pin_source
 from texforce_hub.sources import read_adapter
 
 LAYER = "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj"
@@ -84,12 +84,13 @@ def offline(monkeypatch):
     return go
 
 
-def test_a_reference_is_fetched_once_and_its_place_says_where_it_is_from(hub, caplog):
+def test_a_reference_is_fetched_once_and_its_place_says_where_it_is_from(hub, tmp_path, caplog):
     commit = hub.commit("me/x", {"pytorch_lora_weights.safetensors": adapter_bytes(), "README.md": b"# x"})
     with caplog.at_level(logging.INFO, logger="texforce_hub"):
         path = find_file("me/x:0.7")
     assert path.read_bytes() == adapter_bytes()
-    assert pinned_name(path) == f"hf://me/x@{commit}/pytorch_lora_weights.safetensors"
+    assert pin_source("me/x", path) == (f"hf://me/x@{commit}/pytorch_lora_weights.safetensors", commit)
+    assert pin_source("./x", tmp_path) == ("./x", "")
     assert f"fetching me/x@{commit[:12]}/pytorch_lora_weights.safetensors, 0.03 MB" in caplog.text
     forget()
     hub.log.clear()
@@ -141,7 +142,7 @@ def test_the_file_in_a_repository_is_chosen_as_in_a_folder(hub, tmp_path):
     with pytest.raises(RefError, match=r"holds no adapter file; it holds README\.md, x\.txt"):
         find_file("me/none")
     with pytest.raises(RefError, match=r"holds no tensor file; it holds README\.md, x\.txt"):
-        list_files("me/none")
+        list_adapters("me/none")
     with pytest.raises(RefError, match=r"holds no file 'b\.safetensors'; it holds README\.md, x\.txt"):
         find_file("me/none/b.safetensors")
 
@@ -188,7 +189,7 @@ def test_looking_at_a_repository_does_not_move_what_is_known_offline(hub, offlin
     path = find_file("me/x")
     hub.commit("me/x", {"a.safetensors": adapter_bytes(7)})
     forget()
-    assert len(list_files("me/x")) == 1
+    assert len(list_adapters("me/x")) == 1
     offline()
     assert find_file("me/x") == path
 
@@ -385,7 +386,24 @@ def test_many_threads_fetch_one_file_once(hub):
     file = open_repository("me/x").file("a.safetensors")
     found = []
     threads = [threading.Thread(target=lambda: found.append(fetch_file(file))) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(set(found)) == 1
     assert sum(request.method == "GET" and "/large/" in request.path for request in hub.log) == 1
+
+
+def test_a_shard_is_fetched_with_its_set_and_a_models_shards_are_left_where_they_are(hub):
+    names = [f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    files = {name: adapter_bytes(i, 1, LAYER.replace("{}", f"{i}{{}}")) for i, name in enumerate(names)}
+    hub.commit("me/shards", files)
+    assert len(read_adapter("me/shards").layers) == 2
+    hub.commit("you/shards", files)
+    assert len(read_adapter(f"you/shards/{names[1]}").layers) == 2
+    model = {f"model-0000{i}-of-00002.safetensors": save({f"conv_in.{i}": torch.ones(9_000)}) for i in (1, 2)}
+    hub.commit("me/model", model)
+    hub.log.clear()
+    with pytest.raises(RefError, match="holds no adapter file"):
+        read_adapter("me/model")
+    assert not any(request.sent > 40_000 for request in hub.log)

@@ -11,7 +11,7 @@ from tests.pipelines_saved import load, original_topology, saved, text_out, writ
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply import apply_adapter
 from texforce_hub.container import open_header
-from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.errors import FamilyError, HubError, PipelineError
 from texforce_hub.families import FAMILIES
 from texforce_hub.files import write_tensors
 from texforce_hub.pipelines import save_checkpoint, save_pipeline
@@ -47,8 +47,9 @@ def test_the_embedded_base_loads_by_name():
 
 
 def test_a_hub_id_without_a_network_is_one_clear_line():
-    for given, words in (({"base": "owner/name"}, "hf download owner/name"), ({"unet": "owner/name"}, "no U-Net")):
-        with pytest.raises(PipelineError, match=words) as caught:
+    unet = "'owner/name' is no file or folder here, and as a Hub id"
+    for given, words in (({"base": "owner/name"}, "hf download owner/name"), ({"unet": "owner/name"}, unet)):
+        with pytest.raises((PipelineError, HubError), match=words) as caught:
             load(**{"base": "shapes", **given})
         assert "\n" not in str(caught.value)
         assert "stacktrace" not in str(caught.value)

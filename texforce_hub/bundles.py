@@ -70,6 +70,12 @@ class Bundle:
             return shard["stem"]
         return self.path.absolute().name if self.path not in self.files else self.path.stem
 
+    @property
+    def place(self) -> Path:
+        """Where an only file of this name would lie: what is kept beside the adapter is named after it."""
+        path = self.path.absolute()
+        return self.path if self.is_one_file else path.with_name(f"{self.stem}.safetensors")
+
     def name_of(self, piece: Piece) -> str:
         """A piece's name inside the adapter, for messages: ``unet/adapter_model.safetensors``."""
         first = piece.paths[0]
@@ -111,6 +117,15 @@ def lies_in_pieces(names: Collection[str]) -> bool:
         return False
     shards = any("/" not in name and _SHARD.fullmatch(name) for name in names)
     return shards or any(f"{inner}/{CONFIG_NAME}" in names for inner in _PART_FOLDERS)
+
+
+def shard_names(name: str, names: Collection[str]) -> list[str]:
+    """Those of a folder's names that are shards of the file that ``name`` is a shard of; it alone if it is none."""
+    shard = _SHARD.fullmatch(name)
+    if shard is None:
+        return [name]
+    end = f"-of-{shard['count']}{shard['suffix']}"
+    return sorted(one for one in names if one.startswith(f"{shard['stem']}-") and one.endswith(end))
 
 
 def plan_bundle(bundle: Bundle) -> Plan:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, lies_in_pieces, part_folders
+from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, part_folders
 from texforce_hub.catalog import Entry, read_catalog
 from texforce_hub.choose import PICKLED, PREFERRED, SUFFIXES, choose_name, list_names
 from texforce_hub.container import open_header
@@ -52,17 +52,10 @@ def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
     """
     place = find_local(ref)
     if place is None:
-        place = _fetch_adapter(_find_remote(ref))
+        from texforce_hub.remote import fetch_adapter
+
+        place = fetch_adapter(find_remote_place(ref))
     return pick_bundle(place) if place.is_dir() else bundle_file(place)
-
-
-def _fetch_adapter(remote: "RemotePlace") -> Path:
-    """The file, or the folder of an adapter in several files, in the cache."""
-    from texforce_hub.remote import fetch_place, fetch_remote_file, pick_remote_file
-
-    if not remote.is_file and lies_in_pieces(remote.names):
-        return fetch_place(remote)
-    return fetch_remote_file(remote, pick_remote_file(remote))
 
 
 def find_place(ref: str | Path | AdapterRef) -> Path:
@@ -75,7 +68,7 @@ def find_place(ref: str | Path | AdapterRef) -> Path:
     if place is None:
         from texforce_hub.remote import fetch_place
 
-        return fetch_place(_find_remote(ref))
+        return fetch_place(find_remote_place(ref))
     return place
 
 
@@ -104,7 +97,12 @@ def _source_of(ref: str | Path | AdapterRef) -> str:
     return ref.source if isinstance(ref, AdapterRef) else str(ref)
 
 
-def _find_remote(ref: str | Path | AdapterRef) -> "RemotePlace":
+def find_remote_place(ref: str | Path | AdapterRef) -> "RemotePlace":
+    """What a reference means on the Hub, if :func:`find_local` says that it is there; nothing is fetched.
+
+    Raises:
+        RefError, HubError: as :func:`texforce_hub.remote.find_remote`.
+    """
     from texforce_hub.remote import find_remote
 
     source = _source_of(ref)
@@ -197,22 +195,22 @@ def find_files(ref: str | Path | AdapterRef) -> list[Path]:
         return [path for bundle in find_bundles(ref) for path in bundle.files]
     from texforce_hub.remote import fetch_remote_file, list_remote_files
 
-    remote = _find_remote(ref)
+    remote = find_remote_place(ref)
     return [fetch_remote_file(remote, file) for file in list_remote_files(remote)]
 
 
-def list_files(ref: str | Path | AdapterRef) -> "list[Path] | list[RemoteFile]":
-    """As :func:`find_files`, but what is on the Hub stays there.
+def list_adapters(ref: str | Path | AdapterRef) -> "list[Bundle] | list[RemoteFile]":
+    """As :func:`find_bundles`, but what is on the Hub stays there, file by file.
 
     Raises:
         RefError, HubError: as :func:`find_files`.
     """
     place = find_local(ref)
     if place is not None:
-        return [path for bundle in _find_here(place) for path in bundle.files]
+        return _find_here(place)
     from texforce_hub.remote import list_remote_files
 
-    return list_remote_files(_find_remote(ref))
+    return list_remote_files(find_remote_place(ref))
 
 
 def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
@@ -242,12 +240,23 @@ def _walk(folder: Path) -> Iterator[Bundle]:
             yield from _walk(path)
 
 
-def pinned_name(path: Path) -> str | None:
-    """The reference ``hf://owner/name@commit/file`` of a file in a Hub cache; ``None`` for any other file."""
+def hub_id_of(path: Path) -> HubId | None:
+    """Where a file or folder in a Hub cache is from, its commit included; ``None`` of any other path."""
     parts = path.absolute().parts
     for place, (folder, commit) in enumerate(pairwise(parts)):
         repo = parts[place - 1]
         if folder == "snapshots" and _COMMIT.fullmatch(commit) and repo.startswith("models--"):
-            name = repo.removeprefix("models--").replace("--", "/")
-            return f"{_FORCED}{name}@{commit}/{'/'.join(parts[place + 2 :])}"
+            inside = "/".join(parts[place + 2 :])
+            return HubId(repo.removeprefix("models--").replace("--", "/"), commit, inside or None)
     return None
+
+
+def pin_source(source: str, place: Path) -> tuple[str, str]:
+    """A source as it can be found again, and its commit if ``place``, where it was found, is from the Hub.
+
+    What was found here or in the catalogue's own folders stays as it is named; a Hub reference gets its commit.
+    """
+    found = hub_id_of(place)
+    if found is None:
+        return source, ""
+    return source if find_local(source) is not None else f"{_FORCED}{found}", found.revision or ""

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from texforce_hub.bundles import lies_in_pieces, shard_names
 from texforce_hub.catalog import Entry
 from texforce_hub.choose import choose_name, is_candidate, list_names
 from texforce_hub.container import open_header
@@ -32,6 +33,11 @@ class RemotePlace:
         """The paths of the files in it, inside folders too, relative to it."""
         prefix = f"{self.path}/" if self.path else ""
         return sorted(name.removeprefix(prefix) for name in self.repository.blobs if name.startswith(prefix))
+
+    @property
+    def name(self) -> str:
+        """The reference that will always mean it."""
+        return f"hf://{HubId(self.repository.repo, self.repository.commit, self.path or None)}"
 
     def file(self, name: str) -> RemoteFile:
         """A file in it."""
@@ -124,6 +130,29 @@ def fetch_remote_file(place: RemotePlace, file: RemoteFile) -> Path:
         if found != place.sha256:
             raise HubError(f"{file}: its SHA-256 is {found[:12]}…, the catalogue's {place.sha256[:12]}…; not used")
     return path
+
+
+def fetch_adapter(place: RemotePlace) -> Path:
+    """The adapter in a place, fetched: its file in the cache, or the folder there of an adapter in several files.
+
+    Raises:
+        RefError: no adapter, or several of equal standing.
+        HubError: a file of it cannot be fetched.
+    """
+    if not place.is_file and lies_in_pieces(place.names) and not _are_shards_of_a_model(place):
+        return fetch_place(place)
+    file = pick_remote_file(place)
+    folder, _, name = file.path.rpartition("/")
+    beside = RemotePlace(place.repository, folder)
+    for other in shard_names(name, beside.names):
+        fetch_file(beside.file(other))
+    return fetch_remote_file(place, file)
+
+
+def _are_shards_of_a_model(place: RemotePlace) -> bool:
+    """Whether a folder's shards hold no adapter, so that their gigabytes are left where they are."""
+    shards = [name for name in place.names if "/" not in name and len(shard_names(name, place.names)) > 1]
+    return bool(shards) and not _holds_adapter(place.file(shards[0]))
 
 
 def fetch_place(place: RemotePlace) -> Path:

@@ -1,7 +1,7 @@
 """A drawing run as a recipe: recorded with the hashes of what went in, replayed only if they still hold."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from texforce_hub.bundles import hash_files
 from texforce_hub.errors import RecipeError, RefError
 from texforce_hub.files import writing
 from texforce_hub.generate import Settings
-from texforce_hub.locate import find_bundle
+from texforce_hub.locate import find_bundle, find_local, find_remote_place, pin_source
 from texforce_hub.recipe import Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef, TaggedPrompt
 
@@ -57,7 +57,8 @@ def record_run(run: Run, path: Path) -> None:
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
     table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
-    table |= {name: getattr(run, name) for name in ("unet", "scheduler", "each", "sweep") if getattr(run, name)}
+    table |= {name: getattr(run, name) for name in ("scheduler", "each", "sweep") if getattr(run, name)}
+    table |= {"unet": _pin_partner(run.unet)} if run.unet else {}
     for name, source in (("base", run.base), ("unet", run.unet)):
         if digest := _hash_local(source):
             table[f"{name}_sha256"] = digest
@@ -68,8 +69,18 @@ def record_run(run: Run, path: Path) -> None:
 
 
 def _record_source(ref: AdapterRef, *, prompt: int | None = None) -> RecipeSource:
-    sha256 = hash_files(find_bundle(ref).files)
-    return RecipeSource(ref.source, ref.weight, dict(ref.parts), ref.name or "", sha256=sha256, prompt=prompt)
+    bundle = find_bundle(ref)
+    source, revision = pin_source(ref.source, bundle.path)
+    sha256 = hash_files(bundle.files)
+    return RecipeSource(source, ref.weight, dict(ref.parts), ref.name or "", revision, sha256, prompt=prompt)
+
+
+def _pin_partner(unet: str) -> str:
+    """A partner as it can be found again: from the Hub with its commit."""
+    ref = AdapterRef.parse(unet)
+    if find_local(ref) is not None:
+        return unet
+    return str(replace(ref, source=find_remote_place(ref).name))
 
 
 def replay_run(path: Path) -> Run:

@@ -1,25 +1,20 @@
 """A merge's recipe, as its result carries it."""
 
 import platform
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from texforce_hub import __version__
 from texforce_hub.bundles import hash_files
-from texforce_hub.locate import find_bundle
+from texforce_hub.locate import find_bundle, pin_source
 from texforce_hub.merge.gather import IN_MEMORY, Gathered
 from texforce_hub.recipe import Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef
 from texforce_hub.resize import Limits
 from texforce_hub.stack import Entry
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def record_merge(
@@ -64,12 +59,9 @@ def versions() -> dict[str, str]:
 
 
 def _record_source(entry: Entry, source: str) -> RecipeSource:
-    weights = entry.weight
-    revision, sha256 = ("", "") if source == IN_MEMORY else _pin(find_bundle(AdapterRef(source)).files)
+    weights, revision, sha256 = entry.weight, "", ""
+    if source != IN_MEMORY:
+        bundle = find_bundle(AdapterRef(source))
+        source, revision = pin_source(source, bundle.path)
+        sha256 = hash_files(bundle.files)
     return RecipeSource(source, weights.weight, dict(weights.parts), entry.label, revision, sha256)
-
-
-def _pin(paths: Sequence[Path]) -> tuple[str, str]:
-    """The commit, if the files lie in a Hub snapshot, and the hash of their bytes."""
-    commits = [b for a, b in pairwise(paths[0].absolute().parts) if a == "snapshots" and _COMMIT.fullmatch(b)]
-    return (commits[-1] if commits else "", hash_files(paths))

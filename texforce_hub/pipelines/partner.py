@@ -12,18 +12,20 @@ from torch import Tensor
 from texforce_hub.apply import apply_adapter
 from texforce_hub.container import open_header
 from texforce_hub.dialects.ldm import from_ldm
-from texforce_hub.errors import FamilyError, PipelineError, RefError
-from texforce_hub.locate import PICKLED, PREFERRED, find_place
+from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.locate import PICKLED, PREFERRED, find_bundle, find_local, find_remote_place
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
 from texforce_hub.refs import AdapterRef
+from texforce_hub.remote import RemotePlace
 from texforce_hub.sources import read_adapter
 
 logger = logging.getLogger("texforce_hub")
 
 LDM_UNET = "model.diffusion_model."
 _IN_A_FOLDER = ("unet", "unet_ema", "")
+_ON_THE_HUB = ("unet", "")
 _CHECKPOINT = re.compile(r"(?:checkpoint|save)[-_](\d+)")
 
 
@@ -42,7 +44,7 @@ def put_unet(pipe: Any, unet: str) -> None:
         return
     files, config = _full_unet(place)
     if not files:
-        _put_lora(pipe, ref)
+        _put_lora(pipe, ref, place)
         return
     if ref.weight != 1.0 or ref.parts:
         raise PipelineError(f"{unet}: {place} is a whole U-Net, which takes no weight; leave ':…' out")
@@ -57,26 +59,29 @@ def put_unet(pipe: Any, unet: str) -> None:
 
 
 def _find(ref: AdapterRef, pipe: Any) -> Path | None:
-    """Where it lies here; ``None`` if a Hub repository's U-Net was put in."""
+    """Where it lies here, an adapter on the Hub fetched; ``None`` if a Hub repository's whole U-Net was put in."""
+    place = find_local(ref)
+    if place is not None:
+        return place
+    remote = find_remote_place(ref)
+    for name in _ON_THE_HUB:
+        if f"{name}/config.json".lstrip("/") in remote.names:
+            _put_from_hub(pipe, remote, name)
+            return None
+    return find_bundle(ref).path
+
+
+def _put_from_hub(pipe: Any, remote: RemotePlace, name: str) -> None:
+    repository, folder = remote.repository, "/".join(filter(None, (remote.path, name)))
     try:
-        return find_place(ref)
-    except RefError:
-        if ref.source.removeprefix("hf://").count("/") != 1:
-            raise
-        _put_from_hub(pipe, ref.source.removeprefix("hf://"))
-        return None
-
-
-def _put_from_hub(pipe: Any, name: str) -> None:
-    for subfolder in ("unet", None):
-        try:
-            found = UNet2DConditionModel.from_pretrained(name, subfolder=subfolder, dtype=pipe.unet.dtype)
-        except (OSError, ValueError):
-            continue
-        _check_family(Path(name), {n: tuple(t.shape) for n, t in found.state_dict().items()}, pipe.unet)
-        pipe.register_modules(unet=found.eval())
-        return
-    raise PipelineError(f"no U-Net {name!r} on this machine or on the Hub; download it and give its folder")
+        found = UNet2DConditionModel.from_pretrained(
+            repository.repo, revision=repository.commit, subfolder=folder or None, dtype=pipe.unet.dtype
+        )
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PipelineError(f"{remote}: its U-Net cannot be fetched or read: {reason}") from error
+    _check_family(Path(str(remote)), {n: tuple(t.shape) for n, t in found.state_dict().items()}, pipe.unet)
+    pipe.register_modules(unet=found.eval())
 
 
 def _full_unet(place: Path) -> tuple[list[Path], dict[str, Any] | None]:
@@ -153,8 +158,7 @@ def _renamed_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
     return found
 
 
-def _put_lora(pipe: Any, ref: AdapterRef) -> None:
-    place = find_place(ref)
+def _put_lora(pipe: Any, ref: AdapterRef, place: Path) -> None:
     if place.is_dir():
         place = latest_checkpoint(place) or place
     adapter = read_adapter(place)
