@@ -38,11 +38,12 @@ def convert_adapter(
     dialect: str = "diffusers",
     dtype: str | None = None,
     alpha: float | None = None,
+    allow_pickle: bool = False,
 ) -> Path:
     """Read an adapter and write it in another layout; gives the file or folder written.
 
     It goes from file to file layer by layer: memory stays at the largest few, whatever the file's size. ``alpha``
-    is that of every layer which stores none.
+    is that of every layer which stores none; ``allow_pickle`` is needed for pickles from the Hub.
 
     Raises:
         ConfigError: no such dtype.
@@ -51,7 +52,7 @@ def convert_adapter(
     source, target, chosen = find_file(ref), Path(output), _dtype(dtype)
     if dialect not in DIALECTS:
         raise DialectError(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-    adapter = open_adapter(source, alpha=alpha)
+    adapter = open_adapter(source, alpha=alpha, allow_pickle=allow_pickle)
     if any(place.exists() and place.samefile(source) for place in (target, target / DIALECTS[dialect].filename)):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     return write_adapter(adapter, target, dialect=dialect, dtype=chosen)
@@ -73,13 +74,20 @@ def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> 
 
 
 def convert_all(
-    pairs: Sequence[tuple[Path, Path]], *, dialect: str, dtype: str | None = None, alpha: float | None = None
+    pairs: Sequence[tuple[Path, Path]],
+    *,
+    dialect: str,
+    dtype: str | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
 ) -> Iterator[Conversion]:
     """Convert file by file; one that cannot be converted gives its error, and the others go on."""
     _dtype(dtype)
     for source, target in pairs:
         try:
-            written = convert_adapter(source, target, dialect=dialect, dtype=dtype, alpha=alpha)
+            written = convert_adapter(
+                source, target, dialect=dialect, dtype=dtype, alpha=alpha, allow_pickle=allow_pickle
+            )
         except TexForceHubError as error:
             yield Conversion(source, target, str(error))
         else:

@@ -132,7 +132,10 @@ def stream_tensors(
     path, place = Path(path), torch.device(device or "cpu")
     container = sniff(path)
     if container == "pickle" and not allow_pickle:
-        raise FileError(f"{path}: is a pickle; pickles need allow_pickle=True (--allow-pickle), or convert it")
+        raise FileError(
+            f"{path}: is a pickle, which is not read unasked: texforce-hub convert {path} --allow-pickle --output …, "
+            f"or allow_pickle=True in Python"
+        )
     if (container == "safetensors") != (path.suffix == ".safetensors"):
         _LOG.warning("%s: is a %s file whatever its name says; read as that", path, container)
     return _open_stream(path, place) if container == "safetensors" else _read_pickle(path, place)

@@ -1,7 +1,7 @@
 """``texforce-hub convert``: adapters from one layout into another."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names.")],
+    refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names, Hub ids.")],
     output: Annotated[Path, typer.Option("--output", help="A .safetensors file, or a folder (PEFT: always a folder).")],
     dialect: Annotated[str, typer.Option("--dialect", help="diffusers, kohya or peft.")] = "diffusers",
     dtype: Annotated[
@@ -25,6 +25,9 @@ def convert(
     alpha: Annotated[
         float | None, typer.Option("--alpha", help="The alpha of layers that store none; default: their rank.")
     ] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read pickles from the Hub too: their tensors, and nothing is run.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Write adapters in another layout; every layer's change is kept. A folder is converted file by file.
@@ -34,12 +37,13 @@ def convert(
     from texforce_hub.convert import convert_adapter, convert_all, plan_conversions
     from texforce_hub.locate import find_files
 
+    options: dict[str, Any] = {"dialect": dialect, "dtype": dtype, "alpha": alpha, "allow_pickle": allow_pickle}
     if len(refs) == 1 and (output.suffix == ".safetensors" or len(find_files(refs[0])) == 1):
-        written = convert_adapter(refs[0], output, dialect=dialect, dtype=dtype, alpha=alpha)
+        written = convert_adapter(refs[0], output, **options)
         put_json({"files": [{"source": refs[0], "output": str(written), "error": None}]}) if json else put(str(written))
         return
     pairs = plan_conversions(refs, output, dialect)
-    conversions = convert_all(pairs, dialect=dialect, dtype=dtype, alpha=alpha)
+    conversions = convert_all(pairs, **options)
     done = list(track(conversions, total=len(pairs), what="converting"))
     rows = [[str(one.source), one.error or str(one.output)] for one in done]
     if json:
