@@ -134,6 +134,7 @@ def test_numbers_are_measured_and_compared_from_the_file_as_in_memory(tmp_path, 
 
 MEASURED = """
 import json, resource, sys
+from pathlib import Path
 import torch
 from texforce_hub.compare import compare_adapters
 from texforce_hub.convert import convert_adapter
@@ -143,7 +144,7 @@ from texforce_hub.sources import open_adapter
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-small, large, folder = sys.argv[1:]
+small, large, folder = map(Path, sys.argv[1:])
 def work(path, out):
     measure_file(path)
     convert_adapter(path, f"{folder}/out/{out}.safetensors", dialect="kohya", dtype="bfloat16")
