@@ -230,6 +230,29 @@ def test_parentheses_read_as_text_are_mentioned(caplog):
     assert "are read as text" not in caplog.text
 
 
+def test_a_number_that_may_be_no_weight_is_mentioned(caplog):
+    caplog.set_level(logging.INFO, logger="texforce_hub")
+    encode_prompts(shared_pipeline("sd1"), ["a cat (16:9)", "a (cat:1.9)"], [None, None])
+    assert [record.message.partition(";")[0] for record in caplog.records] == ["'a cat (16:9)': read with '16' at 9"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a (red:0.5) cat. on the left of a big circle. the (red:0.2) cat", "(! a:0.5) b. (! c:0.5)"]
+)
+def test_words_below_one_are_placed_in_later_chunks(text):
+    pipe = shared_pipeline("sd1")
+    found = encode_prompts(pipe, [text], [None], long_prompts=True)["prompt_embeds"]
+    assert torch.isfinite(found).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_the_encoders_dtype(dtype):
+    pipe = tiny_pipeline("sdxl").to(dtype)
+    found = encode_prompts(pipe, ["a (red:1.3) cat", LONG], [None, None], negative="(big:0.5)", long_prompts=True)
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+
+
 def test_without_compel_weights_and_long_prompts_name_the_extra(monkeypatch):
     original = builtins.__import__
 

@@ -318,6 +318,11 @@ def test_what_makes_no_sense_is_one_sentence(arguments, message, tmp_path, monke
     assert not (tmp_path / "o").exists()
 
 
+def test_layers_that_clip_skip_leaves_out_are_said_for_tags_too(tmp_path, folder, caplog):
+    done("--prompt", "a red circle <lora:words>", "--adapter-dir", folder, "--clip-skip", 1, "--output", tmp_path / "o")
+    assert "does not reach the image" in caplog.text
+
+
 def test_prompts_for_training_and_evaluation_have_no_tags_and_no_weights(tmp_path):
     for text, message in (("a <lora:x:1>", "tags are for apply"), ("a (b:1.2)", "which only apply reads")):
         (tmp_path / "p.txt").write_text(text, encoding="utf-8")

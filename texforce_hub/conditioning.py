@@ -25,6 +25,9 @@ logger = logging.getLogger("texforce_hub")
 
 Stack = Item | Sequence[Item] | None
 
+UNUSUAL = 2.0
+"""A weight above it may be none: ``(16:9)``."""
+
 _OUTPUTS: Mapping[str, tuple[str | None, ...]] = {
     "negative_pooled_prompt_embeds": (
         "prompt_embeds",
@@ -113,9 +116,11 @@ def read_prompts(
     everything = [*texts, away]
     if not long_prompts:
         say_cut(pipe, everything, longest=longest)
-    for prompt, read in zip((*prompts, negative), everything):
-        if prompt_weights == "auto" and read.text == prompt and may_be_weighted(prompt):
+    for prompt, read in zip((*prompts, negative), everything) if prompt_weights == "auto" else ():
+        if read.text == prompt and may_be_weighted(prompt):
             logger.info("%r: brackets and capital words are read as text; --prompt-weights on reads A1111's", prompt)
+        if big := [f"{words!r} at {weight:g}" for words, weight in read.fragments if weight > UNUSUAL]:
+            logger.info("%r: read with %s; --prompt-weights off reads it as text", prompt, ", ".join(big))
     return ReadPrompts(texts, away, count_chunks(pipe, everything) if long_prompts else 1)
 
 

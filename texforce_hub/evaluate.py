@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from texforce_hub.apply import apply_adapter
 from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.prompts import refuse_markup
 from texforce_hub.rewards import Reward, score_images
 
 _RESAMPLES = 10_000
@@ -101,7 +102,7 @@ def evaluate_variants(
 
     Raises:
         ConfigError: no variant, no reward or no seed.
-        PromptError: no prompt.
+        PromptError: no prompt, or one with tags or weights.
         MatchError: a stack does not fit.
         RewardError: a reward cannot be used.
     """
@@ -110,6 +111,7 @@ def evaluate_variants(
         raise ConfigError("nothing to evaluate: it takes at least one variant, one reward and one seed")
     if not prompts:
         raise PromptError("no prompt to evaluate on; give at least one")
+    refuse_markup(prompts)
     scores: dict[str, dict[str, np.ndarray]] = {reward.name: {} for reward in rewards}
     for name, variant in variants.items():
         with in_place(pipe, variant):

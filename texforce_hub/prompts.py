@@ -5,7 +5,7 @@ the uninterrupted one would have asked.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -120,11 +120,20 @@ def _find_words(source: str) -> frozenset[str]:
 
 def _read_plain(source: str) -> tuple[str, ...]:
     prompts = read_prompts(source)
+    refuse_markup(prompts)
+    return prompts
+
+
+def refuse_markup(prompts: Iterable[str]) -> None:
+    """Refuse prompts with tags or weights where only words are read.
+
+    Raises:
+        PromptError: names the prompt.
+    """
     for prompt in prompts:
         refuse_tags(prompt, "tags are for apply; give the adapter as an option")
         if is_weighted(prompt):
             raise PromptError(f"{prompt!r} holds weights, which only apply reads; write the words alone")
-    return prompts
 
 
 def gather_prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:

@@ -67,7 +67,11 @@ class ClipReader:
         """Embeddings ``(chunks · limit, width)``: cut after one chunk, or padded with the empty prompt's."""
         provider = _provider(self, whole=chunks > 1)
         texts, weights = _as_compel(emphasis)
-        found = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=self.device)[0]
+        try:
+            found = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=self.device)[0]
+        except RuntimeError as error:  # its search for the words below 1 can lose its place behind padding
+            reason = (str(error).splitlines() or ["?"])[0]
+            raise PromptError(f"{str(emphasis)!r}: compel cannot place its weights: {reason}") from error
         missing = chunks - found.shape[0] // self.limit
         return torch.cat([found, *[provider.empty_z[0].to(found)] * missing])
 
@@ -111,7 +115,8 @@ def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = Non
     ``longest``: of the encoders that are not CLIP; by default what the pipeline's ``encode_prompt`` says.
     """
     if longest is None:
-        parameter = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+        encode = getattr(pipe, "encode_prompt", None)
+        parameter = inspect.signature(encode).parameters.get("max_sequence_length") if encode else None
         longest = parameter.default if parameter is not None else 0
     limits = [(int(t.model_max_length) if _is_clip(e) else longest or 0, t) for t, e in _encoders(pipe)]
     if not limits:

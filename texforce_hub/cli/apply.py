@@ -25,13 +25,13 @@ def apply(
     ] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
     adapter_dir: Annotated[
-        Path | None, typer.Option("--adapter-dir", help="Where the names in tags are; default: the catalogue.")
+        Path | None, typer.Option("--adapter-dir", help="Where to look up the names in tags; default: the catalogue.")
     ] = None,
     prompt_weights: Annotated[
-        str, typer.Option("--prompt-weights", help="(word:1.2) and A1111's like: auto (with a number), on or off.")
+        str, typer.Option("--prompt-weights", help="A1111's (word:1.2): auto (if a number is in it), on or off.")
     ] = "auto",
     long_prompts: Annotated[
-        bool, typer.Option("--long-prompts", help="Read prompts beyond the text encoder's length, too.")
+        bool, typer.Option("--long-prompts", help="Read prompts beyond the text encoder's length whole.")
     ] = False,
     unet: Annotated[str | None, typer.Option("--unet", help="A tuned U-Net, or a U-Net LoRA with :WEIGHT.")] = None,
     each: Annotated[bool, typer.Option("--each", help="One column for each adapter, all in one batch.")] = False,

@@ -183,13 +183,20 @@ class Drawing:
         if not stack:
             return generate_images(self.pipe, settings, on_step=on_step)
         with self._apply(stack, self.run.mode) as applied:
-            for reason in dict.fromkeys(applied.dead_layers(settings.clip_skip or 0).values()):
-                logger.warning("%s", reason)
+            self._say_dead(applied)
             return generate_images(self.pipe, settings, on_step=on_step)
+
+    def _say_dead(self, applied: Applied) -> None:
+        for reason in dict.fromkeys(applied.dead_layers(self.run.settings.clip_skip or 0).values()):
+            logger.warning("%s", reason)
 
     def _draw_together(self, on_step: Callable[[int], None]) -> list[list[Any]]:
         """All columns in the same batches: one U-Net call a step, whatever the number of stacks."""
         settings = self.run.settings
+        stacks = [self._stack(column, number) for column in self.columns for number in range(len(self.texts))]
+        for entry in {id(entry): entry for stack in stacks for entry in stack}.values():
+            with self._apply([entry], "attach") as applied:
+                self._say_dead(applied)
         cells: list[Cell] = []
         for column in self.columns:
             for number, text in enumerate(self.texts):
