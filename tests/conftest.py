@@ -25,3 +25,29 @@ def pytest_collection_modifyitems(config, items):
 def shelf(tmp_path_factory):
     """One folder for the saved pipelines that many tests read."""
     return tmp_path_factory.mktemp("pipelines")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A simulated Hub that this process reads from, an empty cache, and an empty working folder."""
+    from tests.hub_session import connect, forget
+    from tests.hub_simulator import HubSimulator
+
+    with HubSimulator() as simulator:
+        connect(monkeypatch, simulator, tmp_path)
+        yield simulator
+        forget()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A switch: from now on there is no network, and nothing is remembered but on disk."""
+    from huggingface_hub import constants
+
+    from tests.hub_session import forget
+
+    def go():
+        forget()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    return go

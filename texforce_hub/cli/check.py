@@ -13,7 +13,7 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="A file, a folder, a catalogue name.")],
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A file, a folder, a catalogue name, a Hub id.")],
     base: Annotated[
         str, typer.Option("--base", help="A family (sd1, sdxl …), shapes, a pipeline's folder, a checkpoint file.")
     ],

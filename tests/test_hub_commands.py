@@ -1,0 +1,150 @@
+"""The commands with references to the Hub, and recipes that can be done again from them."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.hub_session import adapter_bytes, forget, kohya_bytes, peft_files, pickle_bytes
+from texforce_hub import cli
+from texforce_hub.errors import RecipeError, TexForceHubError
+from texforce_hub.merge.replay import read_recipe, verify_merge
+from texforce_hub.recipe import Recipe
+from texforce_hub.sources import read_adapter
+
+ZOO = {
+    "README.md": b"# many adapters",
+    "style.safetensors": adapter_bytes(1),
+    "old/kohya.safetensors": kohya_bytes(2),
+    "broken.safetensors": b"\xff" * 64,
+}
+
+
+def run(*arguments):
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if isinstance(result.exception, TexForceHubError):
+        return 2, f"{result.output}error: {result.exception}"
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_a_repository_of_many_adapters_is_one_table_and_nothing_is_fetched(hub, tmp_path):
+    commit = hub.commit("me/zoo", ZOO)
+    status, output = run("inspect", "me/zoo")
+    assert (status, "1 of 3 files are no readable adapters" in output) == (2, True)
+    assert f"me/zoo@{commit}" in output
+    for word in ("style", "old/kohya", "broken", "unreadable", "README"):
+        assert (word in output) == (word != "README")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_table_of_a_repository_is_sorted_filtered_and_json(hub):
+    commit = hub.commit("me/zoo", ZOO)
+    _, output = run("inspect", "me/zoo", "--json", "--sort", "size", "--family", "sd1")
+    found = json.loads(output.partition("error:")[0])["files"]
+    assert [one["path"] for one in found] == [
+        f"me/zoo@{commit}/{name}" for name in ("old/kohya.safetensors", "style.safetensors", "broken.safetensors")
+    ]
+    sizes = {one["path"].rpartition("/")[2]: one["size"] for one in found}
+    assert sizes["style.safetensors"] == len(ZOO["style.safetensors"])
+    kohya = found[0]
+    assert (kohya["alphas"], kohya["ranks"]) == ({"4.0": 2}, {"8": 2})
+    assert kohya["sha256"] == hub.repos["me/zoo"].commits[commit]["old/kohya.safetensors"].sha256
+    assert kohya["autov2"] == kohya["sha256"][:10]
+    status, output = run("inspect", "me/zoo/style.safetensors", "me/zoo", "--family", "sd2", "--json")
+    assert status == 2
+    left = json.loads(output.partition("error:")[0])["files"]
+    assert [one["path"].rpartition("/")[2] for one in left] == ["broken.safetensors"]
+
+
+def test_what_is_on_the_hub_and_here_is_shown_in_one_table(hub, tmp_path):
+    hub.commit("me/x", {"a.safetensors": adapter_bytes()})
+    (tmp_path / "b.safetensors").write_bytes(adapter_bytes(2))
+    status, output = run("inspect", "me/x", tmp_path / "b.safetensors", "--json")
+    assert status == 0
+    assert [one["path"].rpartition("/")[2] for one in json.loads(output)["files"]] == ["a.safetensors", "b.safetensors"]
+    assert run("inspect", "me/x", tmp_path / "b.safetensors")[0] == 0
+
+
+def test_one_file_on_the_hub_is_shown_as_one_here(hub, tmp_path):
+    commit = hub.commit("me/peft", peft_files(alpha=16))
+    status, output = run("inspect", "me/peft")
+    assert status == 0
+    for part in (f"me/peft@{commit}/adapter_model.safetensors", "16 × 1", "2 × 1", "AutoV2"):
+        assert part in output.replace("\n", ""), part
+    assert not (tmp_path / "cache").exists()
+    status, output = run("inspect", "me/peft", "--weights")
+    assert (status, "q_proj" in output) == (0, True)
+
+
+def test_a_fault_in_the_middle_of_a_table_stops_nothing(hub):
+    hub.commit("me/zoo", ZOO)
+    hub.fault("resolve/.*/style", 403)
+    status, output = run("inspect", "me/zoo")
+    assert (status, "2 of 3 files" in output) == (2, True)
+    assert "may not read this" in output
+
+
+def test_pickles_are_shown_as_such_and_converted_with_leave(hub, tmp_path):
+    hub.commit("me/old", {"pytorch_lora_weights.bin": pickle_bytes(tmp_path)})
+    status, output = run("inspect", "me/old")
+    assert (status, "pickle" in output) == (0, True)
+    status, output = run("inspect", "me/old", "--weights")
+    assert (status, "not read unasked" in output) == (2, True)
+    status, output = run("convert", "me/old", "--output", "new.safetensors")
+    assert (status, "--allow-pickle" in output) == (2, True)
+    assert not (tmp_path / "new.safetensors").exists()
+    assert run("convert", "me/old", "--output", "new.safetensors", "--allow-pickle")[0] == 0
+    assert len(read_adapter("./new.safetensors").layers) == 1
+
+
+def test_check_and_convert_fetch_what_they_need(hub, tmp_path):
+    hub.commit("me/zoo", {name: content for name, content in ZOO.items() if name != "broken.safetensors"})
+    assert run("check", "me/zoo/style.safetensors", "--base", "sd1")[0] == 0
+    assert run("check", "me/zoo/style.safetensors", "--base", "sdxl")[0] in (0, 1)
+    assert run("check", "me/zoo/lost.safetensors", "--base", "sd1")[0] == 2
+    assert run("convert", "me/zoo", "--dialect", "kohya", "--output", "out")[0] == 0
+    assert sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.safetensors")
+    ) == [
+        "old/kohya.safetensors",
+        "style.safetensors",
+    ]
+
+
+def test_a_merge_from_the_hub_is_recorded_with_its_commits_and_can_be_done_again(hub, tmp_path):
+    first = hub.commit("me/a", {"a.safetensors": adapter_bytes(1)})
+    hub.commit("me/b", {"b.safetensors": adapter_bytes(2)})
+    assert run("merge", "me/a:0.7", "me/b:0.3", "--method", "svd", "--output", "merged.safetensors")[0] == 0
+    source = read_recipe("merged.safetensors").sources[0]
+    assert (source.source, source.revision) == (f"hf://me/a@{first}/a.safetensors", first)
+    assert source.sha256 == hub.repos["me/a"].commits[first]["a.safetensors"].sha256
+    hub.commit("me/a", {"a.safetensors": adapter_bytes(9)})
+    forget()
+    assert verify_merge("merged.safetensors").same
+    assert not torch.equal(_first_delta("me/a"), _first_delta(source.source))
+    edited = str(read_recipe("merged.safetensors")).replace(f"@{first}", "")
+    (tmp_path / "edited.toml").write_text(edited)
+    with pytest.raises(RecipeError, match="it changed"):
+        cli.merge.merge(recipe=tmp_path / "edited.toml", output=tmp_path / "again.safetensors")
+
+
+def _first_delta(ref):
+    adapter = read_adapter(ref)
+    return adapter.delta(next(iter(adapter.layers)))
+
+
+def test_a_drawing_from_the_hub_is_recorded_with_its_commits(hub, tmp_path):
+    from texforce_hub.generate import Settings
+    from texforce_hub.refs import AdapterRef
+    from texforce_hub.replay import Run, record_run, replay_run
+
+    commit = hub.commit("me/a", {"a.safetensors": adapter_bytes(1)})
+    refs = (AdapterRef.parse("me/a@main:0.5"),)
+    record_run(Run("shapes", refs, Settings(("a cat",)), unet="me/a/a.safetensors:0.2"), tmp_path / "run.toml")
+    recipe = Recipe.parse((tmp_path / "run.toml").read_text())
+    assert (recipe.sources[0].source, recipe.sources[0].revision) == (f"hf://me/a@{commit}/a.safetensors", commit)
+    assert recipe.settings["unet"] == f"hf://me/a@{commit}/a.safetensors:0.2"
+    again = replay_run(tmp_path / "run.toml")
+    assert again.adapters == (AdapterRef(f"hf://me/a@{commit}/a.safetensors", weight=0.5),)
