@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
 from tests.test_pipelines import original_topology
 from texforce_hub.cli import app
-from texforce_hub.cli.drawing import sweep_weights
+from texforce_hub.cli.columns import sweep_weights
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import ConfigError, PromptError, RecipeError, TexForceHubError
 from texforce_hub.generate import Settings, generate_images

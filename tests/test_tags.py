@@ -323,6 +323,22 @@ def test_layers_that_clip_skip_leaves_out_are_said_for_tags_too(tmp_path, folder
     assert "does not reach the image" in caplog.text
 
 
+def test_an_adapter_is_read_once_however_many_prompts_ask_for_it(tmp_path, folder, monkeypatch):
+    from texforce_hub.cli import drawing
+
+    read: list[str] = []
+    original = drawing.read_adapter
+
+    def note(ref):
+        read.append(ref.source)
+        return original(ref)
+
+    monkeypatch.setattr(drawing, "read_adapter", note)
+    prompts = [word for weight in (0.5, 0.6, 0.5) for word in ("--prompt", f"a red circle <lora:words:{weight}>")]
+    done(*prompts, "--adapter-dir", folder, "--output", tmp_path / "o")
+    assert read == [str(folder / "words.safetensors")]
+
+
 def test_prompts_for_training_and_evaluation_have_no_tags_and_no_weights(tmp_path):
     for text, message in (("a <lora:x:1>", "tags are for apply"), ("a (b:1.2)", "which only apply reads")):
         (tmp_path / "p.txt").write_text(text, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,14 @@ def record_run(run: Run, path: Path) -> None:
     Raises:
         RecipeError: a run without adapters.
     """
-    sources = [_record_source(ref) for ref in run.adapters]
-    sources += [_record_source(ref, prompt=number) for number, refs in enumerate(run.tags) for ref in refs]
+    look_up = cache(_look_up)  # many prompts may ask for the same adapter
+    pairs: list[tuple[int | None, AdapterRef]] = [(None, ref) for ref in run.adapters]
+    pairs += [(number, ref) for number, refs in enumerate(run.tags) for ref in refs]
+    sources = [
+        RecipeSource(source, ref.weight, dict(ref.parts), ref.name or "", revision, sha256, prompt)
+        for prompt, ref in pairs
+        for source, revision, sha256 in [look_up(ref.source)]
+    ]
     chosen = asdict(run.settings)
     prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
@@ -68,11 +75,10 @@ def record_run(run: Run, path: Path) -> None:
         part.write_text(str(recipe), encoding="utf-8")
 
 
-def _record_source(ref: AdapterRef, *, prompt: int | None = None) -> RecipeSource:
-    bundle = find_bundle(ref)
-    source, revision = pin_source(ref.source, bundle.path)
-    sha256 = hash_files(bundle.files)
-    return RecipeSource(source, ref.weight, dict(ref.parts), ref.name or "", revision, sha256, prompt=prompt)
+def _look_up(source: str) -> tuple[str, str, str]:
+    """A source as it can be found again, its commit if it is on the Hub, and the hash of its files."""
+    bundle = find_bundle(AdapterRef(source))
+    return *pin_source(source, bundle.path), hash_files(bundle.files)
 
 
 def _pin_partner(unet: str) -> str:
@@ -96,11 +102,11 @@ def replay_run(path: Path) -> Run:
     if recipe.kind != "apply":
         raise RecipeError(f"{path}: a recipe of kind {recipe.kind!r}; expected 'apply'")
     table = dict(recipe.settings)
-    for source in recipe.sources:
-        _check_hash(source.source, hash_files(find_bundle(AdapterRef(source.source)).files), source.sha256)
+    for source, recorded in dict.fromkeys((s.source, s.sha256) for s in recipe.sources):
+        _check_hash(source, hash_files(find_bundle(AdapterRef(source)).files), recorded)
     for name in ("base", "unet"):
-        recorded = table.pop(f"{name}_sha256", "")
-        _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), str(recorded))
+        expected = str(table.pop(f"{name}_sha256", ""))
+        _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), expected)
     refs: dict[int | None, list[AdapterRef]] = {}
     for s in recipe.sources:
         refs.setdefault(s.prompt, []).append(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())))

@@ -3,15 +3,18 @@
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import Progress
 
+from texforce_hub.adapter import Adapter
 from texforce_hub.apply import Applied, apply_adapter
 from texforce_hub.bundles import hash_files
+from texforce_hub.cli.columns import Column, plan_columns
 from texforce_hub.cli.console import put, put_json, saying_once
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.files import writing
@@ -22,27 +25,10 @@ from texforce_hub.pipelines import load_pipeline, save_checkpoint, save_pipeline
 from texforce_hub.refs import AdapterRef, TaggedPrompt
 from texforce_hub.replay import Run
 from texforce_hub.schedulers import set_scheduler
-from texforce_hub.stack import Entry, read_stack, reweighted
+from texforce_hub.sources import read_adapter
+from texforce_hub.stack import Entry, read_stack
 
 logger = logging.getLogger("texforce_hub")
-
-_SWEEP = re.compile(r"(?P<name>[\w-]+)=(?P<start>[^:]+):(?P<stop>[^:]+):(?P<count>\d+)")
-
-
-def sweep_weights(text: str) -> tuple[str, list[float]]:
-    """``NAME=0:1:5`` → the adapter's label and evenly spaced weights, ends included.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    found = _SWEEP.fullmatch(text)
-    try:
-        if found is not None and int(found["count"]) > 1:
-            start, stop, count = float(found["start"]), float(found["stop"]), int(found["count"])
-            return found["name"], [start + (stop - start) * i / (count - 1) for i in range(count)]
-    except ValueError:
-        pass
-    raise ConfigError(f"--sweep {text!r}; expected NAME=FROM:TO:COUNT with COUNT of at least 2, e.g. style=0:1:5")
 
 
 def print_files(files: Sequence[Path], *, as_json: bool) -> None:
@@ -54,55 +40,18 @@ def print_files(files: Sequence[Path], *, as_json: bool) -> None:
             put(str(path))
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of the sheet: its title, the stack it is drawn under, and whether the prompts' tags act too."""
-
-    label: str
-    entries: tuple[Entry, ...] = ()
-    tagged: bool = True
-
-
-def plan_columns(run: Run, entries: Sequence[Entry]) -> list[Column]:
-    """The base; then the whole stack, or each adapter, or one at several weights. Tags act in all but the base.
-
-    Raises:
-        ConfigError: both, one of them without a stack or fused, or a sweep of an adapter that is not there.
-    """
-    together = run.each or bool(run.sweep)
-    if run.each and run.sweep:
-        raise ConfigError("--each and --sweep both ask for columns; give one of them")
-    if together and (not entries or run.mode != "attach"):
-        raise ConfigError("--each and --sweep draw several stacks at once: give --adapter, and no other --mode")
-    base = Column("base", tagged=False)
-    if run.each:
-        return [base, *(Column(entry.label, (entry,)) for entry in entries)]
-    if run.sweep:
-        return [base, *_sweep_columns(run.sweep, entries)]
-    title = " + ".join([*map(str, run.adapters), *(["tags"] if run.tags else [])])
-    return [base, Column(title, tuple(entries))] if title else [base]
-
-
-def _sweep_columns(sweep: str, entries: Sequence[Entry]) -> Iterator[Column]:
-    name, weights = sweep_weights(sweep)
-    labels = [entry.label for entry in entries]
-    if name not in labels:
-        raise ConfigError(f"--sweep: no adapter {name!r} in the stack; it has {', '.join(labels)}")
-    for weight in weights:
-        yield Column(f"{name}={weight:g}", tuple(reweighted(entries, {name: weight})))
-
-
 class Drawing:
     """One run of ``apply``, with its pipeline once it is loaded."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self.entries = read_stack(list(run.adapters)) if run.adapters else []
+        read = _reading_once()
+        self.entries = _read_entries(run.adapters, read)
         self.columns = plan_columns(run, self.entries)
         self.texts = [TaggedPrompt.parse(prompt).text for prompt in run.settings.prompts]
         if not all(self.texts):
             raise PromptError(f"{run.settings.prompts[self.texts.index('')]!r} holds tags alone; expected a word too")
-        self.tags = [_read_tagged(refs) for refs in run.tags] or [[] for _ in self.texts]
+        self.tags = [_read_entries(refs, read) for refs in run.tags] or [[] for _ in self.texts]
         self.together = run.each or bool(run.sweep) or (bool(run.tags) and run.mode == "attach")
         self.together &= all(_is_text_only(entry) for entry in (*self.entries, *(e for t in self.tags for e in t)))
         self.pipe: Any = None
@@ -212,7 +161,7 @@ class Drawing:
         origin: dict[str, Any] = {"base": self.run.base, "unet": self.run.unet, "column": column.label}
         if column.entries or (column.tagged and self.run.tags):
             origin |= {"adapters": [self._written(entry) for entry in column.entries], "mode": self.run.mode}
-        tags = [{"tags": written} if column.tagged and written else {} for written in self._written_tags()]
+        tags = [{"tags": written} if column.tagged and written else {} for written in self._written_tags]
         origins = [origin | of_prompt for of_prompt in tags for _ in range(self.run.settings.num_images)]
         sampler = type(self.pipe.scheduler).__name__.removesuffix("Scheduler")
         folder = output / (named if column is not self.columns[0] else "base")
@@ -223,16 +172,30 @@ class Drawing:
         position = [other.label for other in self.entries].index(entry.label)
         return str(replace(self.run.adapters[position], weight=entry.weight.weight, parts=entry.weight.parts))
 
+    @cached_property
     def _written_tags(self) -> list[list[dict[str, str]]]:
-        """For each prompt, the adapters of its tags and their files' hashes."""
+        """For each prompt, the adapters of its tags and the hashes of their files."""
+        digest = cache(lambda source: hash_files(find_bundle(AdapterRef(source)).files))
         return [
-            [{"adapter": str(ref), "sha256": hash_files(find_bundle(ref).files)} for ref in refs]
+            [{"adapter": str(ref), "sha256": digest(ref.source)} for ref in refs]
             for refs in self.run.tags or [()] * len(self.texts)
         ]
 
 
-def _read_tagged(refs: Sequence[AdapterRef]) -> list[Entry]:
-    return read_stack(list(refs)) if refs else []
+def _reading_once() -> Callable[[AdapterRef], Adapter]:
+    """``read_adapter`` that reads every source once, however many prompts ask for it."""
+    known: dict[str, Adapter] = {}
+
+    def read(ref: AdapterRef) -> Adapter:
+        if ref.source not in known:
+            known[ref.source] = read_adapter(ref)
+        return known[ref.source]
+
+    return read
+
+
+def _read_entries(refs: Sequence[AdapterRef], read: Callable[[AdapterRef], Adapter]) -> list[Entry]:
+    return read_stack(list(refs), read=read) if refs else []
 
 
 def _is_text_only(entry: Entry) -> bool:
