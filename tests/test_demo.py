@@ -7,8 +7,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from texforce_hub.cli import app
-from texforce_hub.demo import PROMPTS, SEEDS, run_demo
+from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, run_demo
 from texforce_hub.errors import ConfigError
+from texforce_hub.evaluate import Sampling, Variant, evaluate_variants
+from texforce_hub.pipelines import load_pipeline
+from texforce_hub.rewards import resolve_rewards
+from texforce_hub.shapes.grammar import sample_prompts
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,18 @@ def test_the_shipped_adapters_help_each_where_the_other_cannot(quick):
     assert rows["both"]["vs_unet"][0] > 0
     known = results["canonical"]
     assert known["text"]["mean"] >= known["base"]["mean"] - 0.03
+
+
+def test_the_shipped_shape_words_help_and_leave_known_words_alone():
+    pipe = load_pipeline("shapes", device="cpu")
+    variants = {"base": Variant(), "shape": Variant(["shapes-shape"])}
+    rewards, gained = resolve_rewards(["alignment"], "cpu"), {}
+    for words in ((), ("shape",)):
+        prompts = sample_prompts(48, PROMPT_SEED, split="test", noisy=set(words))
+        found = evaluate_variants(pipe, variants, prompts, rewards, sampling=Sampling((0,)))
+        gained[words] = found.difference("shape", "base")
+    assert gained["shape",].low > 0.1
+    assert gained[()].mean >= -0.03
 
 
 def test_results_say_how_they_came_about(quick):
