@@ -1,16 +1,24 @@
 """An adapter from one layout into another, or many of them, each whole or not at all."""
 
+import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from texforce_hub.bundles import Bundle
 from texforce_hub.dialects import DIALECTS
 from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHubError
-from texforce_hub.locate import find_file, find_files, find_place
+from texforce_hub.files import writing
+from texforce_hub.locate import find_bundle, find_bundles, find_place
 from texforce_hub.refs import AdapterRef
-from texforce_hub.sources import open_adapter, write_adapter
+from texforce_hub.sidecars import Sidecar, find_sidecars
+from texforce_hub.sources import open_bundle, write_adapter
+
+_LOG = logging.getLogger("texforce_hub")
 
 DTYPES = {
     "float32": torch.float32,
@@ -24,11 +32,12 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One file's conversion: where it went, or why not."""
+    """One adapter's conversion: where it went, or why not, and what there is to say of its sidecars."""
 
     source: Path
     output: Path
     error: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def convert_adapter(
@@ -39,67 +48,121 @@ def convert_adapter(
     dtype: str | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
+    sidecars: bool = True,
 ) -> Path:
     """Read an adapter and write it in another layout; gives the file or folder written.
 
     It goes from file to file layer by layer: memory stays at the largest few, whatever the file's size. ``alpha``
-    is that of every layer which stores none; ``allow_pickle`` is needed for pickles from the Hub.
+    is that of every layer which stores none; ``allow_pickle`` is needed for pickles from the Hub. What lies beside
+    the adapter is copied, see :func:`carry_sidecars`.
 
     Raises:
         ConfigError: no such dtype.
         RefError, FileError, DialectError, AdapterError: as reading and writing raise them; nothing is left then.
     """
-    source, target, chosen = find_file(ref), Path(output), _dtype(dtype)
+    bundle = find_bundle(ref)
+    done = convert_bundle(
+        bundle,
+        Path(output),
+        dialect=dialect,
+        dtype=dtype,
+        alpha=alpha,
+        allow_pickle=allow_pickle,
+        sidecars=sidecars,
+    )
+    for note in done.notes:
+        _LOG.warning("note: %s", note)
+    return done.output
+
+
+def convert_bundle(
+    bundle: Bundle,
+    output: Path,
+    *,
+    dialect: str = "diffusers",
+    dtype: str | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+    sidecars: bool = True,
+) -> Conversion:
+    """As :func:`convert_adapter`, of the files that are known to be the adapter's; it tells its notes.
+
+    Raises:
+        ConfigError, FileError, DialectError, AdapterError: as :func:`convert_adapter`.
+    """
+    chosen = _dtype(dtype)
     if dialect not in DIALECTS:
         raise DialectError(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
-    adapter = open_adapter(source, alpha=alpha, allow_pickle=allow_pickle)
-    if any(place.exists() and place.samefile(source) for place in (target, target / DIALECTS[dialect].filename)):
+    adapter = open_bundle(bundle, alpha=alpha, allow_pickle=allow_pickle)
+    places = [place for place in (output, output / DIALECTS[dialect].filename) if place.exists()]
+    if any(place.samefile(file) for place in places for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
-    return write_adapter(adapter, target, dialect=dialect, dtype=chosen)
+    written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
+    tensors = written / DIALECTS[dialect].filename if written.is_dir() else written
+    return Conversion(bundle.path, written, notes=carry_sidecars(bundle.place, tensors) if sidecars else ())
 
 
-def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> list[tuple[Path, Path]]:
-    """Every file that the references mean, and where under ``output`` it goes; a folder's inner folders are kept.
+def carry_sidecars(source: Path, target: Path) -> tuple[str, ...]:
+    """Copy what lies beside one adapter's file to beside another's, under its stem; gives what there is to say.
+
+    Each copy is whole or not there, and nothing is written over: where another file has the name already, it
+    stays and the note says so. Nothing in a sidecar is changed, though what it says of a file's hash is true of the
+    old file only. A sidecar that cannot be copied is noted and stops nothing: the adapter is what matters.
+    """
+    return tuple(note for sidecar in find_sidecars(source) for note in _carry(sidecar, target))
+
+
+def _carry(sidecar: Sidecar, target: Path) -> Iterator[str]:
+    place = target.with_name(target.stem + sidecar.ending)
+    try:
+        if place.exists():
+            if place.read_bytes() != sidecar.path.read_bytes():
+                yield f"{place} is there already and is another file than {sidecar.path}; it stays as it is"
+            return
+        with writing(place) as part:
+            shutil.copyfile(sidecar.path, part)
+    except (FileError, OSError) as error:
+        yield f"{sidecar.path}: could not be copied to {place}: {error}"
+        return
+    if sidecar.sha256:
+        yield (
+            f"{place}: copied as it was; the SHA-256 in it is that of the old file, "
+            "so managers that look a file up by its hash will not find this one"
+        )
+
+
+def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> list[tuple[Bundle, Path]]:
+    """Every adapter that the references mean, and where under ``output`` it goes; a folder's inner folders are kept.
 
     Raises:
         RefError: a reference means nothing.
-        FileError: two files would become one.
+        FileError: two adapters would become one file.
     """
     pairs = [pair for ref in refs for pair in _targets(ref, output, dialect)]
     taken: dict[Path, Path] = {}
     for source, target in pairs:
-        if taken.setdefault(target, source) != source:
-            raise FileError(f"{source} and {taken[target]} would both become {target}; convert them apart")
+        if taken.setdefault(target, source.path) != source.path:
+            raise FileError(f"{source.path} and {taken[target]} would both become {target}; convert them apart")
     return list(dict.fromkeys(pairs))
 
 
 def convert_all(
-    pairs: Sequence[tuple[Path, Path]],
-    *,
-    dialect: str,
-    dtype: str | None = None,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
+    pairs: Sequence[tuple[Bundle, Path]], *, dtype: str | None = None, **options: Any
 ) -> Iterator[Conversion]:
-    """Convert file by file; one that cannot be converted gives its error, and the others go on."""
+    """Convert one by one, with the options of :func:`convert_bundle`; an error stops one, and the others go on."""
     _dtype(dtype)
     for source, target in pairs:
         try:
-            written = convert_adapter(
-                source, target, dialect=dialect, dtype=dtype, alpha=alpha, allow_pickle=allow_pickle
-            )
+            yield convert_bundle(source, target, dtype=dtype, **options)
         except TexForceHubError as error:
-            yield Conversion(source, target, str(error))
-        else:
-            yield Conversion(source, written)
+            yield Conversion(source.path, target, str(error))
 
 
-def _targets(ref: str | Path, output: Path, dialect: str) -> Iterator[tuple[Path, Path]]:
+def _targets(ref: str | Path, output: Path, dialect: str) -> Iterator[tuple[Bundle, Path]]:
     place = find_place(ref)
-    for source in find_files(ref):
-        inside = source.relative_to(place) if place.is_dir() else Path(source.name)
-        name = inside.stem if dialect == "peft" else f"{inside.stem}.safetensors"
-        yield source, output / inside.parent / name
+    for source in find_bundles(ref):
+        inside = source.path.relative_to(place).parent if place.is_dir() else Path()
+        yield source, output / inside / (source.stem if dialect == "peft" else f"{source.stem}.safetensors")
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -53,7 +53,7 @@ def read_adapter(
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
     bundle = find_bundle(path_or_ref)
-    stored = _store(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
+    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
     with _naming(bundle.path):
         adapter = replace(stored.outline, layers=dict(stored.layers), extras=dict(stored.extras))
         check_finite(adapter)
@@ -74,17 +74,39 @@ def open_adapter(
     Raises:
         RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`.
     """
-    bundle = find_bundle(path_or_ref)
-    stored = _store(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
+    return open_bundle(find_bundle(path_or_ref), device=device, alpha=alpha, allow_pickle=allow_pickle)
+
+
+def open_bundle(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> StoredAdapter:
+    """As :func:`open_adapter`, of the files that are known to be the adapter's.
+
+    Raises:
+        FileError, DialectError, AdapterError: as :func:`read_adapter`.
+    """
+    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
     with _naming(bundle.path):
         check_finite(stored)
         return stored
 
 
-def _store(
-    bundle: Bundle, *, device: str | torch.device | None, alpha: float | None, allow_pickle: bool
+def store_bundle(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
 ) -> StoredAdapter:
-    """The adapter in its files, not yet looked into."""
+    """The adapter in its files, its numbers not yet looked at: NaN and infinity may be among them.
+
+    Raises:
+        FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
+    """
     plans: dict[str, Plan] = {}
     pieces: dict[str, StoredAdapter] = {}
     for piece in bundle.pieces:

@@ -1,13 +1,16 @@
 """``texforce-hub convert``: adapters from one layout into another."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table
+from texforce_hub.cli.console import put, put_json, put_table, say
 from texforce_hub.cli.progress import track
 from texforce_hub.errors import FileError
+
+if TYPE_CHECKING:
+    from texforce_hub.convert import Conversion
 
 
 def register(app: typer.Typer) -> None:
@@ -28,28 +31,40 @@ def convert(
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read pickles from the Hub too: their tensors, and nothing is run.")
     ] = False,
+    no_sidecars: Annotated[
+        bool, typer.Option("--no-sidecars", help="Leave previews, .json and .civitai.info files where they are.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Write adapters in another layout; every layer's change is kept. A folder is converted file by file.
 
+    What lies beside a file (NAME.json, NAME.civitai.info, previews) is copied along; nothing is written over.
+
     Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
     """
-    from texforce_hub.convert import convert_adapter, convert_all, plan_conversions
-    from texforce_hub.locate import find_files
+    from texforce_hub.convert import convert_all, plan_conversions
+    from texforce_hub.locate import find_bundle, find_bundles
 
+    alone = len(refs) == 1 and (output.suffix == ".safetensors" or len(find_bundles(refs[0])) == 1)
+    pairs = [(find_bundle(refs[0]), output)] if alone else plan_conversions(refs, output, dialect)
     options: dict[str, Any] = {"dialect": dialect, "dtype": dtype, "alpha": alpha, "allow_pickle": allow_pickle}
-    if len(refs) == 1 and (output.suffix == ".safetensors" or len(find_files(refs[0])) == 1):
-        written = convert_adapter(refs[0], output, **options)
-        put_json({"files": [{"source": refs[0], "output": str(written), "error": None}]}) if json else put(str(written))
-        return
-    pairs = plan_conversions(refs, output, dialect)
-    conversions = convert_all(pairs, **options)
+    conversions = convert_all(pairs, **options, sidecars=not no_sidecars)
     done = list(track(conversions, total=len(pairs), what="converting"))
-    rows = [[str(one.source), one.error or str(one.output)] for one in done]
+    if alone and done[0].error is not None:
+        raise FileError(done[0].error)
     if json:
-        put_json({"files": [{"source": str(d.source), "output": str(d.output), "error": d.error} for d in done]})
+        put_json({"files": [_as_dict(one) for one in done]})
+    elif alone:
+        put(str(done[0].output))
     else:
-        put_table(["from", "to"], rows)
+        put_table(["from", "to"], [[str(one.source), one.error or str(one.output)] for one in done])
+    for note in [note for one in done for note in one.notes]:
+        say(f"note: {note}")
     failed = sum(one.error is not None for one in done)
     if failed:
         raise FileError(f"{failed} of {len(done)} files could not be converted; the table says why")
+
+
+def _as_dict(one: "Conversion") -> dict[str, Any]:
+    values = {"source": str(one.source), "output": str(one.output), "error": one.error}
+    return values | {"notes": list(one.notes)}

@@ -1,7 +1,7 @@
 """``texforce-hub inspect``: what a file, a folder or many files hold."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,7 @@ from texforce_hub.cli.progress import track
 from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 
 if TYPE_CHECKING:
+    from texforce_hub.bundles import Bundle
     from texforce_hub.inspection import Inspection
     from texforce_hub.inspection.weights import LayerFacts
 
@@ -37,16 +38,16 @@ def inspect(
     Example: texforce-hub inspect downloads/ --json
     """
     from texforce_hub.inspection import inspect_files
-    from texforce_hub.locate import find_files, list_files
+    from texforce_hub.locate import find_bundles, list_adapters
 
     _check_choices(family, sort)
-    look = find_files if weights else list_files  # a header on the Hub can be read there, numbers must be fetched
-    paths = list(dict.fromkeys(path for ref in refs for path in look(ref)))
-    found = list(track(inspect_files(paths), total=len(paths), what="inspecting"))
+    look = find_bundles if weights else list_adapters  # a header on the Hub is read there, numbers must be fetched
+    adapters = list(dict.fromkeys(adapter for ref in refs for adapter in look(ref)))
+    found = list(track(inspect_files(adapters), total=len(adapters), what="inspecting"))
     found = _chosen(found, family, sort)
     measured: dict[Path, list[LayerFacts]] = {}
     if weights:
-        found, measured = _measure(found)
+        found, measured = _measure(found, {bundle.path: bundle for ref in refs for bundle in find_bundles(ref)})
     if json:
         put_json({"files": [_as_dict(one, measured) for one in found]})
     elif len(found) == 1:
@@ -88,16 +89,18 @@ def _fail_on_errors(found: "list[Inspection]") -> None:
         raise FileError(f"{len(bad)} of {len(found)} files are no readable adapters; the table says why")
 
 
-def _measure(found: "list[Inspection]") -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
+def _measure(
+    found: "list[Inspection]", bundles: "Mapping[Path, Bundle]"
+) -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
     """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
-    from texforce_hub.inspection.weights import measure_file
+    from texforce_hub.inspection.weights import measure_bundle
 
     judged, measured = [], {}
     for one in track(found, total=len(found), what="measuring"):
         judged.append(one)
         if one.error is None:
             try:
-                measured[one.path] = measure_file(one.path)
+                measured[one.path] = measure_bundle(bundles[one.path])
             except TexForceHubError as error:
                 judged[-1] = replace(one, error=str(error))
     return judged, measured
@@ -116,7 +119,8 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
     rows = [
         ["file", str(one.path)],
         ["size", f"{one.size:,} bytes, {one.container or 'unknown container'}"],
-        ["SHA-256", f"{one.sha256} (AutoV2 {one.autov2})"],
+        ["SHA-256", f"{one.sha256} (AutoV2 {one.autov2})" if one.sha256 else ""],
+        *([f"of {len(one.files)} files", f"{name}, SHA-256 {sha256}"] for name, sha256 in one.files.items()),
         ["layout", ", ".join(one.dialects)],
         ["family", one.verdict],
         *(["", line] for line in one.evidence),
@@ -127,6 +131,7 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ["dtypes", _counts(one.dtypes)],
         ["extras", ", ".join(one.extras)],
         *(["problem", line] for line in _problems(one, None)),
+        *_sidecar_rows(one),
         *([key, _clipped(value)] for key, value in one.metadata.items()),
     ]
     put_table(["", ""], [row for row in rows if row[1]])
@@ -134,10 +139,19 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         _put_weights(measured)
 
 
+def _sidecar_rows(one: "Inspection") -> Iterator[list[str]]:
+    for sidecar in one.sidecars:
+        yield ["sidecar", f"{sidecar.path.name}, {sidecar.kind}"]
+        for name, value in sidecar.as_dict().items():
+            if name not in ("kind", "path", "ending", "sha256", "problem"):
+                text = ", ".join(value) if isinstance(value, tuple) else str(value)
+                yield ["", f"{name.replace('_', ' ')}: {_clipped(text)}"]
+
+
 def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFacts]]") -> None:
     root = _common_folder([one.path for one in found])
     problems = {_inside(one.path, root): _problems(one, measured.get(one.path)) for one in found}
-    columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "state"]
+    columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "beside it", "state"]
     put_table(columns, [_row(one, root, len(problems[_inside(one.path, root)])) for one in found], title=str(root))
     for path, lines in problems.items():
         for line in lines:
@@ -170,7 +184,8 @@ def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
         ", ".join("–" if alpha is None else f"{alpha:g}" for alpha in one.alphas),
         ", ".join(one.dtypes),
         f"{one.size / 1e6:.2f}",
-        one.autov2,
+        one.autov2 or (f"{len(one.files)} files" if one.files else ""),
+        ", ".join(dict.fromkeys(sidecar.kind for sidecar in one.sidecars)),
         "unreadable" if one.error else f"{problems} to note" if problems else "ok",
     ]
 

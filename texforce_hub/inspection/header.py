@@ -1,17 +1,18 @@
 """What a file says without any of its tensors being read: layout, family, parts, ranks, alphas, hash, problems."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from texforce_hub.container import open_header, sniff
-from texforce_hub.dialects import Plan, plan
-from texforce_hub.errors import FileError, TexForceHubError
+from texforce_hub.bundles import Bundle, bundle_file, hash_files, plan_bundle
+from texforce_hub.container import sniff
+from texforce_hub.dialects import Plan
+from texforce_hub.errors import TexForceHubError
 from texforce_hub.header import regular_size
+from texforce_hub.sidecars import Sidecar, find_contradictions, find_sidecars
 
 if TYPE_CHECKING:
     from texforce_hub.hub import RemoteFile
@@ -23,7 +24,8 @@ class Inspection:
 
     ``families`` are the candidates, ``verdict`` says them in words, ``evidence`` why. ``parts``, ``ranks``,
     ``alphas``, ``kinds`` and ``dtypes`` count layers; an alpha of ``None`` means that the file stores none.
-    ``problems`` are one line each.
+    ``problems`` are one line each. ``sidecars`` are what lies beside it. An adapter in several files has ``files``,
+    their names inside ``path`` or beside it with each one's SHA-256, and no hash of its own.
     """
 
     path: Path
@@ -42,6 +44,8 @@ class Inspection:
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    sidecars: tuple[Sidecar, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
 
     @property
@@ -58,6 +62,7 @@ class Inspection:
         """Plain values for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+        plain["sidecars"] = [sidecar.as_dict() for sidecar in self.sidecars]
         return plain | {"path": str(self.path), "autov2": self.autov2, "layers": self.layers}
 
 
@@ -67,62 +72,70 @@ def inspect_file(path: str | Path) -> Inspection:
     Raises:
         FileError: there is no such file, or it cannot be opened. A damaged one gives its ``error``.
     """
-    path = Path(path)
-    size, sha256 = _hash(path)
-    known = Inspection(path, size, sha256)
+    return inspect_bundle(bundle_file(Path(path)))
+
+
+def inspect_bundle(bundle: Bundle) -> Inspection:
+    """The facts of an adapter in one file or in several, as :func:`inspect_file`.
+
+    Raises:
+        FileError: a file is not there, or cannot be opened.
+    """
+    known = _identify(bundle)
     try:
-        container = sniff(path)
-        planned = plan(open_header(path))
+        containers = dict.fromkeys(sniff(path) for path in bundle.files)
+        planned = plan_bundle(bundle)
     except TexForceHubError as error:
         return with_error(known, str(error))
-    return describe(path, size, sha256, container, planned)
+    return describe(replace(known, container=", ".join(containers)), planned)
 
 
-def inspect_files(paths: "Sequence[Path | RemoteFile]", *, workers: int = 4) -> Iterator[Inspection]:
-    """The facts of many files, in order, each as it is ready; a file that cannot be opened gives its ``error``.
+def inspect_files(sources: "Sequence[Path | Bundle | RemoteFile]", *, workers: int = 4) -> Iterator[Inspection]:
+    """The facts of many adapters, in order, each as it is ready; one that cannot be opened gives its ``error``.
 
     Files on the Hub stay there.
     """
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(_inspect_safely, paths)
+        yield from pool.map(_inspect_safely, sources)
 
 
-def _inspect_safely(path: "Path | RemoteFile") -> Inspection:
-    if not isinstance(path, Path):
+def _inspect_safely(source: "Path | Bundle | RemoteFile") -> Inspection:
+    if not isinstance(source, Path | Bundle):
         from texforce_hub.inspection.remote import inspect_remote_file
 
-        return inspect_remote_file(path)
+        return inspect_remote_file(source)
+    bundle = bundle_file(source) if isinstance(source, Path) else source
     try:
-        return inspect_file(path)
+        return inspect_bundle(bundle)
     except TexForceHubError as error:
-        return with_error(Inspection(path), str(error))
+        return with_error(Inspection(bundle.path), str(error))
 
 
 def with_error(known: Inspection, error: str) -> Inspection:
     """What is known of a file that is no readable adapter, and why it is none."""
-    error = error.removeprefix(f"{known.path}: ")
-    return Inspection(known.path, known.size, known.sha256, known.container, error=error)
+    return replace(known, error=error.removeprefix(f"{known.path}: "))
 
 
-def _hash(path: Path) -> tuple[int, str]:
-    size = regular_size(path)
-    try:
-        with path.open("rb") as file:
-            return size, hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+def _identify(bundle: Bundle) -> Inspection:
+    """What can be said of the files before they are understood: size, hashes, what lies beside them."""
+    sizes = [regular_size(path) for path in bundle.files]
+    hashes = [hash_files([path]) for path in bundle.files]
+    known = Inspection(bundle.path, sum(sizes), sidecars=find_sidecars(bundle.place))
+    if bundle.is_one_file:
+        return replace(known, sha256=hashes[0])
+    home = bundle.path if bundle.path.is_dir() else bundle.path.parent
+    names = [str(path.relative_to(home)) for path in bundle.files]
+    return replace(known, files=dict(zip(names, hashes, strict=True)))
 
 
-def describe(path: Path, size: int, sha256: str, container: str, planned: Plan) -> Inspection:
-    """The facts of a file, from what is planned of it."""
+def describe(known: Inspection, planned: Plan) -> Inspection:
+    """The facts of an adapter of which so much is ``known``, from what is planned of it."""
     layers = planned.layers.values()
-    return Inspection(
-        path=path,
-        size=size,
-        sha256=sha256,
-        container=container,
+    families = planned.family.candidates
+    return replace(
+        known,
         dialects=planned.dialects,
-        families=planned.family.candidates,
+        families=families,
         verdict=planned.family.summary,
         evidence=planned.family.evidence,
         parts=_counted(layer.name.partition(".")[0] for layer in layers),
@@ -132,9 +145,17 @@ def describe(path: Path, size: int, sha256: str, container: str, planned: Plan) 
         dtypes=_counted(layer.dtype for layer in layers),
         metadata=dict(planned.metadata),
         extras=planned.extras,
-        problems=planned.problems,
+        problems=(*planned.problems, *_sidecar_problems(known, families)),
         error=planned.faults[0] if planned.faults else None,
     )
+
+
+def _sidecar_problems(known: Inspection, families: Sequence[str]) -> Iterator[str]:
+    for sidecar in known.sidecars:
+        if sidecar.problem is not None:
+            yield f"{sidecar.path.name} is unreadable: {sidecar.problem}"
+        for contradiction in find_contradictions(sidecar, families, known.sha256):
+            yield f"{sidecar.path.name} {contradiction}"
 
 
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from texforce_hub.hub import RemoteFile
 from texforce_hub.inspection.header import Inspection, describe, with_error
 from texforce_hub.remote import open_remote_header
 
-_PICKLE = "a pickle, which cannot be looked into from here; texforce-hub inspect --weights fetches it"
+_PICKLE = "a pickle, which cannot be looked into from here; texforce-hub convert --allow-pickle reads it"
 
 
 def inspect_remote_file(file: RemoteFile) -> Inspection:
@@ -25,4 +25,4 @@ def inspect_remote_file(file: RemoteFile) -> Inspection:
         planned = plan(open_remote_header(file))
     except TexForceHubError as error:
         return with_error(known, str(error).removeprefix(f"{file}: "))
-    return describe(known.path, known.size, known.sha256, container, planned)
+    return describe(known, planned)

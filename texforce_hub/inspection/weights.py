@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank
-from texforce_hub.codec import check_plan, decode_layer
-from texforce_hub.dialects import plan
-from texforce_hub.files import stream_tensors
+from texforce_hub.bundles import Bundle, bundle_file
 from texforce_hub.lowrank import singular_values
+from texforce_hub.sources import store_bundle
 
 _TOGETHER = 1 << 22  # numbers; enough for one batched call, little beside a large layer
 
@@ -46,36 +45,37 @@ class LayerFacts:
 
 
 def measure_file(path: Path, *, device: str | torch.device | None = None) -> list[LayerFacts]:
-    """The numbers of every layer of a file; NaN and infinity are counted, not refused.
+    """The numbers of every layer of a file, as :func:`measure_bundle`.
+
+    Raises:
+        FileError, DialectError, AdapterError: the file cannot be read as an adapter.
+    """
+    return measure_bundle(bundle_file(path), device=device)
+
+
+def measure_bundle(bundle: Bundle, *, device: str | torch.device | None = None) -> list[LayerFacts]:
+    """The numbers of every layer of an adapter; NaN and infinity are counted, not refused.
 
     Memory: a few layers at a time, whatever the file's size.
 
     Raises:
         FileError, DialectError, AdapterError: the file cannot be read as an adapter.
     """
-    header, tensors = stream_tensors(path, device=device, allow_pickle=True)
-    found = check_plan(plan(header), tensors)
-    return list(measure_layers((name, decode_layer(layer, tensors)) for name, layer in found.layers.items()))
+    stored = store_bundle(bundle, device=device)
+    return list(measure_layers(stored.layers.items()))
 
 
 def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:
     """The numbers of every layer, in their order; no more than a few are held at once."""
-    for together in _batches(layers):
-        yield from _measure(together)
-
-
-def _batches(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[dict[LayerName, Layer]]:
-    """As many layers as make a call worth its while."""
     batch: dict[LayerName, Layer] = {}
     size = 0
     for name, layer in layers:
         batch[name] = layer
         size += _count_numbers(layer)
         if size >= _TOGETHER:
-            yield batch
+            yield from _measure(batch)
             batch, size = {}, 0
-    if batch:
-        yield batch
+    yield from _measure(batch)
 
 
 def _count_numbers(layer: Layer) -> int:
