@@ -51,8 +51,8 @@ class Blob:
 class Repo:
     """Commits by hash, and what points at them."""
 
-    commits: dict = field(default_factory=dict)
-    refs: dict = field(default_factory=dict)
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+    refs: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
 

@@ -205,7 +205,7 @@ def examine_endpoint() -> Finding:
 def examine_token() -> Finding:
     """Whether there is a token for the Hub; the token itself is not shown, whole or in part."""
     if get_token() is None:
-        return Finding("token", "ok", "none; gated models and pushing need one: hf auth login")
+        return Finding("token", "ok", "none; private and gated repositories need one: hf auth login")
     source = "the environment" if os.environ.get("HF_TOKEN") else "the file that hf auth login wrote"
     return Finding("token", "ok", f"present, from {source}")
 
