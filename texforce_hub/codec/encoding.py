@@ -13,10 +13,9 @@ from texforce_hub.adapter import Adapter, Layer, LayerName
 from texforce_hub.codec.peft import describe_folder
 from texforce_hub.codec.spelling import Spelling, choose_spelling
 from texforce_hub.codec.stored import StoredAdapter, outline_adapter
+from texforce_hub.dialects import FamilyVerdict
 from texforce_hub.dialects.headers import describe_training, keep_metadata
-from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
 from texforce_hub.errors import DialectError
-from texforce_hub.header import Header
 
 logger = logging.getLogger("texforce_hub")
 
@@ -43,7 +42,7 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
         AdapterError: a value that the dtype cannot hold.
     """
     outline = outline_adapter(adapter)
-    verdict = _recognize(outline)
+    verdict = outline.family_verdict
     spelling = _spell(outline, dialect, verdict, dtype)
     layout = spelling.layout
     layers = {name: spelling.fit_layer(name, layer) for name, layer in outline.layers.items()}
@@ -67,7 +66,7 @@ def encode_stored(
     Raises:
         DialectError, AdapterError: as :func:`encode`; what only the numbers tell, while they come.
     """
-    spelling = _spell(adapter.outline, dialect, _recognize(adapter.outline), dtype)
+    spelling = _spell(adapter.outline, dialect, adapter.outline.family_verdict, dtype)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, layer in adapter.layers.items():
@@ -81,11 +80,6 @@ def encode_stored(
 def _spell(adapter: Adapter, dialect: str, verdict: FamilyVerdict, dtype: torch.dtype | None) -> Spelling:
     family = verdict.family or (None if "text_encoder_2" in adapter.parts else "sd1")
     return choose_spelling(adapter, dialect, family, dtype)
-
-
-def _recognize(adapter: Adapter) -> FamilyVerdict:
-    shapes = {name: layer.shape for name, layer in adapter.layers.items()}
-    return recognize_family(shapes, Header({}, adapter.metadata))
 
 
 def _spell_layers(layers: Mapping[LayerName, Layer], spelling: Spelling) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from texforce_hub.families.text import ClipEncoder, T5Encoder
 from texforce_hub.families.transformer import Transformer
 from texforce_hub.families.unet import UNet
 
-_NUMBER = re.compile(r"(?<=[._])\d+(?=[._]|$)")
+_NUMBER = re.compile(r"(?<=[._])[0-9]+(?=[._]|$)")
 
 
 def flatten(path: str) -> str:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from texforce_hub.dialects.scale import ABSURD, find_alpha
+from texforce_hub.dialects.scale import ABSURD, Settings, find_alpha
 from texforce_hub.header import Header, TensorInfo
 
 Shape = tuple[int, ...]
 _BESIDE = ("alpha", "dora", "magnitude", "unused")
+_LARGEST = 3.4e38  # about float32's; a scale beyond it makes infinity of every number
 Kind = Literal["LowRank", "Dense", "Vector", "Hadamard", "Kronecker"]
 
 
@@ -61,18 +62,29 @@ class _Outcome:
     divisor: int | None  # what alpha is divided by; None: alpha says nothing
 
 
-def plan_layer(stem: Stem, header: Header) -> LayerPlan:
-    """The plan of the tensors that share a stem."""
+def changed_shape(stem: Stem) -> Shape:
+    """The shape of what a stem's tensors change; empty where they make no layer."""
+    outcome = _outcome({role: shape for role, shape in stem.shapes.items() if role not in _BESIDE})
+    return () if isinstance(outcome, str) else outcome.shape
+
+
+def plan_layer(stem: Stem, header: Header, settings: Settings) -> LayerPlan:
+    """The plan of the tensors that share a stem.
+
+    Raises:
+        DialectError: the configuration gives it an alpha that is none.
+    """
     shapes = {role: shape for role, shape in stem.shapes.items() if role not in _BESIDE}
     outcome = _outcome(shapes)
-    if isinstance(outcome, str):
-        return _unreadable(stem, f"{stem.stem}: {outcome}")
+    reason = outcome if isinstance(outcome, str) else _impossible(stem, outcome)
+    if isinstance(outcome, str) or reason is not None:
+        return _unreadable(stem, f"{stem.stem}: {reason}")
     outcome = _with_kernel(outcome, stem)
     faults: list[str] = []
     stored = _stored_alpha(stem, header, faults)
-    alpha = find_alpha(stem.name, stored, header)
+    alpha = find_alpha(stem.name, stored, settings)
     scale = 1.0 if outcome.divisor is None and alpha.rank is None else alpha.scale(outcome.divisor)
-    if not math.isfinite(scale):
+    if not abs(scale) <= _LARGEST:
         faults.append(f"{stem.stem}: alpha is {alpha.value}")
     name = f"{stem.name}.weight" if outcome.kind == "Vector" and not _is_parameter(stem.name) else stem.name
     return LayerPlan(
@@ -89,6 +101,18 @@ def plan_layer(stem: Stem, header: Header) -> LayerPlan:
         decomposed=_axis(stem, outcome, faults),
         faults=tuple(faults),
     )
+
+
+def _impossible(stem: Stem, outcome: _Outcome) -> str | None:
+    """Why no model has such a layer, or no reader could use all that lies here; ``None`` if all is well."""
+    magnitudes = [role for role in ("magnitude", "dora") if role in stem.roles]
+    if 0 in outcome.shape:
+        return f"changes a weight {outcome.shape}, which has no entries"
+    if _is_parameter(stem.name) and outcome.kind != "Vector":
+        return f"changes a parameter of one dimension by {outcome.shape}"
+    if magnitudes and outcome.kind in ("Dense", "Vector"):
+        return f"holds a DoRA magnitude {stem.shapes[magnitudes[0]]} beside a difference stored in full"
+    return "holds the magnitudes of a DoRA layer twice" if len(magnitudes) > 1 else None
 
 
 def worth_knowing(layer: LayerPlan) -> str | None:
@@ -114,7 +138,7 @@ def _stored_alpha(stem: Stem, header: Header, faults: list[str]) -> float | None
     if "alpha" not in stem.roles:
         return None
     key, info = stem.roles["alpha"]
-    if key not in header.scalars:
+    if key not in header.scalars or info.dtype == "BOOL":
         faults.append(f"{key}: an alpha of shape {info.shape} and dtype {info.dtype}; expected a single number")
         return None
     return header.scalars[key]
@@ -192,7 +216,17 @@ def _plan_hadamard(shapes: Mapping[str, Shape]) -> _Outcome | str:
     return _Outcome("Hadamard", first[0], first[1] * second[1], shapes["hada_w1_b"][0])
 
 
+_LOKR_TWICE = tuple(
+    (f"lokr_{full}", f"lokr_{part}")
+    for full, parts in (("w1", ("w1_a", "w1_b")), ("w2", ("w2_a", "w2_b", "t2")))
+    for part in parts
+)
+
+
 def _plan_kronecker(shapes: Mapping[str, Shape]) -> _Outcome | str:
+    both = [(full, part) for full, part in _LOKR_TWICE if full in shapes and part in shapes]
+    if both:
+        return f"holds {both[0][0]} in full and as factors ({both[0][1]})"
     left = shapes.get("lokr_w1")
     factored_left = _product(shapes, "lokr_w1_a", "lokr_w1_b", "")
     right = shapes.get("lokr_w2")

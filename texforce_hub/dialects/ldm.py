@@ -29,8 +29,9 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_ORIGINAL = re.compile(r"(input_blocks|output_blocks)\.(\d+)\.(\d+)\.(.+)")
-_DIFFUSERS = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_N = "(0|[1-9][0-9]?)"  # a block's number: no leading zeros, no other script's digits
+_ORIGINAL = re.compile(rf"(input_blocks|output_blocks)\.{_N}\.{_N}\.(.+)")
+_DIFFUSERS = re.compile(rf"(down|up)_blocks\.{_N}\.(resnets|attentions|downsamplers|upsamplers)\.{_N}\.(.+)")
 
 
 def is_ldm(path: str) -> bool:

@@ -4,11 +4,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_EMBEDDINGS = re.compile(r"(bundle_emb\..+|emb_params|string_to_param\..*|clip_[lg]|t5xxl|<[^>]*>|[^.:]+)")
+_BUNDLED = re.compile(r"bundle_emb\..+|emb_params|string_to_param\..*|clip_[lg]|t5xxl|<[^>]*>")
+_EMBEDDINGS = re.compile(rf"{_BUNDLED.pattern}|[^.:]+")  # a file may call an embedding by nothing but its word
 _WEIGHTS = re.compile(
     r"(?!base_model\.|lora_|lycoris_)(.+\.)?(base_layer\.)?(weight|bias|position_ids|embedding|scale_shift_table)"
 )
-_ADAPTER = re.compile(r"lora|hada_|lokr_|dora_scale|\.alpha$|\.diff(_b)?$|[wb]_norm$|lycoris")
+_ADAPTER = re.compile(
+    r"lora|hada_|lokr_|dora_scale|\.alpha$|\.diff(_b)?$|[wb]_norm$|lycoris|^base_model\.", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ def sort_leftovers(keys: Iterable[str]) -> Leftovers:
     weights: list[str] = []
     extras: list[str] = []
     for key in keys:
-        if _ADAPTER.search(key) or key.startswith("base_model."):
+        if _ADAPTER.search(key) and not _BUNDLED.fullmatch(key):
             lost.append(key)
         elif _EMBEDDINGS.fullmatch(key) or not _WEIGHTS.fullmatch(key):
             extras.append(key)

@@ -36,7 +36,9 @@ def infer_part(path: str) -> str | None:
 
 
 def publish(part: str, path: str) -> str | None:
-    """Our name of a module: part and path in the published spelling; ``None`` if the U-Net has no such layer."""
+    """Our name of a module: part and path in the published spelling; ``None`` if no model has such a layer."""
+    if path.startswith(".") or path.endswith(".") or ".." in path:
+        return None
     if part == "unet" and is_ldm(path):
         published = from_ldm(path)
         return None if published is None else f"unet.{published}"

@@ -35,13 +35,16 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     """The wrapped name; a PEFT folder holds one part, so the part is not written.
 
     Raises:
-        DialectError: the role has no spelling here.
+        DialectError: the role has no spelling here, or no reader could tell the part from the module's name.
     """
     spelt = write_suffix(name, role, _SUFFIXES)
     if spelt is None or spelt[1] not in _SUFFIXES:
         raise DialectError(f"peft: no spelling for the {role} of {name}")
     module, end = spelt
-    return f"{_WRAPPER}{module.partition('.')[2]}{end}"
+    path = module.partition(".")[2]
+    if infer_part(path) is None:
+        raise DialectError(f"peft: no reader could tell which part {name} belongs to; write it as 'diffusers'")
+    return f"{_WRAPPER}{path}{end}"
 
 
 PEFT = Dialect("peft", "PEFT folder", read_name, write_name, kinds=PLAIN_AND_DORA, filename="adapter_model.safetensors")

@@ -5,11 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from texforce_hub.dialects.kinds import LayerPlan, Stem, plan_layer, worth_knowing
+from texforce_hub.dialects.kinds import LayerPlan, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.leftovers import sort_leftovers
 from texforce_hub.dialects.recognition import FamilyVerdict, find_base, recognize_family
 from texforce_hub.dialects.refused import describe_model, find_refused
+from texforce_hub.dialects.scale import read_settings
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 from texforce_hub.header import Header
@@ -65,7 +66,12 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | Non
         raise DialectError(_nothing_read(header, dialects))
     named = _settle(found.stems.values(), dialects)
     used = [stem for stem in _place(named, part) if stem.roles.keys() != {"unused"}]
-    layers = _merge_twins(plan_layer(stem, header) for stem in used)
+    if not used:
+        raise DialectError(
+            f"all {len(named)} pairs are such as diffusers 0.16 stored and never used; they change nothing"
+        )
+    settings = read_settings(header)
+    layers = _merge_twins(plan_layer(stem, header, settings) for stem in used)
     left = sort_leftovers(found.unread)
     family = recognize_family({name: layer.shape for name, layer in layers.items() if layer.shape}, header)
     layers = {name: _fold(layer, family) for name, layer in layers.items()}
@@ -87,6 +93,9 @@ def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
         reading, dialect = _read(key, dialects)
         if reading is None:
             found.unread.append(key)
+            continue
+        if not key.isprintable():
+            found.clashes.append(f"{key!r} holds control characters, and no layer is called so")
             continue
         place = f"{reading.stem}|{reading.name}"
         stem = found.stems.setdefault(place, Stem(reading.stem, reading.name, dialect, reading.assumed))
@@ -132,11 +141,11 @@ def _settle(stems: Iterable[Stem], dialects: Mapping[str, Dialect]) -> list[Stem
 
 def _place(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
     """Text layers whose encoder the file leaves open go to the one named; as wide as CLIP-G, to the second."""
-    open_text = [stem for stem in stems if stem.assumed and stem.name.startswith("text_encoder")]
+    is_open = [stem.assumed and stem.name.startswith("text_encoder") for stem in stems]
     named = part if part is not None and part.startswith("text_encoder") else None
-    wide = any(_width(stem) == _CLIP_G_WIDTH for stem in open_text)
-    for stem in stems:
-        if stem in open_text:
+    wide = any(_width(stem) == _CLIP_G_WIDTH for stem, left_open in zip(stems, is_open) if left_open)
+    for stem, left_open in zip(stems, is_open):
+        if left_open:
             home, _, path = stem.name.partition(".")
             home = named or home
             stem.name = f"{'text_encoder_2' if wide and home == 'text_encoder' else home}.{path}"
@@ -144,8 +153,11 @@ def _place(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
 
 
 def _width(stem: Stem) -> int | None:
-    down = stem.shapes.get("down")
-    return down[1] if down and stem.name.endswith(("q_proj", "k_proj", "v_proj", "out_proj", "fc1")) else None
+    """A text layer's inputs, which tell its tower, whatever kind of change its tensors make."""
+    if not stem.name.endswith(("q_proj", "k_proj", "v_proj", "out_proj", "fc1")):
+        return None
+    shape = changed_shape(stem)
+    return shape[1] if len(shape) == 2 else None
 
 
 def _merge_twins(plans: Iterable[LayerPlan]) -> dict[str, LayerPlan]:

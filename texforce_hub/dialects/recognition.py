@@ -76,7 +76,7 @@ def _fits(family: Family, name: str, shape: Shape) -> bool:
         return known[0] == shape[0] and math.prod(known) == math.prod(shape)
     part, _, path = name.partition(".")
     originals = getattr(family.parts.get(part), "originals", ())
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", path) in originals
+    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", path) in originals
 
 
 def _places(family: Family, name: str) -> Iterator[str]:
@@ -99,7 +99,7 @@ def _describe(part: str, layers: Mapping[str, Shape]) -> str:
     text = f"{part}: {len(layers)} layer{'s' if len(layers) > 1 else ''}"
     width = next((s[1] for n, s in layers.items() if n.endswith(("q_proj", "k_proj", "v_proj", ".q", ".k"))), None)
     context = next((s[1] for n, s in layers.items() if n.endswith(("attn2.to_k", "attn2.to_v"))), None)
-    blocks = [int(found[1]) for n in layers if (found := re.search(r"(?:layers|block)\.(\d+)\.", n))]
+    blocks = [int(found[1]) for n in layers if (found := re.search(r"(?:layers|block)\.([0-9]{1,9})\.", n))]
     text += "" if width is None else f", width {width}"
     text += "" if context is None else f", cross-attention {context}"
     if blocks and part.startswith("text"):
@@ -137,7 +137,7 @@ def _claims(header: Header) -> Iterator[tuple[str, str]]:
 def _collated_bases(text: str) -> Iterator[tuple[str, str]]:
     for key, value in read_collated(text).items():
         part, _, option = key.partition(".")
-        if option == "base_model_name_or_path" and isinstance(value, str):
+        if "base_model_name_or_path" in (key, option) and isinstance(value, str):
             yield part, value
 
 

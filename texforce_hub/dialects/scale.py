@@ -1,12 +1,13 @@
 """Alpha, wherever a file keeps it, and the scale it makes of a rank."""
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
+from texforce_hub.dialects.paths import PARTS
+from texforce_hub.dialects.patterns import Patterns, read_patterns
 from texforce_hub.dialects.recognition import read_collated
 from texforce_hub.errors import DialectError
 from texforce_hub.header import Header
@@ -34,42 +35,103 @@ class Alpha:
         return self.value / (math.sqrt(divisor) if self.rooted else divisor)
 
 
-def find_alpha(name: str, stored: float | None, header: Header) -> Alpha:
-    """The layer's alpha: its own tensor, PEFT's config, ``diffusers``' header, in this order."""
-    if stored is not None:
-        return Alpha(stored)
-    part, _, path = name.partition(".")
-    for config in (header.config, _config_of(part, header)):
-        if config:
-            found = _from_config(path, config)
-            if found.value is not None:
-                return found
-    return Alpha(None)
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """What one PEFT configuration says of alphas and ranks."""
+
+    alpha: Any
+    alphas: Patterns
+    rank: Any
+    ranks: Patterns
+    rooted: Any
+    product: bool
 
 
-def _config_of(part: str, header: Header) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A file's configurations in the order in which they count, each with the part it is for (``None``: any)."""
+
+    configs: tuple[tuple[str | None, _Config], ...]
+    layers: int
+
+
+def read_settings(header: Header) -> Settings:
+    """PEFT's config beside the file, and those that ``diffusers`` keeps in its header, by part or for the one it has.
+
+    Raises:
+        DialectError: one of them cannot be what it should be.
+    """
+    found: list[tuple[str | None, _Config]] = []
+    if header.config:
+        found.append((None, _read_config(header.config)))
     collated = read_collated(header.metadata.get("lora_adapter_metadata", ""))
-    return {key[len(part) + 1 :]: value for key, value in collated.items() if key.startswith(f"{part}.")}
+    for part, config in _by_part(collated).items():
+        found.append((part, _read_config(config)))
+    return Settings(tuple(found), len(header.tensors))
 
 
-def _from_config(path: str, config: Mapping[str, Any]) -> Alpha:
-    """PEFT's rule: a pattern that ends the module's name overrides the general alpha.
+def find_alpha(name: str, stored: float | None, settings: Settings) -> Alpha:
+    """The layer's alpha: its own tensor, PEFT's config, ``diffusers``' header, in this order.
 
     Raises:
         DialectError: what is written there is no number; guessing another scale would be a silent loss.
     """
-    value = _patterned(path, config.get("alpha_pattern"), config.get("lora_alpha", config.get("alpha")))
-    if value is None:
-        return Alpha(None)
+    if stored is not None:
+        return Alpha(stored)
+    part, _, path = name.partition(".")
+    for whose, config in settings.configs:
+        if whose in (None, part):
+            value = _patterned(path, config.alphas, config.alpha, settings.layers)
+            if value is not None:
+                return _read_alpha(path, value, config, settings.layers)
+    return Alpha(None)
+
+
+def _by_part(collated: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
+    """``text_encoder.r`` → ``r`` of the text encoder; ``save_lora_adapter`` saves one model and names no part."""
+    configs: dict[str | None, dict[str, Any]] = {}
+    for key, value in collated.items():
+        part, _, option = key.partition(".")
+        if key in PARTS:
+            raise DialectError(
+                f"lora_adapter_metadata holds {key!r} as a {type(value).__name__}; expected '{key}.lora_alpha' …"
+            )
+        whose, option = (part, option) if part in PARTS else (None, key)
+        configs.setdefault(whose, {})[option] = value
+    return configs
+
+
+def _read_config(config: Mapping[str, Any]) -> _Config:
+    rank = config.get("r")
+    if rank is not None and (type(rank) is not int or rank < 0):
+        raise DialectError(f"r, the rank, is {rank!r:.80}; expected a whole number from 1: mend the configuration")
+    return _Config(
+        alpha=config.get("lora_alpha", config.get("alpha")),
+        alphas=read_patterns(config.get("alpha_pattern")),
+        rank=rank,
+        ranks=read_patterns(config.get("rank_pattern")),
+        rooted=config.get("use_rslora", False),
+        product=config.get("peft_type") in ("LOHA", "LOKR"),
+    )
+
+
+def _read_alpha(path: str, value: Any, config: _Config, layers: int) -> Alpha:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise DialectError(f"lora_alpha of {path} is {value!r}; expected a number: mend the configuration")
-    rooted = config.get("use_rslora", False)
-    if not isinstance(rooted, (bool, NoneType)):
-        raise DialectError(f"use_rslora is {rooted!r}; expected true or false: mend the configuration")
+        raise DialectError(f"lora_alpha of {path} is {value!r:.80}; expected a number: mend the configuration")
+    if not isinstance(config.rooted, (bool, NoneType)):
+        raise DialectError(f"use_rslora is {config.rooted!r:.80}; expected true or false: mend the configuration")
     rank = None
-    if config.get("peft_type") in ("LOHA", "LOKR"):  # the rank of a product says nothing: PEFT divides by its own r
-        rank = _patterned(path, config.get("rank_pattern"), config.get("r"))
-    return Alpha(_as_float(value), bool(rooted), rank if isinstance(rank, int) else None)
+    if config.product:  # the rank of a product says nothing: PEFT divides by its own r
+        rank = _patterned(path, config.ranks, config.rank, layers)
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise DialectError(f"the rank of {path} is {rank!r:.80}; expected a whole number from 1: mend it")
+    return Alpha(_as_float(value), bool(config.rooted), rank)
+
+
+def _patterned(path: str, patterns: Patterns, otherwise: Any, layers: int) -> Any:
+    """PEFT's rule: a pattern that ends the module's name overrides the general value."""
+    found = patterns.find(path, layers)
+    return otherwise if found is None else found
 
 
 def _as_float(value: float) -> float:
@@ -77,16 +139,3 @@ def _as_float(value: float) -> float:
         return float(value)
     except OverflowError:  # JSON's whole numbers have no limit
         return math.inf
-
-
-def _patterned(path: str, patterns: Any, otherwise: Any) -> Any:
-    if not isinstance(patterns, (dict, NoneType)):
-        raise DialectError(f"a rank or alpha pattern is {patterns!r}; expected an object of patterns and numbers")
-    for pattern, value in (patterns or {}).items():
-        flat = str(pattern).removeprefix("^").removeprefix("text_model.")
-        try:
-            if re.fullmatch(rf"(.*\.)?({pattern})", path) or re.fullmatch(rf"(.*\.)?({flat})", path):
-                return value
-        except re.error as error:
-            raise DialectError(f"pattern {pattern!r} is no regular expression ({error}); mend it") from error
-    return otherwise
