@@ -253,6 +253,25 @@ def test_weights_keep_the_encoders_dtype(dtype):
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_weights_and_long_prompts_are_the_same_on_a_gpu(family):
+    pipe = tiny_pipeline(family)
+    prompts, stacks = ["a (red:1.3) cat", LONG], [random_adapter(pipe, seed=1), None]
+    here = encode_prompts(pipe, prompts, stacks, negative="(big:0.5)", long_prompts=True)
+    there = encode_prompts(pipe.to("cuda"), prompts, stacks, negative="(big:0.5)", long_prompts=True)
+    for name, tensor in here.items():
+        assert there[name].is_cuda
+        assert torch.allclose(tensor, there[name].cpu(), atol=1e-3), name
+
+
+def test_an_empty_stack_is_the_pipeline_as_it_is():
+    pipe = shared_pipeline("sd1")
+    for empty in ([], ()):
+        found, plain = encode_prompts(pipe, ["a cat"], [empty]), encode_prompts(pipe, ["a cat"], [None])
+        assert torch.equal(found["prompt_embeds"], plain["prompt_embeds"])
+
+
 def test_without_compel_weights_and_long_prompts_name_the_extra(monkeypatch):
     original = builtins.__import__
 

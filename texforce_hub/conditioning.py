@@ -188,7 +188,7 @@ def _grouped(stacks: Sequence[Stack]) -> list[tuple[Stack, list[int]]]:
 
 
 def _encode_under(pipe: Any, stack: Stack, read: ReadPrompts, *, guided: bool, **options: Any) -> dict[str, Tensor]:
-    if stack is None or stack == []:
+    if stack is None or (isinstance(stack, list | tuple) and not stack):
         return _encode(pipe, read, guided=guided, **options)
     entries = read_stack(stack)
     for entry in entries:
