@@ -71,7 +71,7 @@ def equal_layers(one: Layer, other: Layer) -> bool:
 
     first, second = facts(one), facts(other)
     return len(first) == len(second) and all(
-        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
+        torch.equal(wide(a), wide(b)) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b
         for a, b in zip(first, second, strict=True)
     )
 

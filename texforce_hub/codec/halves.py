@@ -15,13 +15,21 @@ def store(tensor: Tensor, factor: float, dtype: torch.dtype, name: str) -> Tenso
     """``factor · tensor``, contiguous, rounded once.
 
     Raises:
-        AdapterError: a finite value became infinite.
+        AdapterError: a finite value that is too large for the dtype; torch would store infinity, or silently the
+            largest fp8 number.
     """
     product = tensor.detach() if factor == 1.0 else factor * wide(tensor.detach())
-    stored = product.to(dtype).contiguous()
-    if not stored.is_meta and not torch.equal(torch.isfinite(wide(stored)), torch.isfinite(wide(tensor))):
-        raise AdapterError(f"{name}: values up to {wide(product).abs().max():.3g} do not fit {dtype}; widen it")
-    return stored
+    if not tensor.is_meta and (product.dtype != dtype or factor != 1.0):
+        size = wide(product).abs()
+        if bool((torch.isfinite(wide(tensor)) & ~(size < _overflow(dtype))).any()):
+            raise AdapterError(f"{name}: values up to {size.max():.3g} do not fit {dtype}; widen it")
+    return product.to(dtype).contiguous()
+
+
+def _overflow(dtype: torch.dtype) -> float:
+    """Half a step beyond the largest number: from there on IEEE 754 rounds to infinity."""
+    facts = torch.finfo(dtype)
+    return facts.max + math.ldexp(facts.eps, math.frexp(facts.max)[1] - 2)
 
 
 Halves = Iterator[tuple[str, Tensor, float]]

@@ -12,6 +12,12 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ("IA3", r"\.on_input$|\.ia3_l(\.|$)", "it multiplies activations and changes no weight"),
     ("VeRA", r"\.?vera_(lambda_[bd]|A|B)(\.|$)", "its shared projections lie outside the layers"),
     ("OFT or BOFT", r"\.(oft_blocks|oft_diag|oft_r|oft_R|oft_s|boft_R)(\.|$)|^oft_", "it rotates weights"),
+    (
+        "a scaled fp8 file",
+        r"^scaled_fp8$|(lora|hada_|lokr_|\.diff).*(scale_weight|weight_scale(_inv)?|scale_input|input_scale|comfy_quant)$",
+        "its numbers count only times scales beside them, for which adapters have no common layout; "
+        "save it as fp16 or bf16",
+    ),
     ("Custom Diffusion", r"custom_diffusion", "its processors hold whole new projections"),
     (
         "a PEFT embedding adapter",
