@@ -267,7 +267,8 @@ def test_weights_and_long_prompts_are_the_same_on_a_gpu(family):
 
 def test_an_empty_stack_is_the_pipeline_as_it_is():
     pipe = shared_pipeline("sd1")
-    for empty in ([], ()):
+    empties: list[Any] = [[], ()]
+    for empty in empties:
         found, plain = encode_prompts(pipe, ["a cat"], [empty]), encode_prompts(pipe, ["a cat"], [None])
         assert torch.equal(found["prompt_embeds"], plain["prompt_embeds"])
 
