@@ -1,4 +1,4 @@
-"""Listings of names and shapes that other people's code wrote, and the table of all layouts."""
+"""Listings of names and shapes that other people's code wrote, the table of all layouts, and who writes them."""
 
 import gzip
 import json
@@ -16,6 +16,8 @@ ROWS = {
     for section, rows in tomllib.loads((FOLDER / "rows.toml").read_text()).items()
     for name, row in rows.items()
 }
+GRID = tomllib.loads((FOLDER / "grid.toml").read_text())
+SIZES = ("sd1", "sd2", "sdxl")
 
 
 def listing(name):

@@ -1,16 +1,19 @@
 """A bare state dict: module names without a part, and the adapter's name inside, ``….lora_A.default.weight``.
 
-What ``save_lora_adapter``, ``torch.save(model.state_dict())`` and accelerate's checkpoints leave behind.
+What ``save_lora_adapter``, ``torch.save(model.state_dict())`` and accelerate's checkpoints leave behind, and
+OneTrainer's output under original names: a U-Net's, with an ``.alpha`` beside each layer.
 """
 
 import re
 
 from texforce_hub.dialects.layout import Dialect, Reading
+from texforce_hub.dialects.ldm import is_ldm
 from texforce_hub.dialects.paths import infer_part, publish, split_part
-from texforce_hub.dialects.suffixes import LORA_AB, LYCORIS, split_suffix
+from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LYCORIS, split_suffix
 
 _NAMED = re.compile(r"(?P<path>.+)\.lora_(?P<half>A|B|magnitude_vector)\.(?P<adapter>(?!weight$)[^.]+)(?:\.weight)?")
 _HALVES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
+_SUFFIXES = LORA_AB | LYCORIS | ALPHA
 _WRAPPERS = ("base_model.model.", "module.")
 
 
@@ -19,7 +22,7 @@ def read_name(key: str) -> Reading | None:
     match = _NAMED.fullmatch(key)
     if match is not None:
         return _reading(match["path"], _HALVES[match["half"]], "", f"{match['path']} ({match['adapter']})")
-    split = split_suffix(key, LORA_AB | LYCORIS)
+    split = split_suffix(key, _SUFFIXES)
     if split is None or split_part(split[0]) or split[0].startswith(_WRAPPERS):
         return None
     return _reading(*split, split[0])
@@ -30,7 +33,7 @@ def _reading(path: str, role: str, parameter: str, stem: str) -> Reading | None:
     part, path = place or (None, path)
     for wrapper in _WRAPPERS:
         path = path.removeprefix(wrapper)
-    part = part or infer_part(path)
+    part = part or infer_part(path) or ("unet" if is_ldm(path) else None)
     name = None if part is None else publish(part, path)
     return None if name is None else Reading(name + parameter, role, stem, assumed=place is None)
 
