@@ -90,6 +90,7 @@ class HubSimulator:
         self.listed = {}  # what model info says of a file instead of the truth: path -> (key, value)
         self.claimed = {}  # headers of resolve instead of the true ones
         self.ranges = True
+        self.cut = None  # bytes after which the bodies of large files end
         hub = self
 
         class Handler(_Handler):
@@ -97,6 +98,7 @@ class HubSimulator:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # a client that gives up is no news
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -197,7 +199,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_blob(self, blob, headers):
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None or not self.simulator.ranges:
-            return self._answer(200, blob.read(0, blob.size), headers)
+            return self._answer(200, blob.read(0, blob.size)[: self.simulator.cut], headers)
         begin, end = int(asked[1]), min(int(asked[2] or blob.size - 1) + 1, blob.size)
         span = {"Content-Range": f"bytes {begin}-{end - 1}/{blob.size}"}
         return self._answer(206, blob.read(begin, end), headers | span)

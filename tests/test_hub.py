@@ -7,30 +7,33 @@ import pytest
 from huggingface_hub import constants
 
 from tests.hub_session import KOHYA, LAYER, adapter_bytes, kohya_bytes
-from texforce_hub.errors import FileError, HubError
+from texforce_hub.errors import FileError, HubError, RefError
 from texforce_hub.hub import fetch_file, open_repository, read_remote_header
 from texforce_hub.locate import find_file
 
 
+REFUSALS = [
+    (404, {"X-Error-Code": "RepoNotFound"}, r"no such repository on the Hub, or a private one.*hf auth login"),
+    (403, {"X-Error-Code": "GatedRepo"}, r"gated repository; ask for access.*hf auth login"),
+    (404, {"X-Error-Code": "RevisionNotFound"}, r"no such revision; give a branch, a tag or a commit"),
+    (403, {"X-Error-Message": "Access to this resource is disabled."}, r"closed this repository"),
+    (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, r"does not accept the token"),
+    (403, {}, r"token may not read this"),
+    (418, {"X-Error-Message": "a teapot"}, r"answers 418: .*teapot"),
+    (429, {}, r"answers 429, too many requests; wait"),
+    (500, {}, r"answers 500, again and again; try later"),
+    (200, {}, r"the answer names no commit but None; HF_ENDPOINT is no Hub"),
+]
+
+
 @pytest.mark.parametrize(
-    ("status", "headers", "phrase"),
+    ("route", "status", "headers", "phrase"),
     [
-        (404, {"X-Error-Code": "RepoNotFound"}, r"no such repository on the Hub, or a private one.*hf auth login"),
-        (403, {"X-Error-Code": "GatedRepo"}, r"gated repository; ask for access.*hf auth login"),
-        (404, {"X-Error-Code": "RevisionNotFound"}, r"no such revision; give a branch, a tag or a commit"),
-        (403, {"X-Error-Message": "Access to this resource is disabled."}, r"closed this repository"),
-        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, r"does not accept the token"),
-        (403, {}, r"token may not read this"),
-        (418, {"X-Error-Message": "a teapot"}, r"answers 418: .*teapot"),
-        (429, {}, r"answers 429, too many requests; wait"),
-        (500, {}, r"answers 500, again and again; try later"),
-        (200, {}, r"the answer names no commit but None; HF_ENDPOINT is no Hub"),
+        *(("/api/models", *refusal) for refusal in REFUSALS),
+        *(("/resolve/", *refusal) for refusal in REFUSALS if not refusal[2].startswith(("no such rev", "the answer"))),
     ],
 )
-@pytest.mark.parametrize("route", ["/api/models", "/resolve/"])
-def test_every_refusal_is_one_line_with_the_way_out(hub, status, headers, phrase, route):
-    if route == "/resolve/" and (status == 200 or "RevisionNotFound" in headers.values()):
-        pytest.skip("only the listing answers so")
+def test_every_refusal_is_one_line_with_the_way_out(hub, route, status, headers, phrase):
     hub.commit("me/x", {"a.safetensors": adapter_bytes()})
     hub.fault(route, status, headers=headers)
     with pytest.raises(HubError, match=phrase) as caught:
@@ -77,11 +80,12 @@ def test_private_repositories_open_with_the_token_which_goes_to_the_hub_alone(hu
 
 
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil", "a\\evil", "C:evil", "a//b", "x\n", ""])
-def test_names_that_would_leave_the_cache_are_refused(hub, tmp_path, name):
-    hub.commit("me/x", {"a.safetensors": adapter_bytes()})
+def test_names_that_would_leave_the_cache_are_left_out(hub, tmp_path, caplog, name):
+    hub.commit("me/x", {"a.safetensors": adapter_bytes(), "what? a: b*.txt": b""})
     hub.listed["a.safetensors"] = ("rfilename", name)
-    with pytest.raises(HubError, match="which would lie outside the cache"):
+    with pytest.raises(RefError, match=r"me/x@\w{12}: holds no adapter file; it holds what\? a: b\*\.txt"):
         find_file("hf://me/x")
+    assert f"lists a file {name!r}, which could lie outside the cache; left out" in caplog.text
     assert not (tmp_path / "cache").exists()
 
 
@@ -116,6 +120,17 @@ def test_bytes_of_another_hash_are_taken_out_of_the_cache_again(hub, tmp_path):
     with pytest.raises(HubError, match=r"fetched with SHA-256 \w{12}…, listed with 000000000000…; try again"):
         find_file("me/x/a.safetensors")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 10_000]
+
+
+def test_a_transfer_that_breaks_off_leaves_nothing_that_could_be_taken_for_the_file(hub, tmp_path):
+    hub.commit("me/x", {"a.safetensors": adapter_bytes()})
+    hub.cut = 100
+    with pytest.raises(HubError, match=r"a\.safetensors: cannot be fetched: Consistency check failed") as caught:
+        find_file("me/x/a.safetensors")
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    hub.cut = None
+    assert find_file("me/x/a.safetensors").read_bytes() == adapter_bytes()
 
 
 def test_a_damaged_copy_in_the_cache_is_not_used(hub):

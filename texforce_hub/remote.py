@@ -66,7 +66,8 @@ def find_remote(source: str | Entry) -> RemotePlace:
         raise HubError(f"{source!r} is no file or folder here, and as a Hub id: {error}") from error
     place = RemotePlace(repository, wanted.file or "", sha256)
     if not place.is_file and not place.names:
-        held = list_names(sorted(repository.blobs)) or "nothing"
+        names = sorted(repository.blobs)
+        held = list_names([name for name in names if is_candidate(name)] or names) or "nothing"
         raise RefError(f"{repository}: holds no file {place.path!r}; it holds {held}")
     return place
 

@@ -22,6 +22,7 @@ from texforce_hub.hub.faults import explained, is_outage
 _LOG = logging.getLogger("texforce_hub")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_DRIVE = re.compile(r"[A-Za-z]:")  # of a path on Windows
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -120,6 +121,9 @@ def _read_answer(answer: Any, repo: str, revision: str | None) -> Repository:
     if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
         raise ValueError(f"the answer names no commit but {commit!r:.80}; HF_ENDPOINT is no Hub")
     blobs = dict(_read_entry(entry) for entry in answer.get("siblings") or [])
+    for name in [name for name in blobs if not _is_inside(name)]:
+        _LOG.warning("%s: lists a file %r, which could lie outside the cache; left out", repo, name[:80])
+        del blobs[name]
     return Repository(repo, commit, MappingProxyType(blobs), revision)
 
 
@@ -129,16 +133,16 @@ def _read_entry(entry: Any) -> tuple[str, Blob]:
         size, sha256 = lfs.get("size", entry.get("size")), str(lfs.get("sha256", ""))
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"a file is listed as {entry!r:.80}") from error
-    if not _is_inside(name):
-        raise ValueError(f"a file is listed as {name!r:.80}, which would lie outside the cache")
+    if not isinstance(name, str):
+        raise ValueError(f"a file is listed as {name!r:.80}")
     if type(size) is not int or size < 0 or (sha256 and not _SHA256.fullmatch(sha256)):
         raise ValueError(f"{name!r:.80} is listed with {size!r:.40} bytes and SHA-256 {sha256!r:.80}")
     return name, Blob(size, sha256)
 
 
-def _is_inside(name: Any) -> bool:
+def _is_inside(name: str) -> bool:
     """Whether a name can only be a file below a folder, on every system."""
-    if not isinstance(name, str) or not name.isprintable() or any(mark in name for mark in '\\:*?"<>|'):
+    if not name.isprintable() or "\\" in name or _DRIVE.match(name):
         return False
     return set(name.split("/")).isdisjoint({"", ".", ".."})
 
