@@ -32,11 +32,11 @@ def split_suffix(key: str, suffixes: Mapping[str, str]) -> tuple[str, str, str] 
 
     ``parameter`` is what the stem lacks to name what is changed: ``.bias`` of ``….q_proj.diff_b``, mostly nothing.
     """
-    for suffix in sorted(suffixes, key=len, reverse=True):
-        if key.endswith(suffix) and len(key) > len(suffix):
-            role = suffixes[suffix]
-            return key.removesuffix(suffix), *(("diff", role) if role in (".bias", ".weight") else (role, ""))
-    return None
+    suffix = max((end for end in suffixes if key.endswith(end) and key != end), key=len, default=None)
+    if suffix is None:
+        return None
+    role = suffixes[suffix]
+    return key.removesuffix(suffix), *(("diff", role) if role in (".bias", ".weight") else (role, ""))
 
 
 def write_suffix(name: str, role: str, suffixes: Mapping[str, str]) -> tuple[str, str] | None:

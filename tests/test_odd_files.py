@@ -1,0 +1,255 @@
+"""Files that nobody should write and somebody does: each is read exactly or refused in one line, never guessed at."""
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from texforce_hub.check import check_adapter
+from texforce_hub.dialects import plan
+from texforce_hub.errors import AdapterError, DialectError
+from texforce_hub.header import Header, TensorInfo
+from texforce_hub.inspection import inspect_file
+from texforce_hub.sources import read_adapter, write_adapter
+
+Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+K = Q.replace("q_proj", "k_proj")
+FLAT = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
+LDM = "lora_unet_input_blocks_{}_1_transformer_blocks_0_attn1_to_q"
+ones = torch.ones
+
+
+def ab(name=Q, down=None, up=None):
+    return {
+        f"{name}.lora_A.weight": ones(2, 8) if down is None else down,
+        f"{name}.lora_B.weight": ones(6, 2) if up is None else up,
+    }
+
+
+def kohya(name=FLAT, down=None, up=None, **more):
+    down, up = ones(2, 8) if down is None else down, ones(6, 2) if up is None else up
+    ends = {end if end == "alpha" else f"{end}.weight": tensor for end, tensor in more.items()}
+    return {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up} | {
+        f"{name}.{e}": t for e, t in ends.items()
+    }
+
+
+def saved(tmp_path, tensors, metadata=None, config=None):
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+NO_RANK = "do not share a rank"
+NOT_FLOAT = "expected a floating dtype"
+NO_NUMBER = "expected a single number"
+REFUSED = {
+    "up of another rank": (ab(up=ones(6, 3)), NO_RANK),
+    "down of no dimensions": (ab(down=torch.tensor(1.0)), NO_RANK),
+    "up of no dimensions": (ab(up=torch.tensor(1.0)), NO_RANK),
+    "down of one dimension": (ab(down=ones(8)), NO_RANK),
+    "up with a kernel": (kohya(CONV, ones(2, 8, 1, 1), ones(6, 2, 3, 3)), NO_RANK),
+    "rank 0 on one side": (ab(down=ones(0, 8)), NO_RANK),
+    "no inputs": (ab(down=ones(2, 0)), "has no entries"),
+    "no outputs": (ab(up=ones(0, 2)), "has no entries"),
+    "a middle of two dimensions": (
+        kohya(CONV, ones(3, 8, 1, 1), ones(6, 4, 1, 1), lora_mid=ones(4, 3)),
+        r"middle \(4, 3\) does not fit",
+    ),
+    "a middle of another rank": (kohya(CONV, ones(3, 8, 1, 1), ones(6, 4, 1, 1), lora_mid=ones(5, 3, 3, 3)), NO_RANK),
+    "whole numbers": (ab(down=ones(2, 8, dtype=torch.int32)), NOT_FLOAT),
+    "truth values": (ab(down=ones(2, 8, dtype=torch.bool)), NOT_FLOAT),
+    "complex numbers": (ab(up=ones(6, 2, dtype=torch.complex64)), NOT_FLOAT),
+    "two alphas": (kohya(alpha=ones(2)), NO_NUMBER),
+    "no alpha in an alpha": (kohya(alpha=ones(0)), NO_NUMBER),
+    "alpha yes": (kohya(alpha=torch.tensor(True)), NO_NUMBER),
+    "complex alpha": (kohya(alpha=torch.tensor(1 + 0j, dtype=torch.complex64)), NO_NUMBER),
+    "alpha NaN": (kohya(alpha=torch.tensor(float("nan"))), "alpha is nan"),
+    "alpha infinite": (kohya(alpha=torch.tensor(float("inf"))), "alpha is inf"),
+    "alpha beyond float32": (kohya(alpha=torch.tensor(1e300, dtype=torch.float64)), r"alpha is 1e\+300"),
+    "an alpha of nothing": (kohya() | {FLAT.replace("q_proj", "k_proj") + ".alpha": torch.tensor(1.0)}, "without the"),
+    "a layer in two layouts, unequal": (ab() | kohya(up=2 * ones(6, 2)), "twice, with unequal values"),
+    "a layer in two layouts, another alpha": (ab() | kohya(alpha=torch.tensor(1.0)), "twice, with unequal values"),
+    "two adapters in one": (
+        {
+            f"{Q}.lora_{half}.{name}.weight": ones(*shape) * i
+            for i, name in enumerate("xy", 1)
+            for half, shape in (("A", (2, 8)), ("B", (6, 2)))
+        },
+        "twice, with unequal values",
+    ),
+    "all in capitals": ({name.upper(): t for name, t in ab().items()}, "none of 2 tensors"),
+    "one layer in capitals": (ab() | {name.upper(): t for name, t in ab(K).items()}, "name no known layer"),
+    "halves in capitals": (
+        ab() | {f"{K}.LORA_A.weight": ones(2, 8), f"{K}.LORA_B.weight": ones(6, 2)},
+        "name no known layer",
+    ),
+    "digits of another script": (kohya(FLAT.replace("_0_", "_٣_")), "none of 2 tensors"),
+    "a block of thousands of digits": (kohya(LDM.format("9" * 5000)), "none of 2 tensors"),
+    "a block that no U-Net has": (kohya(LDM.format("99")) | ab(), "name no known layer"),
+    "a line break in a name": (ab("text_encoder.a\nb"), r"'text_encoder\.a\\nb"),
+    "an escape in one name": (ab() | ab(f"{K}\x1b[2J"), "holds control characters"),
+    "a name that runs backwards": (ab() | ab(f"{K}\u202e"), "holds control characters"),
+    "dots for a name": (ab("text_encoder...") | ab(), "name no known layer"),
+    "nothing for a name": ({"": ones(2)}, "none of 1 tensors"),
+    "halves without a layer": ({"lora_A.weight": ones(2, 8), "lora_B.weight": ones(6, 2)}, "none of 2 tensors"),
+    "a part that no pipeline has": (ab("image_encoder.layer"), "none of 2 tensors"),
+    "a bias of two dimensions": ({f"{FLAT}.diff_b": ones(6, 8)}, "a parameter of one dimension"),
+    "halves for a bias": (ab(f"{Q}.bias"), "a parameter of one dimension"),
+    "a difference of one number": ({f"{FLAT}.diff": torch.tensor(1.0)}, "a single number"),
+    "a magnitude beside a full difference": (
+        {f"{FLAT}.diff": ones(6, 8), f"{FLAT}.dora_scale": ones(6, 1)},
+        r"DoRA magnitude \(6, 1\) beside",
+    ),
+    "two magnitudes": (
+        ab() | {f"{Q}.dora_scale": ones(6, 1), f"{Q}.lora_magnitude_vector.weight": ones(6)},
+        "magnitudes of a DoRA layer twice",
+    ),
+    "magnitudes of another size": (ab() | {f"{Q}.dora_scale": ones(3, 3)}, "DoRA magnitudes"),
+    "a difference and halves": (kohya() | {f"{FLAT}.diff": ones(6, 8)}, "at once"),
+    "a factor in full and in parts": (
+        {f"{FLAT}.lokr_w1": ones(2, 2), f"{FLAT}.lokr_w2": ones(3, 4), f"{FLAT}.lokr_w2_a": ones(3, 1)},
+        r"lokr_w2 in full and as factors \(lokr_w2_a\)",
+    ),
+    "only what was never used": (
+        {f"{Q}.to_k_lora.{half}.weight": ones(*shape) for half, shape in (("down", (2, 8)), ("up", (6, 2)))},
+        "they change nothing",
+    ),
+    "places with a gap": ({"text_encoder:0:up": ones(6, 2), "text_encoder:5:down": ones(2, 8)}, "fit no known model"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_in_one_line_that_says_what_was_seen(tmp_path, case):
+    tensors, words = REFUSED[case]
+    path = saved(tmp_path, tensors)
+    with pytest.raises((DialectError, AdapterError), match=words) as caught:
+        read_adapter(path)
+    assert str(caught.value).isprintable()
+    facts = inspect_file(path)
+    assert facts.error is None or facts.error.isprintable()
+
+
+READ = {
+    "alpha as a list of one": (kohya(alpha=torch.tensor([4.0])), 2.0),
+    "alpha as a whole number": (kohya(alpha=torch.tensor(4)), 2.0),
+    "alpha in bytes": (kohya(alpha=torch.tensor(4, dtype=torch.uint8)), 2.0),
+    "alpha 0": (kohya(alpha=torch.tensor(0.0)), 0.0),
+    "alpha below 0": (kohya(alpha=torch.tensor(-4.0)), -2.0),
+    "no rank": (ab(down=ones(0, 8), up=ones(6, 0)), 1.0),
+    "halves of several dtypes": (ab(down=ones(2, 8).half(), up=ones(6, 2).bfloat16()), 1.0),
+    "fp8 of both kinds": (ab(down=ones(2, 8).to(torch.float8_e4m3fn), up=ones(6, 2).to(torch.float8_e5m2)), 1.0),
+    "double precision": (ab(down=ones(2, 8).double(), up=ones(6, 2).double()), 1.0),
+    "a layer in two layouts, equal": (ab() | kohya(), 1.0),
+    "an embedding of an odd word": (ab() | {"bundle_emb.<flora>.clip_l": ones(2, 8)}, 1.0),
+    "a tensor of no name": (ab() | {"": ones(2)}, 1.0),
+}
+
+
+@pytest.mark.parametrize("case", READ)
+def test_it_is_read_exactly_and_written_again(tmp_path, case):
+    tensors, scale = READ[case]
+    adapter = read_adapter(saved(tmp_path, tensors))
+    (layer,) = adapter.layers.values()
+    assert layer.scale == scale
+    assert torch.equal(adapter.delta(Q).float(), torch.full((6, 8), scale * layer.rank))
+    again = read_adapter(write_adapter(adapter, tmp_path / "again", dialect="kohya"))
+    assert torch.equal(again.delta(Q), adapter.delta(Q))
+
+
+PEFT_Q = ab(Q.replace("text_encoder.", "base_model.model."))
+CONFIGS = [
+    ({"r": -4, "lora_alpha": 8}, "r, the rank, is -4"),
+    ({"r": True, "lora_alpha": 8}, "r, the rank, is True"),
+    ({"r": 4, "alpha": 8, "peft_type": "LOHA", "rank_pattern": {"q_proj": 0}}, "the rank of .* is 0"),
+    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": None}}, "pattern 'q_proj' has no value"),
+    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(.*a+)+$": 3}}, "could take forever"),
+    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {".*" * 20 + "!": 3}}, "could take forever"),
+    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(a|aa|.)" * 40 + "!": 3}}, "could take forever"),
+    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(" * 5000 + ")" * 5000: 3}}, "no regular expression|could take"),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), CONFIGS)
+def test_a_configuration_that_cannot_be_meant_is_refused_at_once(tmp_path, config, words):
+    start = time.perf_counter()
+    with pytest.raises(DialectError, match=words):
+        read_adapter(saved(tmp_path, PEFT_Q, config=config))
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "scale"),
+    [
+        ("q_proj", 3.0),
+        ("self_attn.q_proj", 3.0),
+        (r"self_attn\.q_proj$", 3.0),
+        ("^text_model.encoder.layers.0.self_attn.q_proj", 3.0),
+        ("encoder.layers.0.self_attn.q_proj", 3.0),
+        (r"layers\.(0|1)\..*q_proj", 3.0),
+        ("k_proj", 4.0),
+        ("proj", 4.0),
+        (r"layers\.1\..*q_proj", 4.0),
+    ],
+)
+def test_a_pattern_counts_for_the_modules_whose_names_end_so(tmp_path, pattern, scale):
+    config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {pattern: 6}}
+    assert read_adapter(saved(tmp_path, PEFT_Q, config=config)).layers[Q].scale == scale
+
+
+def test_the_first_pattern_that_fits_counts(tmp_path):
+    config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {"k_proj": 2, ".*q_proj": 6, "q_proj": 4}}
+    assert read_adapter(saved(tmp_path, PEFT_Q, config=config)).layers[Q].scale == 3.0
+
+
+METADATA = [
+    ('{"text_encoder": {"lora_alpha": 8}}', "holds 'text_encoder' as a dict; expected 'text_encoder.lora_alpha'"),
+    ('{"text_encoder.lora_alpha": {"a": 1}}', "expected a number"),
+    ('{"text_encoder.lora_alpha": NaN}', "alpha is nan"),
+    ('{"text_encoder.lora_alpha": 8, "text_encoder.use_rslora": 1}', "expected true or false"),
+    ('{"text_encoder.lora_alpha": 8, "text_encoder.r": "4"}', "r, the rank, is '4'"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), METADATA)
+def test_metadata_that_hides_the_alpha_is_refused(tmp_path, text, words):
+    with pytest.raises(DialectError, match=words):
+        read_adapter(saved(tmp_path, ab(), {"lora_adapter_metadata": text}))
+
+
+def test_the_alpha_of_a_single_model_s_metadata_counts(tmp_path):
+    text = json.dumps({"r": 2, "lora_alpha": 8, "base_model_name_or_path": "stabilityai/sd-turbo"})
+    path = saved(tmp_path, ab(Q.removeprefix("text_encoder.")), {"lora_adapter_metadata": text})
+    adapter = read_adapter(path)
+    assert adapter.layers[Q].scale == 4.0
+    assert adapter.metadata["texforce_hub.base"] == "stabilityai/sd-turbo"
+
+
+def test_a_layer_of_an_absurd_number_is_read_and_said_not_to_fit(tmp_path):
+    path = saved(tmp_path, ab(Q.replace(".0.", f".{'9' * 5000}.")))
+    assert inspect_file(path).layers == 1
+    assert not check_adapter(path, "sd1").fits
+
+
+def test_a_hundred_thousand_tensors_are_planned_in_seconds():
+    half, layers = TensorInfo((2, 8), "F32"), 50_000
+    names = [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(layers)]
+    tensors = {f"{name}.lora_{which}.weight": TensorInfo((6, 2), "F32") if which == "B" else half
+               for name in names for which in "AB"}  # fmt: skip
+    patterns = {f"layers.{i}.self_attn.q_proj": 4 for i in range(0, layers, 2)}
+    metadata = {
+        "lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 2, "text_encoder.alpha_pattern": patterns})
+    }
+    start = time.process_time()
+    planned = plan(Header(tensors, metadata))
+    assert time.process_time() - start < 5
+    assert [planned.layers[name].scale for name in names[:4]] == [2.0, 1.0, 2.0, 1.0]
+    bare = {name.removeprefix("text_encoder."): info for name, info in tensors.items()}
+    start = time.process_time()
+    assert len(plan(Header(bare)).layers) == layers
+    assert time.process_time() - start < 5
