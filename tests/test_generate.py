@@ -175,7 +175,7 @@ def test_every_option_of_an_image_command_reaches_the_pipeline(shelf, tmp_path):
     result = run(
         *("--adapter", f"{shelf / 'one'}:0.8", "--prompts", tmp_path / "p.txt", "--unet", "shapes-refl"),
         *("--negative-prompt", "red", "--guidance", 3, "--width", 64, "--height", 32, "--num-images", 3, "--seed", 5),
-        *("--batch-size", 2, "--clip-skip", 1, "--scheduler", "dpm++", "--dtype", "bfloat16", "--mode", "fuse"),
+        *("--batch", 2, "--clip-skip", 1, "--scheduler", "dpm++", "--dtype", "bfloat16", "--mode", "fuse"),
         *("--inference-steps", 2, "--output", tmp_path / "out"),
     )
     assert result.exit_code == 0, result.output

@@ -44,7 +44,7 @@ def apply(
     height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++, lcm …")] = "",
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="For each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Images drawn at once.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch", min=1, help="Images drawn at once.")] = 8,
     clip_skip: Annotated[int | None, typer.Option("--clip-skip", min=0, help="Last CLIP layers to skip.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
