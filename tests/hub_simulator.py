@@ -78,6 +78,13 @@ class Request:
     sent: int
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A client that gives up is no news."""
+
+
 class HubSimulator:
     """A Hub with repositories of one process; ``url`` is its endpoint, ``log`` what it was asked."""
 
@@ -96,9 +103,7 @@ class HubSimulator:
         class Handler(_Handler):
             simulator = hub
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda *_: None  # a client that gives up is no news
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self.port = self._server.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
 

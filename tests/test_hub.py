@@ -11,7 +11,6 @@ from texforce_hub.errors import FileError, HubError, RefError
 from texforce_hub.hub import fetch_file, open_repository, read_remote_header
 from texforce_hub.locate import find_file
 
-
 REFUSALS = [
     (404, {"X-Error-Code": "RepoNotFound"}, r"no such repository on the Hub, or a private one.*hf auth login"),
     (403, {"X-Error-Code": "GatedRepo"}, r"gated repository; ask for access.*hf auth login"),

@@ -1,6 +1,10 @@
 """The commands with references to the Hub, and recipes that can be done again from them."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -148,3 +152,25 @@ def test_a_drawing_from_the_hub_is_recorded_with_its_commits(hub, tmp_path):
     assert recipe.settings["unet"] == f"hf://me/a@{commit}/a.safetensors:0.2"
     again = replay_run(tmp_path / "run.toml")
     assert again.adapters == (AdapterRef(f"hf://me/a@{commit}/a.safetensors", weight=0.5),)
+
+
+def test_a_new_process_reads_the_hub_by_its_environment_and_the_cache_without_one(hub, tmp_path):
+    hub.commit("me/x", {"a.safetensors": adapter_bytes()}, private=True)
+    variables = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token}
+    ways = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    ways["PYTHONPATH"] = str(Path(__file__).parent.parent)
+
+    def check(**more):
+        command = [sys.executable, "-m", "texforce_hub", "check", "me/x", "--base", "sd1"]
+        return subprocess.run(command, env=ways | more, capture_output=True, text=True, check=False)
+
+    first = check(**variables)
+    assert (first.returncode, "fits: all 2 layers" in first.stdout) == (0, True), first.stderr
+    assert "fetching me/x@" in first.stderr
+    assert hub.token not in first.stdout + first.stderr
+    asked = len(hub.log)
+    again = check(HF_HOME=variables["HF_HOME"], HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert (again.returncode, again.stdout, len(hub.log)) == (0, first.stdout, asked)
+    refused = check(HF_HOME=str(tmp_path / "other"), HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: 'me/x' is no file or folder here, and as a Hub id: me/x: not in the cache")
