@@ -45,6 +45,10 @@ def saved(tmp_path, tensors, metadata=None, config=None):
     return path
 
 
+def header(tensors):
+    return Header({name: TensorInfo(tuple(tensor.shape), "F32") for name, tensor in tensors.items()})
+
+
 NO_RANK = "do not share a rank"
 NOT_FLOAT = "expected a floating dtype"
 NO_NUMBER = "expected a single number"
@@ -162,74 +166,6 @@ def test_it_is_read_exactly_and_written_again(tmp_path, case):
     assert torch.equal(again.delta(Q), adapter.delta(Q))
 
 
-PEFT_Q = ab(Q.replace("text_encoder.", "base_model.model."))
-CONFIGS = [
-    ({"r": -4, "lora_alpha": 8}, "r, the rank, is -4"),
-    ({"r": True, "lora_alpha": 8}, "r, the rank, is True"),
-    ({"r": 4, "alpha": 8, "peft_type": "LOHA", "rank_pattern": {"q_proj": 0}}, "the rank of .* is 0"),
-    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"q_proj": None}}, "pattern 'q_proj' has no value"),
-    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(.*a+)+$": 3}}, "could take forever"),
-    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {".*" * 20 + "!": 3}}, "could take forever"),
-    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(a|aa|.)" * 40 + "!": 3}}, "could take forever"),
-    ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"(" * 5000 + ")" * 5000: 3}}, "no regular expression|could take"),
-]
-
-
-@pytest.mark.parametrize(("config", "words"), CONFIGS)
-def test_a_configuration_that_cannot_be_meant_is_refused_at_once(tmp_path, config, words):
-    start = time.perf_counter()
-    with pytest.raises(DialectError, match=words):
-        read_adapter(saved(tmp_path, PEFT_Q, config=config))
-    assert time.perf_counter() - start < 5
-
-
-@pytest.mark.parametrize(
-    ("pattern", "scale"),
-    [
-        ("q_proj", 3.0),
-        ("self_attn.q_proj", 3.0),
-        (r"self_attn\.q_proj$", 3.0),
-        ("^text_model.encoder.layers.0.self_attn.q_proj", 3.0),
-        ("encoder.layers.0.self_attn.q_proj", 3.0),
-        (r"layers\.(0|1)\..*q_proj", 3.0),
-        ("k_proj", 4.0),
-        ("proj", 4.0),
-        (r"layers\.1\..*q_proj", 4.0),
-    ],
-)
-def test_a_pattern_counts_for_the_modules_whose_names_end_so(tmp_path, pattern, scale):
-    config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {pattern: 6}}
-    assert read_adapter(saved(tmp_path, PEFT_Q, config=config)).layers[Q].scale == scale
-
-
-def test_the_first_pattern_that_fits_counts(tmp_path):
-    config = {"r": 2, "lora_alpha": 8, "alpha_pattern": {"k_proj": 2, ".*q_proj": 6, "q_proj": 4}}
-    assert read_adapter(saved(tmp_path, PEFT_Q, config=config)).layers[Q].scale == 3.0
-
-
-METADATA = [
-    ('{"text_encoder": {"lora_alpha": 8}}', "holds 'text_encoder' as a dict; expected 'text_encoder.lora_alpha'"),
-    ('{"text_encoder.lora_alpha": {"a": 1}}', "expected a number"),
-    ('{"text_encoder.lora_alpha": NaN}', "alpha is nan"),
-    ('{"text_encoder.lora_alpha": 8, "text_encoder.use_rslora": 1}', "expected true or false"),
-    ('{"text_encoder.lora_alpha": 8, "text_encoder.r": "4"}', "r, the rank, is '4'"),
-]
-
-
-@pytest.mark.parametrize(("text", "words"), METADATA)
-def test_metadata_that_hides_the_alpha_is_refused(tmp_path, text, words):
-    with pytest.raises(DialectError, match=words):
-        read_adapter(saved(tmp_path, ab(), {"lora_adapter_metadata": text}))
-
-
-def test_the_alpha_of_a_single_model_s_metadata_counts(tmp_path):
-    text = json.dumps({"r": 2, "lora_alpha": 8, "base_model_name_or_path": "stabilityai/sd-turbo"})
-    path = saved(tmp_path, ab(Q.removeprefix("text_encoder.")), {"lora_adapter_metadata": text})
-    adapter = read_adapter(path)
-    assert adapter.layers[Q].scale == 4.0
-    assert adapter.metadata["texforce_hub.base"] == "stabilityai/sd-turbo"
-
-
 def test_a_layer_of_an_absurd_number_is_read_and_said_not_to_fit(tmp_path):
     path = saved(tmp_path, ab(Q.replace(".0.", f".{'9' * 5000}.")))
     assert inspect_file(path).layers == 1
@@ -253,3 +189,20 @@ def test_a_hundred_thousand_tensors_are_planned_in_seconds():
     start = time.process_time()
     assert len(plan(Header(bare)).layers) == layers
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(("key", "kind"), [("ia3_l", "IA3"), ("vera_lambda_b", "VeRA")])
+def test_another_kind_beside_a_lora_is_refused_by_name(key, kind):
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    with pytest.raises(DialectError, match=kind):
+        plan(header({**tensors, f"{stem.replace('q_proj', 'k_proj')}.{key}": torch.ones(768)}))
+
+
+def test_unknown_names_are_told_from_embeddings():
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": torch.ones(4, 768), f"{stem}.lora_B.weight": torch.ones(768, 4)}
+    extra = {"text_encoder.foo.scaling": torch.ones(2), "emb_params": torch.ones(1, 768)}
+    notes = " ".join(plan(header(tensors | extra)).notes)
+    assert "'text_encoder.foo.scaling', of unknown names" in notes
+    assert "'emb_params', kept beside the layers (embeddings)" in notes
