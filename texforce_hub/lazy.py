@@ -1,4 +1,4 @@
-"""A mapping whose values are made anew whenever one is asked for, and never kept."""
+"""Values that are made when they are asked for and never kept, one by one or a few together."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
@@ -7,7 +7,7 @@ Value = TypeVar("Value")
 
 
 class LazyMapping(Mapping[str, Value], Generic[Value]):
-    """Names, and what ``make`` gives for one of them."""
+    """Names, and what ``make`` gives for one of them, anew each time."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Value]) -> None:
         self._names, self._make = dict.fromkeys(names), make
@@ -25,3 +25,20 @@ class LazyMapping(Mapping[str, Value], Generic[Value]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def take_portions(
+    items: Iterable[tuple[str, Value]], size_of: Callable[[Value], int], enough: int
+) -> Iterator[Mapping[str, Value]]:
+    """Items together until their sizes come to ``enough``; a portion is emptied before the next is gathered."""
+    portion: dict[str, Value] = {}
+    size = 0
+    for name, value in items:
+        portion[name] = value
+        size += size_of(value)
+        if size >= enough:
+            yield portion
+            portion.clear()
+            size = 0
+    if portion:
+        yield portion

@@ -1,17 +1,21 @@
 """Give an adapter smaller ranks, each layer at its best (Eckart–Young), and say what share is kept."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Adapter, LayerName, LowRank, Vector
+from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector
+from texforce_hub.codec import StoredAdapter
 from texforce_hub.errors import MergeError
+from texforce_hub.lazy import take_portions
 from texforce_hub.lowrank import count_for, singular_values, truncate
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.methods.spaces import as_low_rank
+
+_TOGETHER = 1 << 22  # numbers; enough for one batched call, little beside a large layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +112,17 @@ def spend_budget(spectra: list[Tensor], limits: Limits) -> list[int]:
     total = limits.max_total_rank or 0
     if total < len(spectra):
         raise MergeError(f"max_total_rank {total} for {len(spectra)} layers; expected at least 1 a layer")
+    if not spectra:
+        return []
     allowed = [limits.count(values) for values in spectra]
     beyond = [values[1:count].cpu() for values, count in zip(spectra, allowed)]
-    owners = torch.cat([torch.full((len(v),), i) for i, v in enumerate(beyond)]) if beyond else torch.empty(0)
+    owners = torch.cat([torch.full((len(v),), i) for i, v in enumerate(beyond)])
     best = torch.cat(beyond).argsort(descending=True, stable=True)[: total - len(spectra)]
     return (torch.bincount(owners[best].long(), minlength=len(spectra)) + 1).tolist()
 
 
 def resize_adapter(
-    adapter: Adapter,
+    adapter: Adapter | StoredAdapter,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -126,6 +132,8 @@ def resize_adapter(
     dtype: torch.dtype | None = None,
 ) -> Resized:
     """The adapter with smaller ranks; LoHa, LoKr and dense layers become low rank, vectors stay as they are.
+
+    A few layers are in hand at a time, so that of a stored adapter only the result is ever whole in memory.
 
     Args:
         rank: the largest rank of a layer.
@@ -141,23 +149,47 @@ def resize_adapter(
     limits = Limits(rank, energy, ratio, max_total_rank)
     if not limits.any:
         raise MergeError("nothing to resize to: give rank, energy, ratio or max_total_rank")
-    moved = adapter.to(device)
+
+    def move(layer: Layer) -> Layer:
+        return layer.map(lambda tensor: tensor.to(device))
+
+    def factors() -> Iterator[tuple[LayerName, LowRank]]:
+        for name, layer in adapter.layers.items():
+            resolved = resolve(name, move(layer))
+            if not isinstance(resolved, Vector):
+                yield name, as_low_rank(resolved)
+
+    each, ranks = _spread_budget(factors, limits)
     kept: dict[LayerName, tuple[LowRank, float]] = {}
-    factors = {}
-    for name, layer in moved.layers.items():
-        resolved = resolve(name, layer)
-        if not isinstance(resolved, Vector):
-            factors[name] = as_low_rank(resolved)
-    kept = shrink(factors, limits)
-    layers = {name: kept[name][0] if name in kept else layer for name, layer in moved.layers.items()}
-    facts = tuple(_fact(name, adapter, layers[name].rank, kept.get(name)) for name in layers)
-    return Resized(Adapter(layers, adapter.metadata, adapter.extras).to(dtype=dtype), facts)
+    for together in take_portions(factors(), _count_numbers, _TOGETHER):
+        kept |= shrink(together, each, ranks=ranks)
+    layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
+    before = adapter.outline if isinstance(adapter, StoredAdapter) else adapter
+    facts = tuple(_fact(before.layers[name], name, layer, kept.get(name)) for name, layer in layers.items())
+    return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=dtype), facts)
 
 
-def _fact(name: LayerName, adapter: Adapter, after: int | None, kept: tuple[LowRank, float] | None) -> ResizedLayer:
+def _spread_budget(
+    factors: Callable[[], Iterator[tuple[LayerName, LowRank]]], limits: Limits
+) -> tuple[Limits, dict[LayerName, int] | None]:
+    """The limits of each layer by itself, and the ranks that a limit of their sum allows."""
+    if limits.max_total_rank is None:
+        return limits, None
+    spectra: dict[LayerName, Tensor] = {}
+    for together in take_portions(factors(), _count_numbers, _TOGETHER):
+        spectra |= zip(together, singular_values(list(together.values())))
+    ranks = spend_budget(list(spectra.values()), limits)
+    return replace(limits, max_total_rank=None), dict(zip(spectra, ranks))
+
+
+def _count_numbers(layer: LowRank) -> int:
+    return layer.down.numel() + layer.up.numel()
+
+
+def _fact(before: Layer, name: LayerName, layer: Layer, kept: tuple[LowRank, float] | None) -> ResizedLayer:
     if kept is None:
-        return ResizedLayer(name, None, None, 1.0, float(adapter.layers[name].delta().norm()))
-    return ResizedLayer(name, adapter.layers[name].rank, after, kept[1], norm_before(*kept))
+        return ResizedLayer(name, None, None, 1.0, float(layer.delta().norm()))
+    return ResizedLayer(name, before.rank, layer.rank, kept[1], norm_before(*kept))
 
 
 def norm_before(shrunk: LowRank, share: float) -> float:

@@ -33,10 +33,10 @@ def resize(
     """Give an adapter smaller ranks, and say what share is kept."""
     from texforce_hub.device import choose_device, choose_dtype
     from texforce_hub.resize import resize_adapter
-    from texforce_hub.sources import read_adapter, write_adapter
+    from texforce_hub.sources import open_adapter, write_adapter
 
     resized = resize_adapter(
-        read_adapter(adapter, device=choose_device(device)),
+        open_adapter(adapter, device=choose_device(device)),
         rank=rank,
         energy=energy,
         ratio=ratio,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank
 from texforce_hub.bundles import Bundle, bundle_file
+from texforce_hub.lazy import take_portions
 from texforce_hub.lowrank import singular_values
 from texforce_hub.sources import store_bundle
 
@@ -67,15 +68,8 @@ def measure_bundle(bundle: Bundle, *, device: str | torch.device | None = None) 
 
 def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:
     """The numbers of every layer, in their order; no more than a few are held at once."""
-    batch: dict[LayerName, Layer] = {}
-    size = 0
-    for name, layer in layers:
-        batch[name] = layer
-        size += _count_numbers(layer)
-        if size >= _TOGETHER:
-            yield from _measure(batch)
-            batch, size = {}, 0
-    yield from _measure(batch)
+    for together in take_portions(layers, _count_numbers, _TOGETHER):
+        yield from _measure(together)
 
 
 def _count_numbers(layer: Layer) -> int:
