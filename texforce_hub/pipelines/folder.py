@@ -1,7 +1,7 @@
 """What lies in a diffusers folder: weight files, their names and shapes, their tensors."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,21 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         PipelineError: there is none.
     """
-    files = [path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.name.startswith(_STEMS)]
+    return [folder / name for name in weight_names([path.name for path in folder.iterdir()], str(folder))]
+
+
+def weight_names(names: Sequence[str], folder: str) -> list[str]:
+    """As :func:`weight_files`, of a folder known by its files' names; ``folder`` is for errors.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    files = [name for name in sorted(names) if name.endswith(WEIGHT_SUFFIXES) and name.startswith(_STEMS)]
     for suffix in WEIGHT_SUFFIXES:
         for fp16 in (False, True):
-            if found := sorted(p for p in files if p.suffix == suffix and (".fp16" in p.name) == fp16):
+            if found := [name for name in files if name.endswith(suffix) and (".fp16" in name) == fp16]:
                 return found
-    holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) or "nothing"
+    holds = ", ".join(sorted(names)[:6]) or "nothing"
     raise PipelineError(f"{folder} has no weights file; expected {_STEMS[0]}.safetensors or the like, it holds {holds}")
 
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from texforce_hub.apply import apply_adapter
 from texforce_hub.container import open_header
 from texforce_hub.dialects.ldm import from_ldm
 from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.hub import fetch_file
 from texforce_hub.locate import PICKLED, PREFERRED, find_bundle, find_local, find_remote_place
-from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files
+from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
 from texforce_hub.refs import AdapterRef
@@ -25,7 +25,6 @@ logger = logging.getLogger("texforce_hub")
 
 LDM_UNET = "model.diffusion_model."
 _IN_A_FOLDER = ("unet", "unet_ema", "")
-_ON_THE_HUB = ("unet", "")
 _CHECKPOINT = re.compile(r"(?:checkpoint|save)[-_](\d+)")
 
 
@@ -39,9 +38,7 @@ def put_unet(pipe: Any, unet: str) -> None:
     if getattr(pipe, "unet", None) is None:
         raise FamilyError(f"{type(pipe).__name__} has no U-Net to put another one in place of")
     ref = AdapterRef.parse(unet)
-    place = _find(ref, pipe)
-    if place is None:
-        return
+    place = _find(ref)
     files, config = _full_unet(place)
     if not files:
         _put_lora(pipe, ref, place)
@@ -58,30 +55,30 @@ def put_unet(pipe: Any, unet: str) -> None:
     pipe.register_modules(unet=build_unet(own, _plain_names(state), pipe.unet.dtype))
 
 
-def _find(ref: AdapterRef, pipe: Any) -> Path | None:
-    """Where it lies here, an adapter on the Hub fetched; ``None`` if a Hub repository's whole U-Net was put in."""
+def _find(ref: AdapterRef) -> Path:
+    """Where it lies here; what is on the Hub is fetched, a whole U-Net or an adapter."""
     place = find_local(ref)
     if place is not None:
         return place
     remote = find_remote_place(ref)
-    for name in _ON_THE_HUB:
-        if f"{name}/config.json".lstrip("/") in remote.names:
-            _put_from_hub(pipe, remote, name)
-            return None
+    for folder in ("unet/", ""):
+        if f"{folder}config.json" in remote.names:
+            return _fetch_unet(remote, folder)
     return find_bundle(ref).path
 
 
-def _put_from_hub(pipe: Any, remote: RemotePlace, name: str) -> None:
-    repository, folder = remote.repository, "/".join(filter(None, (remote.path, name)))
-    try:
-        found = UNet2DConditionModel.from_pretrained(
-            repository.repo, revision=repository.commit, subfolder=folder or None, dtype=pipe.unet.dtype
+def _fetch_unet(remote: RemotePlace, folder: str) -> Path:
+    """The folder in the cache of a U-Net on the Hub, its configuration and weights fetched."""
+    inside = [name.removeprefix(folder) for name in remote.names if name.startswith(folder)]
+    names = weight_names([name for name in inside if "/" not in name], f"{remote}/{folder}".rstrip("/"))
+    if not names[0].endswith(".safetensors"):
+        raise PipelineError(
+            f"{remote}: holds its U-Net as a pickle, which is not read from the Hub unasked; "
+            f"'hf download {remote.repository.repo}', and give the folder"
         )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PipelineError(f"{remote}: its U-Net cannot be fetched or read: {reason}") from error
-    _check_family(Path(str(remote)), {n: tuple(t.shape) for n, t in found.state_dict().items()}, pipe.unet)
-    pipe.register_modules(unet=found.eval())
+    for name in names:
+        fetch_file(remote.file(f"{folder}{name}"))
+    return fetch_file(remote.file(f"{folder}config.json")).parent
 
 
 def _full_unet(place: Path) -> tuple[list[Path], dict[str, Any] | None]:
