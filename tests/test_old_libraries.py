@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.interop import dora, peft_folder, varied
 from tests.old_libraries import compute_outputs
 from tests.pipelines_tiny import TOKENS, random_adapter, tiny_pipeline
-from tests.test_interop import peft_folder, varied
+from texforce_hub.adapter import Adapter
 from texforce_hub.apply import apply_adapter
 from texforce_hub.codec import encode
 
@@ -28,13 +29,25 @@ TEXT_CONFIG = (
     *("max_position_embeddings", "projection_dim", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
 PARTS = {"sd1": ("text_encoder", "unet"), "sdxl": ("text_encoder", "text_encoder_2", "unet")}
-DIALECTS = ("diffusers", "diffusers-layers", "kohya")
-CASES = {
-    **{f"{family}-{dialect}-{shape}": (family, dialect, shape, "pipeline")
-       for family in PARTS for dialect in DIALECTS for shape in ("uniform", "varied")},
-    **{f"{family}-peft-{part}-{shape}": (family, "peft", shape, part)
-       for family in PARTS for part in PARTS[family] for shape in ("uniform", "varied")},
-}  # fmt: skip
+SHAPES = {
+    "diffusers": ("uniform", "varied", "dora"),
+    "diffusers-layers": ("uniform", "varied"),
+    "attention-processors": ("uniform", "varied"),
+    "kohya": ("uniform", "varied"),
+}
+FILES = {
+    f"{family}-{dialect}-{shape}": (family, dialect, shape, "pipeline")
+    for family in PARTS
+    for dialect, shapes in SHAPES.items()
+    for shape in shapes
+}
+FOLDERS = {
+    f"{family}-peft-{part}-{shape}": (family, "peft", shape, part)
+    for family in PARTS
+    for part in PARTS[family]
+    for shape in ("uniform", "varied", "dora")
+}
+CASES = FILES | FOLDERS
 TOLERANCE = 2e-5
 
 
@@ -57,10 +70,15 @@ def make_inputs(family):
     return inputs
 
 
-def make_adapter(pipe, family, shape, loader):
+def make_adapter(pipe, name):
     """Uneven ranks and scales in ``varied``, some negative; one scale of 0.5 in ``uniform``."""
+    family, dialect, shape, loader = CASES[name]
     parts = list(PARTS[family]) if loader == "pipeline" else [loader]
+    if shape == "dora":
+        return dora(pipe, parts)[0]
     adapter = random_adapter(pipe, parts=parts, scale=0.5)
+    if dialect == "attention-processors":  # has no other layers
+        adapter = Adapter({layer: change for layer, change in adapter.layers.items() if ".mlp." not in layer})
     return varied(adapter) if shape == "varied" else adapter
 
 
@@ -85,8 +103,8 @@ def save_base(family, folder):
 
 
 def save_case(name, folder):
-    family, dialect, shape, loader = CASES[name]
-    encoded = encode(make_adapter(make_base(family), family, shape, loader), dialect)
+    family, dialect, _, loader = CASES[name]
+    encoded = encode(make_adapter(make_base(family), name), dialect)
     if dialect == "peft":
         peft_folder(encoded, folder)
     else:
@@ -149,8 +167,8 @@ def test_the_libraries_are_old_and_their_bases_are_ours(old_outputs, capsys):
 
 @pytest.mark.parametrize("name", CASES)
 def test_an_old_loader_makes_of_our_file_what_we_make_of_the_adapter(name, old_outputs, capsys):
-    family, _, shape, loader = CASES[name]
-    adapter = make_adapter(make_base(family), family, shape, loader)
+    family, _, _, loader = CASES[name]
+    adapter = make_adapter(make_base(family), name)
     ours = our_outputs(family, adapter)
     differences = largest_difference(ours, load_file(old_outputs / "cases" / name / "outputs.safetensors"))
     with capsys.disabled():

@@ -53,5 +53,5 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
 
 
 ATTENTION_PROCESSORS = Dialect(
-    "attention-processors", "diffusers 0.12–0.20, attention processors", read_name, write_name
+    *("attention-processors", "diffusers 0.12–0.20, attention processors", read_name, write_name), one_rank=True
 )
