@@ -10,6 +10,7 @@ from safetensors.torch import save
 
 from texforce_hub import locate
 from texforce_hub.hub import repository
+from texforce_hub.locate import find_bundle, find_bundles
 
 LAYER = "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj"
 KOHYA = "lora_te_text_model_encoder_layers_{}_self_attn_q_proj"
@@ -72,3 +73,14 @@ def peft_files(alpha=16):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}
     weights = save({f"base_model.model.{name}.weight": tensor for name, tensor in peft_halves().items()})
     return {"adapter_model.safetensors": weights, "adapter_config.json": json.dumps(config).encode()}
+
+
+def find_file(ref):
+    """The only file of the adapter that a reference means."""
+    (file,) = find_bundle(ref).files
+    return file
+
+
+def find_files(ref):
+    """The files of all adapters that a reference can mean."""
+    return [file for bundle in find_bundles(ref) for file in bundle.files]

@@ -16,7 +16,7 @@ from texforce_hub.errors import DialectError, FileError, RefError
 from texforce_hub.families import FAMILIES
 from texforce_hub.inspection import inspect_bundle
 from texforce_hub.inspection.weights import measure_bundle
-from texforce_hub.locate import find_bundle, find_bundles, find_file
+from texforce_hub.locate import find_bundle, find_bundles
 from texforce_hub.merge import merge_adapters
 from texforce_hub.sources import open_adapter, read_adapter, read_outline, write_adapter
 
@@ -152,8 +152,6 @@ def test_shards_are_one_file(tmp_path):
     for ref in (tmp_path, shard):
         same(read_adapter(ref), whole)
     assert [bundle.stem for bundle in find_bundles(tmp_path)] == ["adapter_model"]
-    with pytest.raises(RefError, match="one adapter in 3 files"):
-        find_file(tmp_path)
     shard.unlink()
     with pytest.raises(FileError, match="2 of 3 shards of adapter_model are here"):
         read_adapter(tmp_path)

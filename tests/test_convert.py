@@ -13,7 +13,7 @@ from texforce_hub.catalog import Entry, read_catalog
 from texforce_hub.convert import convert_adapter, plan_conversions
 from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, HubError, RefError
 from texforce_hub.inspection import inspect_file
-from texforce_hub.locate import find_file, find_files, pick_file
+from texforce_hub.locate import find_bundle, find_bundles, pick_file
 from texforce_hub.sources import read_adapter, write_adapter
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -122,24 +122,28 @@ def test_several_candidates_are_refused_and_listed(tmp_path):
     save_file({"conv_in.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(RefError, match=r"holds 2 adapters, a\.safetensors, b\.safetensors"):
         pick_file(tmp_path)
-    assert [path.name for path in find_files(tmp_path)] == ["a.safetensors", "b.safetensors", "model.safetensors"]
+    assert [bundle.path.name for bundle in find_bundles(tmp_path)] == [
+        "a.safetensors",
+        "b.safetensors",
+        "model.safetensors",
+    ]
 
 
 def test_a_trainers_companions_are_no_candidates(tmp_path):
     for name in ("pytorch_model.bin", "optimizer.bin", "scheduler.bin", "random_states_0.pkl", ".hidden.bin"):
         torch.save({"a": torch.ones(1)}, tmp_path / name)
-    assert [path.name for path in find_files(tmp_path)] == ["pytorch_model.bin"]
+    assert [bundle.path.name for bundle in find_bundles(tmp_path)] == ["pytorch_model.bin"]
 
 
 def test_nothing_of_a_name_says_the_way_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(HubError, match=r"'me/x@v1' is no file or folder here, and as a Hub id: .*HF_HUB_OFFLINE"):
-        find_file("me/x@v1:0.5")
+        find_bundle("me/x@v1:0.5")
     with pytest.raises(RefError, match="no catalogue name"):
-        find_file("nothing")
+        find_bundle("nothing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(RefError, match="holds no tensor file"):
-        find_files("empty")
+        find_bundles("empty")
 
 
 def test_a_pickle_from_a_hub_cache_needs_permission(tmp_path):

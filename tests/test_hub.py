@@ -6,10 +6,9 @@ import threading
 import pytest
 from huggingface_hub import constants
 
-from tests.hub_session import KOHYA, LAYER, adapter_bytes, kohya_bytes
+from tests.hub_session import KOHYA, LAYER, adapter_bytes, find_file, kohya_bytes
 from texforce_hub.errors import FileError, HubError, RefError
 from texforce_hub.hub import fetch_file, open_repository, read_remote_header
-from texforce_hub.locate import find_file
 
 REFUSALS = [
     (404, {"X-Error-Code": "RepoNotFound"}, r"no such repository on the Hub, or a private one.*hf auth login"),

@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from tests.hub_session import LAYER, adapter_bytes, forget, peft_files, pickle_bytes
+from tests.hub_session import LAYER, adapter_bytes, find_file, find_files, forget, peft_files, pickle_bytes
 from texforce_hub import locate
 from texforce_hub.catalog import Entry
 from texforce_hub.errors import FileError, HubError, RefError
-from texforce_hub.locate import find_file, find_files, find_local, find_place, list_adapters, pin_source
+from texforce_hub.locate import find_local, find_place, list_adapters, pin_source
 from texforce_hub.sources import read_adapter
 
 

@@ -29,6 +29,9 @@ LONGEST_HEADER = 100_000_000
 
 CONFIG_NAME = "adapter_config.json"
 
+LONGEST_CONFIG = 10_000_000
+"""Bytes of a PEFT config; real ones have a few thousand."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
@@ -141,11 +144,14 @@ def read_config(path: Path) -> Mapping[str, Any] | None:
     """The ``adapter_config.json`` beside a file, parsed; ``None`` if there is none or the file is diffusers'.
 
     Raises:
-        FileError: it is there and is not a JSON object.
+        FileError: something of that name is there and is no JSON object in a file.
     """
     beside = path.parent / CONFIG_NAME
-    if path.name.startswith("pytorch_lora_weights") or not beside.is_file():
+    if path.name.startswith("pytorch_lora_weights") or not os.path.lexists(beside):
         return None
+    size = regular_size(beside)
+    if size > LONGEST_CONFIG:
+        raise FileError(f"{beside}: is {size} bytes long; expected a PEFT config, of a few thousand")
     try:
         return parse_config(beside.read_bytes(), str(beside))
     except OSError as error:

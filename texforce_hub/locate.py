@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, part_folders
 from texforce_hub.catalog import Entry, read_catalog
-from texforce_hub.choose import PICKLED, PREFERRED, SUFFIXES, choose_name, list_names
+from texforce_hub.choose import PREFERRED, SUFFIXES, choose_name, list_names
 from texforce_hub.container import open_header
 from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, RefError
@@ -21,26 +21,10 @@ if TYPE_CHECKING:
     from texforce_hub.hub import RemoteFile
     from texforce_hub.remote import RemotePlace
 
-__all__ = ["PICKLED", "PREFERRED", "SUFFIXES", "find_file", "find_files", "find_local", "find_place", "pick_file"]
-
 _LOG = logging.getLogger("texforce_hub")
 
 _FORCED = "hf://"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-def find_file(ref: str | Path | AdapterRef) -> Path:
-    """The one file that a reference means; a folder is searched as its layout asks, one on the Hub is fetched.
-
-    Raises:
-        RefError: nothing of that name, a folder in which no adapter or several could be meant, or one of several files.
-        HubError: the Hub has nothing of that name, or cannot be asked.
-    """
-    bundle = find_bundle(ref)
-    if len(bundle.files) > 1:
-        names = list_names([str(path) for path in bundle.files])
-        raise RefError(f"{bundle.path}: is one adapter in {len(bundle.files)} files, {names}; name the one you mean")
-    return bundle.files[0]
 
 
 def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
@@ -182,28 +166,11 @@ def _holds_adapter(path: Path) -> bool:
     return True
 
 
-def find_files(ref: str | Path | AdapterRef) -> list[Path]:
-    """Every file that a reference can mean: itself, or all tensor files of a folder and the folders in it.
-
-    A trainer's optimizer states and hidden files are left out; links to folders are not followed. What is on the
-    Hub is fetched.
-
-    Raises:
-        RefError, HubError: nothing of that name, or a folder without any.
-    """
-    if find_local(ref) is not None:
-        return [path for bundle in find_bundles(ref) for path in bundle.files]
-    from texforce_hub.remote import fetch_remote_file, list_remote_files
-
-    remote = find_remote_place(ref)
-    return [fetch_remote_file(remote, file) for file in list_remote_files(remote)]
-
-
 def list_adapters(ref: str | Path | AdapterRef) -> "list[Bundle] | list[RemoteFile]":
     """As :func:`find_bundles`, but what is on the Hub stays there, file by file.
 
     Raises:
-        RefError, HubError: as :func:`find_files`.
+        RefError, HubError: nothing of that name, or a folder without any.
     """
     place = find_local(ref)
     if place is not None:
@@ -217,7 +184,7 @@ def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
     """Every adapter that a reference can mean, as the files that it lies in; what is on the Hub is fetched.
 
     Raises:
-        RefError, HubError: as :func:`find_files`.
+        RefError, HubError: nothing of that name, or a folder without any.
     """
     return _find_here(find_place(ref))
 

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
 from texforce_hub.errors import HubError
-from texforce_hub.header import Header, parse_config, parse_header, parse_layout
+from texforce_hub.header import LONGEST_CONFIG, Header, parse_config, parse_header, parse_layout
 from texforce_hub.hub.client import find_endpoint, make_headers, open_range
 from texforce_hub.hub.faults import explained
 from texforce_hub.hub.repository import RemoteFile
@@ -16,7 +16,6 @@ _FIRST = 100_000  # bytes: holds the header of most adapters
 _NEAR = 16_384  # bytes between two numbers below which they are asked for together
 _MOST = 2_000  # requests for one file's single numbers
 _WORKERS = 8
-_LONGEST_CONFIG = 1_000_000
 
 
 def read_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
@@ -38,7 +37,7 @@ def read_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
 
 
 def _read_config(config: RemoteFile) -> bytes:
-    if config.blob.size > _LONGEST_CONFIG:
+    if config.blob.size > LONGEST_CONFIG:
         raise HubError(f"{config}: {config.blob.size} bytes long; no PEFT config is")
     return _Ranges(config)(0, config.blob.size)
 

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from texforce_hub.apply import apply_adapter
+from texforce_hub.choose import PICKLED, PREFERRED
 from texforce_hub.container import open_header
 from texforce_hub.dialects.ldm import from_ldm
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.hub import fetch_file
-from texforce_hub.locate import PICKLED, PREFERRED, find_bundle, find_local, find_remote_place
+from texforce_hub.locate import find_bundle, find_local, find_remote_place
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
 from texforce_hub.pipelines.models import build_unet
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
