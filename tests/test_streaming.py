@@ -18,6 +18,7 @@ from texforce_hub.convert import convert_adapter
 from texforce_hub.errors import DialectError, FileError, TexForceHubError
 from texforce_hub.files import read_tensors, stream_tensors, write_stream, write_tensors
 from texforce_hub.inspection.weights import measure_file, measure_layers
+from texforce_hub.merge import merge_adapters
 from texforce_hub.resize import resize_adapter
 from texforce_hub.sources import open_adapter, read_adapter, write_adapter
 
@@ -79,7 +80,9 @@ def test_an_adapter_is_encoded_from_its_file_as_from_memory(tmp_path, dialect, d
         assert torch.equal(tensors[key], tensor)
 
 
-@pytest.mark.parametrize("name", [name for name in LISTINGS if "lycoris" in name or name == "mixed-sd1"])
+@pytest.mark.parametrize(
+    "name", [name for name in LISTINGS if name.startswith(("lycoris", "mixed")) and name.endswith("sd1")]
+)
 def test_every_kind_converts_from_its_file_to_the_bytes_it_has_in_memory(tmp_path, name):
     header = listing(name)
     some = {key: info for key, info in header.tensors.items() if "layers_0" in key or "mid_block" in key}
@@ -125,7 +128,7 @@ def test_a_file_that_changes_while_it_is_converted_is_one_error_and_no_output(tm
 
 
 def test_numbers_are_measured_and_compared_from_the_file_as_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("texforce_hub.inspection.weights._TOGETHER", 60)  # two batches, not one
+    monkeypatch.setattr("texforce_hub.portions.TOGETHER", 60)  # two batches, not one
     one = write_adapter(some_adapter(), tmp_path / "one.safetensors", dialect="kohya")
     two = write_adapter(some_adapter(rank=2), tmp_path / "two.safetensors", dialect="kohya")
     whole = [read_adapter(path) for path in (one, two)]
@@ -138,7 +141,7 @@ def test_an_adapter_is_resized_from_its_file_as_in_memory(tmp_path, monkeypatch,
     layers = {**some_adapter().layers, f"{NAMES[0]}.bias": Vector(torch.ones(8))}
     path = write_adapter(Adapter(layers), tmp_path / "a.safetensors", dialect="kohya")
     together = resize_adapter(read_adapter(path), **limits)
-    monkeypatch.setattr("texforce_hub.resize._TOGETHER", 60)
+    monkeypatch.setattr("texforce_hub.portions.TOGETHER", 60)
     apart = resize_adapter(open_adapter(path), **limits)
     assert [fact.name for fact in apart.layers] == [fact.name for fact in together.layers]
     for one, other in zip(apart.layers, together.layers, strict=True):
@@ -147,6 +150,29 @@ def test_an_adapter_is_resized_from_its_file_as_in_memory(tmp_path, monkeypatch,
     for name in layers:
         torch.testing.assert_close(apart.adapter.delta(name), together.adapter.delta(name))
     assert apart.adapter.metadata == together.adapter.metadata
+
+
+@pytest.mark.parametrize("method", ["svd", "cat", "ties", "dare_ties", "slerp"])
+@pytest.mark.parametrize("limits", [{}, {"rank": 2}, {"max_total_rank": 6}])
+def test_adapters_are_merged_from_their_files_as_in_memory(tmp_path, monkeypatch, method, limits):
+    if method == "cat" and limits:
+        pytest.skip("the exact sum has no limit")
+    vectors = {f"{NAMES[0]}.bias": Vector(torch.ones(8))}
+    sources = [Adapter({**some_adapter(rank=rank).layers, **vectors}, extras={"emb": torch.ones(2)}) for rank in (2, 3)]
+    paths = [
+        write_adapter(adapter, tmp_path / f"{i}.safetensors", dialect="kohya") for i, adapter in enumerate(sources)
+    ]
+    together = merge_adapters([(read_adapter(path), 0.5) for path in paths], method, seed=3, **limits)
+    monkeypatch.setattr("texforce_hub.portions.TOGETHER", 60)
+    apart = merge_adapters([(str(path), 0.5) for path in paths], method, seed=3, **limits)
+    assert list(apart.adapter.layers) == list(together.adapter.layers)
+    assert apart.adapter.ranks == together.adapter.ranks
+    for name in together.adapter.layers:
+        torch.testing.assert_close(apart.adapter.delta(name), together.adapter.delta(name), rtol=1e-4, atol=1e-5)
+    assert torch.equal(apart.adapter.extras["emb"], torch.ones(2))
+    assert [(fact.name, fact.rank, fact.sources) for fact in apart.report.layers] == [
+        (fact.name, fact.rank, fact.sources) for fact in together.report.layers
+    ]
 
 
 def test_an_adapter_of_vectors_has_no_ranks_to_spend():
@@ -161,6 +187,7 @@ import torch
 from texforce_hub.compare import compare_adapters
 from texforce_hub.convert import convert_adapter
 from texforce_hub.inspection.weights import measure_file
+from texforce_hub.merge import merge_adapters
 from texforce_hub.resize import resize_adapter
 from texforce_hub.sources import open_adapter
 
@@ -173,6 +200,7 @@ def work(path, out):
     convert_adapter(path, f"{folder}/out/{out}.safetensors", dialect="kohya", dtype="bfloat16")
     compare_adapters(open_adapter(path), open_adapter(path))
     resize_adapter(open_adapter(path), rank=2)
+    merge_adapters([(path, 0.5), (path, 0.25)], "svd", rank=2)
 work(small, "small")
 before = peak()
 work(large, "large")
@@ -181,9 +209,9 @@ print(json.dumps(peak() - before))
 
 
 def wide_file(path, layers):
-    """Layers of 3 MB each, all of one shape, without holding them."""
+    """Layers of 1.6 MB each, all of one shape, without holding them."""
     names = [f"lora_unet_up_blocks_{b}_resnets_{r}_conv{c}" for b in range(4) for r in range(3) for c in (1, 2)]
-    shapes = {".lora_down.weight": (64, 1280, 3, 3), ".lora_up.weight": (1280, 64, 1, 1)}
+    shapes = {".lora_down.weight": (32, 1280, 3, 3), ".lora_up.weight": (1280, 32, 1, 1)}
     outline = {n + end: torch.empty(s, device="meta") for n in names[:layers] for end, s in shapes.items()}
     values = {end: torch.randn(shape) for end, shape in shapes.items()}
     return write_stream(path, outline, ((key, values[key[key.index(".") :]]) for key in outline))
@@ -191,7 +219,7 @@ def wide_file(path, layers):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux only")
 def test_memory_stays_far_below_the_size_of_the_file(tmp_path):
-    small, large = wide_file(tmp_path / "small.safetensors", 6), wide_file(tmp_path / "large.safetensors", 24)
+    small, large = wide_file(tmp_path / "small.safetensors", 12), wide_file(tmp_path / "large.safetensors", 24)
     argv = [sys.executable, "-c", MEASURED, small, large, tmp_path]
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back: the peak is what was held
     run = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path.cwd(), env=env)

@@ -1,4 +1,4 @@
-"""Values that are made when they are asked for and never kept, one by one or a few together."""
+"""A mapping whose values are made whenever one is asked for, and never kept."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Generic, TypeVar
@@ -25,20 +25,3 @@ class LazyMapping(Mapping[str, Value], Generic[Value]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def take_portions(
-    items: Iterable[tuple[str, Value]], size_of: Callable[[Value], int], enough: int
-) -> Iterator[Mapping[str, Value]]:
-    """Items together until their sizes come to ``enough``; a portion is emptied before the next is gathered."""
-    portion: dict[str, Value] = {}
-    size = 0
-    for name, value in items:
-        portion[name] = value
-        size += size_of(value)
-        if size >= enough:
-            yield portion
-            portion.clear()
-            size = 0
-    if portion:
-        yield portion

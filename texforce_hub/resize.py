@@ -10,12 +10,10 @@ from torch import Tensor
 from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector
 from texforce_hub.codec import StoredAdapter
 from texforce_hub.errors import MergeError
-from texforce_hub.lazy import take_portions
 from texforce_hub.lowrank import count_for, singular_values, truncate
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.methods.spaces import as_low_rank
-
-_TOGETHER = 1 << 22  # numbers; enough for one batched call, little beside a large layer
+from texforce_hub.portions import take_portions
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +159,7 @@ def resize_adapter(
 
     each, ranks = _spread_budget(factors, limits)
     kept: dict[LayerName, tuple[LowRank, float]] = {}
-    for together in take_portions(factors(), _count_numbers, _TOGETHER):
+    for together in take_portions(factors()):
         kept |= shrink(together, each, ranks=ranks)
     layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
     before = adapter.outline if isinstance(adapter, StoredAdapter) else adapter
@@ -176,14 +174,10 @@ def _spread_budget(
     if limits.max_total_rank is None:
         return limits, None
     spectra: dict[LayerName, Tensor] = {}
-    for together in take_portions(factors(), _count_numbers, _TOGETHER):
+    for together in take_portions(factors()):
         spectra |= zip(together, singular_values(list(together.values())))
     ranks = spend_budget(list(spectra.values()), limits)
     return replace(limits, max_total_rank=None), dict(zip(spectra, ranks))
-
-
-def _count_numbers(layer: LowRank) -> int:
-    return layer.down.numel() + layer.up.numel()
 
 
 def _fact(before: Layer, name: LayerName, layer: Layer, kept: tuple[LowRank, float] | None) -> ResizedLayer:

@@ -11,11 +11,9 @@ from torch import Tensor
 
 from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank
 from texforce_hub.bundles import Bundle, bundle_file
-from texforce_hub.lazy import take_portions
 from texforce_hub.lowrank import singular_values
+from texforce_hub.portions import take_portions
 from texforce_hub.sources import store_bundle
-
-_TOGETHER = 1 << 22  # numbers; enough for one batched call, little beside a large layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +66,8 @@ def measure_bundle(bundle: Bundle, *, device: str | torch.device | None = None) 
 
 def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:
     """The numbers of every layer, in their order; no more than a few are held at once."""
-    for together in take_portions(layers, _count_numbers, _TOGETHER):
+    for together in take_portions(layers):
         yield from _measure(together)
-
-
-def _count_numbers(layer: Layer) -> int:
-    sizes: list[int] = []
-
-    def count(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    layer.map(count)
-    return sum(sizes)
 
 
 def _measure(layers: Mapping[LayerName, Layer]) -> list[LayerFacts]:

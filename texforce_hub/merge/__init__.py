@@ -43,7 +43,7 @@ def merge_adapters(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Merged:
-    """One adapter out of several.
+    """One adapter out of several. A few layers are in hand at a time; of files, only the result is whole in memory.
 
     Args:
         sources: ``(adapter or reference, weight)`` pairs, a weight being a number or a mapping from parts, blocks
@@ -78,5 +78,5 @@ def merge_adapters(
 def _finished(adapter: Adapter, gathered: Gathered, metadata: Mapping[str, str]) -> Adapter:
     family = next((f for entry in gathered.entries if (f := entry.adapter.family)), None)
     families = {} if family is None else {"texforce_hub.family": family}
-    extras = {key: extra for entry in reversed(gathered.entries) for key, extra in entry.adapter.extras.items()}
+    extras = {key: extra for content in reversed(gathered.contents) for key, extra in content.extras.items()}
     return Adapter(adapter.layers, {**families, **metadata}, extras)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from texforce_hub.adapter import Adapter, Decomposed, Layer, LayerName
+from texforce_hub.adapter import Adapter, Decomposed, LayerName
+from texforce_hub.codec import StoredAdapter
 from texforce_hub.errors import ConfigError, MergeError, RefError
 from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Context, Mergeable, Method
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.refs import AdapterRef, Stack
-from texforce_hub.sources import read_adapter
+from texforce_hub.sources import open_adapter
 from texforce_hub.stack import Entry, read_stack
 
 #: What a recipe calls a source that was no file: such a recipe cannot be replayed.
@@ -33,9 +34,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What goes into a merge. ``groups`` resolves one layer at a time, so that little is dense at once."""
+    """What goes into a merge. ``groups`` resolves one layer at a time, so that little is dense at once.
+
+    ``entries`` of files are outlines, without numbers; ``contents`` have them, and read a file's when asked.
+    """
 
     entries: tuple[Entry, ...]
+    contents: tuple[Adapter | StoredAdapter, ...]
     sources: tuple[str, ...]
     part_weights: AdapterRef
     layer_weights: AdapterRef
@@ -68,17 +73,17 @@ class Gathered:
         used = [(i, entry, weight) for i, entry, weight in weighted if weight != 0]
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         context = Context(int.from_bytes(digest[:7], "big"), tuple(i for i, _, _ in used))
-        layers = tuple(self._resolved(entry, name) for _, entry, _ in used)
+        layers = tuple(self._resolved(i, name) for i, _, _ in used)
         return Group(name, layers, tuple(weight for _, _, weight in used), context)
 
-    def _resolved(self, entry: Entry, name: LayerName) -> Mergeable:
-        layer: Layer = entry.adapter.layers[name]
+    def _resolved(self, index: int, name: LayerName) -> Mergeable:
+        layer = self.contents[index].layers[name]
         if self.device is not None:
             layer = layer.map(lambda tensor: tensor.to(self.device))
         try:
             return resolve(name, layer, find_weight(self.base, name) if isinstance(layer, Decomposed) else None)
         except MergeError as error:
-            raise MergeError(f"{entry.label}: {error}") from error
+            raise MergeError(f"{self.entries[index].label}: {error}") from error
 
 
 def gather(
@@ -90,7 +95,7 @@ def gather(
     seed: int,
     base: Base | None,
     device: str | torch.device | None,
-    read: Callable[[AdapterRef], Adapter] = read_adapter,
+    read: Callable[[AdapterRef], Adapter | StoredAdapter] = open_adapter,
 ) -> Gathered:
     """Read and check everything a merge needs; ``read`` may be ``read_outline`` where no values are needed.
 
@@ -99,13 +104,23 @@ def gather(
             that covers no layer.
     """
     items = _checked_items(sources)
-    entries = read_stack(items, read=read)
+    stored: dict[int, StoredAdapter] = {}
+
+    def outline(ref: AdapterRef) -> Adapter:
+        found = read(ref)
+        if isinstance(found, Adapter):
+            return found
+        stored[id(found.outline)] = found
+        return found.outline
+
+    entries = read_stack(items, read=outline)
     if method.most is not None and len(entries) > method.most:
         raise MergeError(f"{method.name} of {len(entries)} adapters; it is defined for at most {method.most}")
     _check_families(entries)
     _check_shapes(entries)
     gathered = Gathered(
         entries=tuple(entries),
+        contents=tuple(stored.get(id(entry.adapter), entry.adapter) for entry in entries),
         sources=tuple(_source_of(item) for item in items),
         part_weights=_pattern_weights("part_weights", part_weights),
         layer_weights=_pattern_weights("layer_weights", layer_weights),

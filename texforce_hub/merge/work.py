@@ -1,4 +1,4 @@
-"""One run of a merge: layer by layer, then all that is low rank truncated together."""
+"""One run of a merge: layer by layer, what is low rank truncated a few layers together."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,6 +15,7 @@ from texforce_hub.methods import Mergeable, Method
 from texforce_hub.methods.linear import products
 from texforce_hub.methods.spaces import as_low_rank
 from texforce_hub.methods.sparse import survey_floors
+from texforce_hub.portions import take_portions
 from texforce_hub.resize import Limits, norm_before, shrink
 
 #: A layer whose norm is below this share of its sources' weighted norms has cancelled.
@@ -22,7 +23,7 @@ CANCELLED = 1e-6
 
 
 class Work:
-    """One run: merge layer by layer, note norms and cosines, then truncate all that is low rank together."""
+    """One run: merge layer by layer, note norms and cosines, truncate what is low rank, a few layers together."""
 
     def __init__(self, gathered: Gathered, method: Method, options: dict[str, Any], limits: Limits) -> None:
         self.gathered, self.method, self.options, self.limits = gathered, method, options, limits
@@ -37,16 +38,23 @@ class Work:
 
     def run(self) -> tuple[Adapter, MergeReport]:
         """The merged layers as an adapter without metadata, and the report."""
+        done: dict[LayerName, Mergeable] = {}
+        # The sum of all ranks is spent over all layers at once; other limits let a few layers go together.
+        enough = None if self.limits.max_total_rank is None else math.inf
+        for together in take_portions(self._merged(), enough=enough):
+            low = {n: layer for n, layer in together.items() if isinstance(layer, LowRank) and self._truncates(n)}
+            done.update(together)
+            done.update(self._truncate(low))
+        layers = {name: done[name] for name in self.gathered.names if name in done and name not in self.removed}
+        return Adapter(layers), self._report(layers)
+
+    def _merged(self) -> Iterator[tuple[LayerName, Mergeable]]:
+        """The merged layers one by one, not yet truncated together."""
         floors = self._survey()
-        layers: dict[LayerName, Mergeable] = {}
         for group in self.gathered.groups():
             merged = self._merge(group, floors)
             if merged is not None:
-                layers[group.name] = self._limited(group.name, merged)
-        low = {n: layer for n, layer in layers.items() if isinstance(layer, LowRank) and self._truncates(n)}
-        layers |= self._truncate(low)
-        layers = {name: layer for name, layer in layers.items() if name not in self.removed}
-        return Adapter(layers), self._report(layers)
+                yield group.name, self._limited(group.name, merged)
 
     def _survey(self) -> dict[int, float] | None:
         if self.options.get("trim") != "adapter" or self.method.view is None:
