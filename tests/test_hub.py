@@ -167,6 +167,15 @@ def test_scattered_numbers_are_collected_by_ranges(hub):
     assert len(hub.log) == 2
 
 
+@pytest.mark.parametrize("limit", ["_MOST", "_MOST_BYTES"])
+def test_numbers_that_would_cost_more_than_the_file_are_not_collected(hub, monkeypatch, limit):
+    hub.commit("me/kohya", {"a.safetensors": kohya_bytes(12)})
+    monkeypatch.setattr(f"texforce_hub.hub.ranges.{limit}", 3)
+    with pytest.raises(HubError, match=r"its 12 single numbers .* lie scattered over the file, .* fetch it"):
+        read_remote_header(open_repository("me/kohya").file("a.safetensors"))
+    assert not any(request.sent > 101_000 for request in hub.log)
+
+
 def test_a_hub_without_ranges_is_not_asked_for_whole_files(hub):
     hub.commit("me/x", {"a.safetensors": adapter_bytes()})
     hub.ranges = False

@@ -15,6 +15,7 @@ from texforce_hub.hub.repository import RemoteFile
 _FIRST = 100_000  # bytes: holds the header of most adapters
 _NEAR = 16_384  # bytes between two numbers below which they are asked for together
 _MOST = 2_000  # requests for one file's single numbers
+_MOST_BYTES = 50_000_000  # of these requests together
 _WORKERS = 8
 
 
@@ -69,7 +70,7 @@ class _Ranges:
                 joined[-1] = (joined[-1][0], end)
             else:
                 joined.append((begin, end))
-        if len(joined) > _MOST:
+        if len(joined) > _MOST or sum(end - begin for begin, end in joined) > _MOST_BYTES:
             raise HubError(
                 f"{self._file}: its {len(spans)} single numbers (alphas) lie scattered over the file, which "
                 f"{len(joined)} requests would have to collect; fetch it: texforce-hub inspect --weights"
