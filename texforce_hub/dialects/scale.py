@@ -105,6 +105,8 @@ def _read_config(config: Mapping[str, Any]) -> _Config:
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or rank < 0):
         raise DialectError(f"r, the rank, is {rank!r:.80}; expected a whole number from 1: mend the configuration")
+    if any(key in config and config[key] is None for key in ("lora_alpha", "alpha")):
+        raise DialectError("lora_alpha is null; expected a number: mend the configuration")
     return _Config(
         alpha=config.get("lora_alpha", config.get("alpha")),
         alphas=read_patterns(config.get("alpha_pattern")),
