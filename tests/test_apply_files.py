@@ -2,19 +2,19 @@
 
 import functools
 import json
-import re
 from typing import Any
 
 import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.applying import bits, gold_outputs, live_weight, same_bits, text_outputs
 from tests.keys import LISTINGS, listing, random_tensors
 from tests.pipelines_tiny import FAMILIES, random_adapter, text_parts, tiny_pipeline
-from tests.test_apply import bits, gold_outputs, live_weight, same_bits, text_outputs
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, LowRank
 from texforce_hub.apply import apply_adapter
 from texforce_hub.codec import encode
+from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError
 from texforce_hub.families import live_name
 from texforce_hub.files import write_tensors
@@ -173,12 +173,12 @@ def true_encoder():
     return model
 
 
-UNET = r"unet|lora_unet|diffusion_model|(lycoris_)?(down|up|mid)_block"
-
-
 def only_text(header):
     """The tensors of a listing that are the text encoder's; a file of the others needs a U-Net of true size."""
-    return {n for n in header.tensors if not re.match(UNET, n)}
+    layers = plan(header).layers.values()
+    return set(header.tensors) - {
+        key for layer in layers if layer.name.startswith("unet.") for key in layer.keys.values()
+    }
 
 
 SD1 = [name for name in LISTINGS if name.endswith("-sd1") and only_text(listing(name))]
