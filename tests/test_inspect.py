@@ -92,8 +92,7 @@ def test_a_folder_is_filtered_by_family_and_sorted(tmp_path):
         assert isinstance(run("inspect", tmp_path, *wrong).exception, ConfigError)
 
 
-def test_three_hundred_files_take_little_time_and_memory(tmp_path):
-    import time
+def test_three_hundred_files_take_little_memory(tmp_path):
     import tracemalloc
 
     path = write_adapter(sd1_adapter(layers=12, rank=16), tmp_path / "0.safetensors")
@@ -102,12 +101,10 @@ def test_three_hundred_files_take_little_time_and_memory(tmp_path):
     from texforce_hub.inspection import inspect_files
 
     tracemalloc.start()
-    start = time.perf_counter()
     found = sum(one.error is None for one in inspect_files(sorted(tmp_path.iterdir())))
-    took, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found == 300
-    assert took < 20
     assert peak < 30e6  # the files together hold 340 MB
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,11 +33,13 @@ def put_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=True, default=str))
 
 
-def put_table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:
-    """A table (stdout). Cells are data: markup and escapes in them are shown, not obeyed."""
+def put_table(
+    columns: list[str], rows: list[list[str]], *, title: str | None = None, whole: Collection[str] = ()
+) -> None:
+    """A table (stdout); the columns ``whole`` are never folded. Cells are data: markup in them is shown, not obeyed."""
     table = Table(title=None if title is None else Text(printable(title)), title_justify="left")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column in whole)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 120

@@ -151,8 +151,9 @@ def _sidecar_rows(one: "Inspection") -> Iterator[list[str]]:
 def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFacts]]") -> None:
     root = _common_folder([one.path for one in found])
     problems = {_inside(one.path, root): _problems(one, measured.get(one.path)) for one in found}
-    columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "beside it", "state"]
-    put_table(columns, [_row(one, root, len(problems[_inside(one.path, root)])) for one in found], title=str(root))
+    columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "beside", "state"]
+    rows = [_row(one, root, len(problems[_inside(one.path, root)])) for one in found]
+    put_table(columns, rows, title=str(root), whole=("state",))
     for path, lines in problems.items():
         for line in lines:
             put(f"{path}: {line}")
@@ -185,7 +186,7 @@ def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
         ", ".join(one.dtypes),
         f"{one.size / 1e6:.2f}",
         one.autov2 or (f"{len(one.files)} files" if one.files else ""),
-        ", ".join(dict.fromkeys(sidecar.kind for sidecar in one.sidecars)),
+        ", ".join(dict.fromkeys(sidecar.ending.rpartition(".")[2] for sidecar in one.sidecars)),
         "unreadable" if one.error else f"{problems} to note" if problems else "ok",
     ]
 
