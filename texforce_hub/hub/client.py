@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import httpx2
 from huggingface_hub import constants
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, but not to type checkers
     build_hf_headers,
@@ -15,6 +14,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported, b
 )
 
 from texforce_hub import __version__
+from texforce_hub.hub.transport import httpx
 
 LIBRARY = {"library_name": "texforce-hub", "library_version": __version__}
 
@@ -47,7 +47,7 @@ def ask_json(url: str, params: Mapping[str, Any]) -> Any:
 
 
 @contextmanager
-def open_range(url: str, headers: Mapping[str, str], begin: int, end: int) -> Iterator[httpx2.Response]:
+def open_range(url: str, headers: Mapping[str, str], begin: int, end: int) -> Iterator[httpx.Response]:
     """The answer to the request for the bytes from ``begin`` up to ``end``, its body still to be read."""
     asked = {**headers, "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT

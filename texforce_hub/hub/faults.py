@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-import httpx2
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     DisabledRepoError,
@@ -22,10 +21,11 @@ from huggingface_hub.errors import (
 
 from texforce_hub.errors import HubError
 from texforce_hub.hub.client import find_endpoint
+from texforce_hub.hub.transport import httpx
 
 FAULTS = (
-    httpx2.HTTPError,
-    httpx2.InvalidURL,
+    httpx.HTTPError,
+    httpx.InvalidURL,
     OSError,
     EntryNotFoundError,
     RevisionResolutionError,
@@ -55,7 +55,7 @@ def is_outage(error: BaseException | None) -> bool:
     """Whether the Hub did not answer, or not for itself: what the cache holds may stand in."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500
-    return isinstance(error, OfflineModeIsEnabled | httpx2.TransportError) and not isinstance(error, httpx2.ProxyError)
+    return isinstance(error, OfflineModeIsEnabled | httpx.TransportError) and not isinstance(error, httpx.ProxyError)
 
 
 def _explain(error: BaseException) -> str:
@@ -109,10 +109,10 @@ _REASONS: tuple[tuple[type[BaseException], Callable[[BaseException], str]], ...]
     (LocalEntryNotFoundError, _explain_offline),
     (HFValidationError, lambda error: f"cannot be the name of a repository: {_first_line(error)}"),
     (
-        httpx2.TimeoutException,
+        httpx.TimeoutException,
         lambda _: "the Hub did not answer in time; try again, or give it more: HF_HUB_ETAG_TIMEOUT=60 (seconds)",
     ),
-    (httpx2.TransportError, _explain_unreachable),
+    (httpx.TransportError, _explain_unreachable),
 )
 
 
