@@ -15,6 +15,7 @@ from texforce_hub.families import live_name
 from texforce_hub.inspection import inspect_file
 from texforce_hub.inspection.weights import measure_file
 from texforce_hub.merge import merge_adapters
+from texforce_hub.methods import METHODS
 from texforce_hub.pipelines import load_pipeline
 from texforce_hub.resize import resize_adapter
 from texforce_hub.sources import read_adapter, write_adapter
@@ -249,6 +250,21 @@ def test_what_a_dtype_cannot_hold_is_refused_and_what_rounds_to_its_largest_is_n
     for value in (first_refused, -2 * first_refused):
         with pytest.raises(AdapterError, match=f"do not fit {re.escape(str(dtype))}; widen it"):
             write(value)
+        with pytest.raises(AdapterError, match="widen it"):
+            Adapter({LINEAR: Dense(torch.full((6, 8), value))}).to(dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_fp8_as_the_same_numbers_in_float32(method, dtype):
+    torch.manual_seed(2)
+    pairs = [Adapter({LINEAR: LowRank(numbers(2, 8), numbers(6, 2))}).to(dtype=dtype) for _ in range(2)]
+    narrow, wide = (
+        merge_adapters([(adapter.to(dtype=kind), 0.5) for adapter in pairs], method).adapter
+        for kind in (None, torch.float32)
+    )
+    assert narrow.layers.keys() == wide.layers.keys()
+    assert_deltas({n: narrow.delta(n) for n in narrow.layers}, {n: wide.delta(n) for n in wide.layers})
 
 
 @pytest.mark.parametrize("end", ["lora_down.weight_scale", "lora_down.scale_weight", "lora_up.weight_scale_inv"])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from texforce_hub.adapter import Adapter, Dense, Hadamard, Kronecker, LowRank
 from texforce_hub.codec import encode
@@ -84,6 +85,36 @@ def test_peft_loads_the_folder_of_a_lycoris_file_and_computes_the_same(kind, nam
             torch.testing.assert_close(found, layer.delta(), rtol=1e-5, atol=1e-6)
         adapted = [name for name, module in model.named_modules() if hasattr(module, "get_delta_weight")]
         assert len(adapted) == len(names)
+    finally:
+        model.unload()
+
+
+LYCORIS = {
+    **dict.fromkeys(("locon", "locon-tucker"), "LORA"),
+    **dict.fromkeys(("loha", "loha-tucker"), "LOHA"),
+    **dict.fromkeys(("lokr", "lokr-both", "lokr-full", "lokr-tucker"), "LOKR"),
+    "lokr-unbalanced": "LORA",  # PEFT never splits so; the factored product is expanded
+}
+
+
+@pytest.mark.parametrize("place", ["linear", "conv"])
+@pytest.mark.parametrize("kind", LYCORIS)
+def test_peft_computes_what_lycoris_trained(kind, place, pipe, tmp_path):
+    pytest.importorskip("lycoris", reason="the oracle, lycoris-lora, is not installed (it is in the dev extra)")
+    from peft import PeftModel
+
+    from tests import test_lycoris as oracle
+
+    name = oracle.LINEAR if place == "linear" else oracle.CONV
+    out, inner, *_ = live_module(pipe, name).weight.shape
+    tensors, _, gold, _ = oracle.compute(kind, name, out, inner, 3, 2, 1.5)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "lycoris.safetensors")
+    folder = convert_adapter(tmp_path / "lycoris.safetensors", tmp_path / "peft", dialect="peft")
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == LYCORIS[kind]
+    model = PeftModel.from_pretrained(getattr(pipe, name.partition(".")[0]), folder)
+    try:
+        found = live_module(pipe, name).get_delta_weight("default").detach()
+        torch.testing.assert_close(found, gold, rtol=1e-5, atol=2e-6)  # of weights near 1
     finally:
         model.unload()
 

@@ -11,7 +11,19 @@ from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.stored import Dense, Vector
-from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.tensors import narrow, wide
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 
-__all__ = ["Adapter", "Decomposed", "Dense", "Hadamard", "Kronecker", "Layer", "LayerName", "LowRank", "Vector", "wide"]
+__all__ = [
+    "Adapter",
+    "Decomposed",
+    "Dense",
+    "Hadamard",
+    "Kronecker",
+    "Layer",
+    "LayerName",
+    "LowRank",
+    "Vector",
+    "narrow",
+    "wide",
+]

@@ -1,5 +1,6 @@
 """What every kind of layer asks of its tensors."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,26 @@ from texforce_hub.errors import AdapterError
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in a dtype that sums safely: float64 stays, anything else becomes float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def narrow(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another dtype, rounded once; ``name`` is for the error.
+
+    Raises:
+        AdapterError: a finite value too large for the dtype; torch would make it infinite, or silently the largest
+            fp8 number.
+    """
+    if not tensor.is_meta and tensor.dtype != dtype:
+        size = wide(tensor).abs()
+        if bool((torch.isfinite(size) & (size >= _overflow(dtype))).any()):
+            raise AdapterError(f"{name}: values up to {size.max():.3g} do not fit {dtype}; widen it")
+    return tensor.to(dtype)
+
+
+def _overflow(dtype: torch.dtype) -> float:
+    """Half a step beyond the largest number: from there on IEEE 754 rounds to infinity."""
+    facts = torch.finfo(dtype)
+    return facts.max + math.ldexp(facts.eps, math.frexp(facts.max)[1] - 2)
 
 
 def check_place(kind: str, tensors: Mapping[str, Tensor | None]) -> None:

@@ -12,6 +12,7 @@ from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.stored import Dense, Vector
+from texforce_hub.adapter.tensors import narrow
 from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
 from texforce_hub.errors import AdapterError
 from texforce_hub.header import Header
@@ -97,14 +98,18 @@ class Adapter:
         return replace(self, layers=chosen, extras={})
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Adapter":
-        """The same adapter on another device, in another dtype."""
+        """The same adapter on another device, in another dtype.
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device=device, dtype=dtype)
+        Raises:
+            AdapterError: a value that the dtype cannot hold.
+        """
+
+        def move(name: LayerName, layer: Layer) -> Layer:
+            return layer.map(lambda t: (t if dtype is None else narrow(t, dtype, name)).to(device=device))
 
         return replace(
             self,
-            layers={name: layer.map(move) for name, layer in self.layers.items()},
+            layers={name: move(name, layer) for name, layer in self.layers.items()},
             extras={name: tensor.to(device=device) for name, tensor in self.extras.items()},
         )
 

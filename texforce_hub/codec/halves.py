@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector, wide
+from texforce_hub.adapter import Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector, narrow, wide
 from texforce_hub.errors import AdapterError, DialectError
 
 
@@ -15,21 +15,12 @@ def store(tensor: Tensor, factor: float, dtype: torch.dtype, name: str) -> Tenso
     """``factor · tensor``, contiguous, rounded once.
 
     Raises:
-        AdapterError: a finite value that is too large for the dtype; torch would store infinity, or silently the
-            largest fp8 number.
+        AdapterError: a finite value that is too large for the dtype.
     """
     product = tensor.detach() if factor == 1.0 else factor * wide(tensor.detach())
-    if not tensor.is_meta and (product.dtype != dtype or factor != 1.0):
-        size = wide(product).abs()
-        if bool((torch.isfinite(wide(tensor)) & ~(size < _overflow(dtype))).any()):
-            raise AdapterError(f"{name}: values up to {size.max():.3g} do not fit {dtype}; widen it")
-    return product.to(dtype).contiguous()
-
-
-def _overflow(dtype: torch.dtype) -> float:
-    """Half a step beyond the largest number: from there on IEEE 754 rounds to infinity."""
-    facts = torch.finfo(dtype)
-    return facts.max + math.ldexp(facts.eps, math.frexp(facts.max)[1] - 2)
+    if not tensor.is_meta and factor != 1.0 and not torch.equal(torch.isfinite(product), torch.isfinite(wide(tensor))):
+        raise AdapterError(f"{name}: values times {factor:g} do not fit {product.dtype}; make the scale smaller")
+    return narrow(product, dtype, name).contiguous()
 
 
 Halves = Iterator[tuple[str, Tensor, float]]
@@ -100,5 +91,7 @@ def fill_up(layer: LowRank, rank: int) -> LowRank:
     more = rank - layer.rank
     if not more:
         return layer
-    down = torch.cat([layer.down, layer.down.new_zeros(more, *layer.down.shape[1:])])
-    return replace(layer, down=down, up=torch.cat([layer.up, layer.up.new_zeros(layer.up.shape[0], more)], dim=1))
+    down, up = wide(layer.down), wide(layer.up)  # not every version of torch joins fp8
+    down = torch.cat([down, down.new_zeros(more, *down.shape[1:])])
+    up = torch.cat([up, up.new_zeros(up.shape[0], more)], dim=1)
+    return replace(layer, down=down.to(layer.down.dtype), up=up.to(layer.up.dtype))
