@@ -16,6 +16,7 @@ from texforce_hub.families import FAMILIES
 from texforce_hub.header import Header
 
 _CLIP_G_WIDTH = 1280
+_LONGEST_NAME = 1000  # characters; real names have some 100, and expressions may take quadratic time on endless ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,9 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | Non
     Raises:
         DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
     """
+    longest = max(header.tensors, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise DialectError(f"a tensor's name has {len(longest)} characters, {longest[:40]!r}…; no layer is called so")
     refused = find_refused(header.tensors)
     if refused is not None:
         kind, reason, key = refused
