@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from texforce_hub.check.checkpoint import checkpoint_family, checkpoint_weights
+from texforce_hub.check.checkpoint import checkpoint_weights
 from texforce_hub.container import open_header
+from texforce_hub.dialects.checkpoints import recognize_checkpoint
 from texforce_hub.dialects.recognition import claims_family
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families import FAMILIES, Family, find_family
@@ -121,7 +122,7 @@ def _from_checkpoint(path: Path) -> Base:
     if "conv_in.weight" in header.tensors:
         shapes = {f"unet.{_plain(name)}": info.shape for name, info in header.tensors.items()}
         return Base(path.name, "a bare U-Net", shapes)
-    weights, name = checkpoint_weights(header), checkpoint_family(header)
+    weights, name = checkpoint_weights(header), recognize_checkpoint(header)
     if not weights:
         raise PipelineError(f"{path}: no known checkpoint, e.g. {next(iter(header.tensors), None)!r}; expected a base")
     if name is None:

@@ -26,14 +26,6 @@ _TOWERS: Mapping[
 }
 _SD2_UNREAD = ("text_model.encoder.layers.23.", "text_projection.")
 
-_MARKS = (  # a checkpoint's family by a tensor that only it has, the more special first
-    ("double_blocks.0.img_attn.norm.key_norm.scale", "flux"),
-    ("joint_blocks.0.context_block.adaLN_modulation.1.bias", "sd3"),
-    ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", "sdxl"),
-    ("conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias", "sdxl-refiner"),
-)
-_ATTENTION = "input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-
 
 def checkpoint_weights(header: Header) -> dict[str, Shape]:
     """``<part>.<name>`` → shape of every text encoder's, U-Net's or transformer's weight that a pipeline reads.
@@ -41,15 +33,6 @@ def checkpoint_weights(header: Header) -> dict[str, Shape]:
     A transformer's keep their original names.
     """
     return dict(found for key, info in header.tensors.items() for found in _translate(key, info.shape))
-
-
-def checkpoint_family(header: Header) -> str | None:
-    """The family whose mark the file bears; ``None`` without any."""
-    for mark, name in _MARKS:
-        if any(key.endswith(mark) for key in header.tensors):
-            return name
-    widths = {info.shape[-1] for key, info in header.tensors.items() if key.endswith(_ATTENTION) and info.shape}
-    return {768: "sd1", 1024: "sd2"}.get(min(widths, default=0))
 
 
 def _translate(key: str, shape: Shape) -> Iterator[tuple[str, Shape]]:

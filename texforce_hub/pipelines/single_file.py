@@ -3,7 +3,6 @@
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,34 +11,32 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from texforce_hub.container import open_header
+from texforce_hub.dialects.checkpoints import recognize_checkpoint
 from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.header import Header
 from texforce_hub.pipelines.folder import read_json
 from texforce_hub.vocabulary import write_tokenizer
 
 logger = logging.getLogger("texforce_hub")
 
-_MARKS = {
-    "sdxl": "conditioner.embedders.1.model.",
-    "sdxl-refiner": "conditioner.embedders.0.model.",
-    "sd2": "cond_stage_model.model.",
-    "sd1": "cond_stage_model.transformer.",
-}
 _PADDING = {"sd1": ("<|endoftext|>",), "sd2": ("!",), "sdxl": ("<|endoftext|>", "!")}
 
 
-def checkpoint_family(names: Iterable[str]) -> str:
-    """``sd1``, ``sd2`` or ``sdxl``, from the tensor names of a checkpoint.
+def checkpoint_family(header: Header) -> str:
+    """``sd1``, ``sd2`` or ``sdxl``: the family of a checkpoint that is a whole pipeline.
 
     Raises:
         FamilyError: a family whose checkpoints are not read.
         PipelineError: no whole checkpoint.
     """
-    names = list(names)
-    for family, mark in _MARKS.items():
-        if any(name.startswith(mark) for name in names):
-            if family == "sdxl-refiner":
-                raise FamilyError("an SDXL refiner checkpoint; expected SD1, SD2 or SDXL's base: give its folder")
-            return family
+    family, names = recognize_checkpoint(header), list(header.tensors)
+    whole = any(name.startswith(("cond_stage_model.", "conditioner.")) for name in names)
+    if whole and family in _PADDING:
+        return family
+    if whole or family in ("flux", "sd3"):
+        raise FamilyError(
+            f"a checkpoint of {family or 'an unknown family'}; expected SD1, SD2 or SDXL's base: give its folder"
+        )
     if any("conv_in.weight" in name or "input_blocks.0.0.weight" in name for name in names):
         raise PipelineError("a U-Net without text encoder and VAE; put it into a base with --unet")
     raise PipelineError(f"no Stable Diffusion checkpoint: its tensors are like {names[0] if names else 'none'!r}")
@@ -56,7 +53,7 @@ def load_single_file(path: Path, dtype: torch.dtype, *, config: Path | None = No
     """
     header = open_header(path)
     try:
-        family = checkpoint_family(header.tensors)
+        family = checkpoint_family(header)
     except (FamilyError, PipelineError) as error:
         raise type(error)(f"{path}: {error}") from error
     if config is not None:
