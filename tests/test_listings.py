@@ -1,6 +1,8 @@
 """Names that other people's code wrote: every layout at every size, each name read by exactly one dialect."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,6 +48,27 @@ def test_every_listing_is_a_cell_of_the_grid_or_the_proof_of_a_row():
     assert sum(len(row[size]) for row in GRID.values() for size in SIZES if isinstance(row[size], list)) == len(CELLS)
     assert set(CELLS) | ROWS_LISTINGS == set(LISTINGS)
     assert {path.name for path in FOLDER.glob("*.gz")} == {f"{name}.json.gz" for name in LISTINGS}
+
+
+def run_generator(*arguments):
+    return subprocess.run(
+        [sys.executable, FOLDER / "generate.py", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_generator_says_how_each_era_s_listings_are_made():
+    found = run_generator()
+    assert found.returncode == 0
+    for era in ("today", "diffusers-0.16", "sd-scripts", "onetrainer-omi"):
+        assert f".venv/bin/python tests/keys/generate.py {era}\n" in found.stdout + "\n"
+
+
+def test_the_generator_names_what_an_era_lacks_and_writes_nothing(tmp_path):
+    found = run_generator("sd-scripts", "--output", tmp_path / "new")
+    assert found.returncode == 2
+    assert "sd-scripts lacks diffusers==0.30.3" in found.stderr
+    assert "git clone https://github.com/kohya-ss/sd-scripts" in found.stderr
+    assert not (tmp_path / "new").exists()
 
 
 # --- reading
