@@ -29,6 +29,9 @@ def saved(tmp_path, tensors, metadata=None, config=None):
 
 PEFT_Q = ab(Q.replace("text_encoder.", "base_model.model."))
 CONFIGS = [
+    ({"r": 4, "lora_alpha": None}, "lora_alpha is null"),
+    ({"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_16"}, "changing the base's weights"),
+    ({"r": 4, "lora_alpha": 8, "init_lora_weights": "olora"}, "let PEFT convert it"),
     ({"r": -4, "lora_alpha": 8}, "r, the rank, is -4"),
     ({"r": True, "lora_alpha": 8}, "r, the rank, is True"),
     ({"r": 4, "alpha": 8, "peft_type": "LOHA", "rank_pattern": {"q_proj": 0}}, "the rank of .* is 0"),

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from texforce_hub.check import check_adapter
 from texforce_hub.dialects import plan
-from texforce_hub.errors import AdapterError, DialectError
+from texforce_hub.errors import AdapterError, DialectError, FileError
 from texforce_hub.header import Header, TensorInfo
 from texforce_hub.inspection import inspect_file
 from texforce_hub.sources import read_adapter, write_adapter
@@ -138,6 +138,30 @@ def test_it_is_refused_in_one_line_that_says_what_was_seen(tmp_path, case):
     assert str(caught.value).isprintable()
     facts = inspect_file(path)
     assert facts.error is None or facts.error.isprintable()
+
+
+ZEROTH = {0: ones(6, 2), "0": ones(2, 8)}
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "words"),
+    [
+        (ab() | {f"{Q}.alpha": 4}, DialectError, r"q_proj\.alpha' is '4' and no tensor"),
+        (ab() | ZEROTH, FileError, "holds the name '0' twice"),
+        (ones(3), FileError, "holds a Tensor; expected a dictionary"),
+        ([[ones(3)]], DialectError, "holds no tensors"),
+        ({"state_dict": [ones(3)]}, DialectError, "holds no tensors"),
+        (ab() | {1.5: ones(2)}, FileError, "a float as a dictionary's key"),
+        (ab() | {"n": 10**6000}, FileError, "a damaged one"),
+        (ab() | {"x": torch.eye(3).to_sparse()}, FileError, "asks for torch._utils._rebuild_sparse_tensor"),
+        ({name: tensor.to("meta") for name, tensor in ab().items()}, FileError, "refused: its pickle asks for"),
+    ],
+)
+def test_an_odd_pickle_is_refused_in_one_line(tmp_path, content, error, words):
+    torch.save(content, tmp_path / "a.bin")
+    with pytest.raises(error, match=words):
+        read_adapter(tmp_path / "a.bin")
+    assert inspect_file(tmp_path / "a.bin").error is not None
 
 
 READ = {

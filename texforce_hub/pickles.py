@@ -244,12 +244,17 @@ def _flatten(content: Any, path: Path) -> tuple[dict[str, _Tensor], dict[str, st
     if isinstance(content, list):  # as cloneofsimo's trainer writes; a tensor is called by its place
         content = dict(enumerate(content))
     if not isinstance(content, dict):
-        raise FileError(f"{path}: holds a {type(content).__name__}; expected a dictionary of tensors")
+        raise FileError(f"{path}: holds a {type(content).__name__.strip('_')}; expected a dictionary of tensors")
     rest: dict[Any, Any] = {}
     if isinstance(content.get("state_dict"), dict):
         rest = {key: value for key, value in content.items() if key != "state_dict"}
         content = content["state_dict"]
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, _Tensor)}
+    tensors: dict[str, _Tensor] = {}
+    for key, value in content.items():
+        if str(key) in tensors:  # 0 and "0"
+            raise _DuplicateError(str(key))
+        if isinstance(value, _Tensor):
+            tensors[str(key)] = value
     rest |= {key: value for key, value in content.items() if not isinstance(value, _Tensor)}
     return tensors, {str(key): _described(value) for key, value in rest.items()}
 

@@ -108,6 +108,11 @@ def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
                 f"{key!r} and {stem.roles[reading.role][0]!r} are both the {reading.role} of one layer"
             )
         stem.roles[reading.role] = (key, info)
+    found.clashes += [  # a pickle can hold numbers that are no tensors
+        f"{key!r} is {value!r:.40} and no tensor; a reader would lose it"
+        for key, value in header.metadata.items()
+        if len(key) <= _LONGEST_NAME and _read(key, dialects)[0] is not None
+    ]
     return found
 
 

@@ -15,6 +15,8 @@ from texforce_hub.header import Header
 ABSURD = 100.0
 """A scale beyond this is reported: nobody trains with it, damaged files have it."""
 
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # PEFT's initialisations that do
+
 
 @dataclass(frozen=True, slots=True)
 class Alpha:
@@ -107,6 +109,12 @@ def _read_config(config: Mapping[str, Any]) -> _Config:
         raise DialectError(f"r, the rank, is {rank!r:.80}; expected a whole number from 1: mend the configuration")
     if any(key in config and config[key] is None for key in ("lora_alpha", "alpha")):
         raise DialectError("lora_alpha is null; expected a number: mend the configuration")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise DialectError(
+            f"init_lora_weights is {start!r:.40}: training began by changing the base's weights, which the file does "
+            "not hold; let PEFT convert it (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     return _Config(
         alpha=config.get("lora_alpha", config.get("alpha")),
         alphas=read_patterns(config.get("alpha_pattern")),
