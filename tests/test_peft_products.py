@@ -119,6 +119,49 @@ def test_peft_computes_what_lycoris_trained(kind, place, pipe, tmp_path):
         model.unload()
 
 
+TRAINED = {
+    "loha": ("LoHaConfig", {}),
+    "loha-effective": ("LoHaConfig", {"use_effective_conv2d": True}),
+    "lokr": ("LoKrConfig", {}),
+    "lokr-effective": ("LoKrConfig", {"use_effective_conv2d": True}),
+    "lokr-both": ("LoKrConfig", {"decompose_both": True, "r": 1}),
+    "lokr-factor": ("LoKrConfig", {"decompose_factor": 4}),
+    "lokr-full": ("LoKrConfig", {"r": 100}),
+}
+
+
+@pytest.mark.parametrize("names", [TEXT, UNET], ids=["text", "unet"])
+@pytest.mark.parametrize("kind", TRAINED)
+def test_what_peft_trained_is_read_exactly_and_goes_back_to_it(kind, names, pipe, tmp_path):
+    import peft
+
+    torch.manual_seed(0)
+    config, options = TRAINED[kind]
+    part = names[0].partition(".")[0]
+    ends = [live_name(name.partition(".")[2], hasattr(getattr(pipe, part), "text_model")) for name in names]
+    patterns = {"rank_pattern": {ends[0]: 3}, "alpha_pattern": {ends[1]: 3}} if "r" not in options else {}
+    settings = {"r": 2, "alpha": 5, "target_modules": ends, "init_weights": False, **patterns, **options}
+    model = peft.get_peft_model(getattr(pipe, part), getattr(peft, config)(**settings))
+    try:
+        gold = {name: live_module(pipe, name).get_delta_weight("default").detach() for name in names}
+        model.save_pretrained(tmp_path / "theirs")
+    finally:
+        model.unload()
+    adapter = read_adapter(tmp_path / "theirs")
+    assert adapter.layers.keys() == gold.keys()
+    back = read_adapter(convert_adapter(tmp_path / "theirs", tmp_path / "ours", dialect="peft"))
+    for name, delta in gold.items():
+        for found in (adapter, back):
+            torch.testing.assert_close(found.delta(name).reshape(delta.shape), delta, rtol=1e-5, atol=1e-6)
+    model = peft.PeftModel.from_pretrained(getattr(pipe, part), tmp_path / "ours")
+    try:
+        for name, delta in gold.items():
+            found = live_module(pipe, name).get_delta_weight("default").detach()
+            torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-6)
+    finally:
+        model.unload()
+
+
 @pytest.mark.parametrize("names", [TEXT, UNET], ids=["text", "unet"])
 @pytest.mark.parametrize("kind", MAKERS)
 def test_the_folder_is_read_back_as_it_was(kind, names, pipe, tmp_path):
