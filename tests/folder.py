@@ -105,8 +105,8 @@ def make_damages(folder: Path, count: int) -> list[Made]:
         if len(made) >= count:
             break
         name = names[seed % len(names)]
-        twin, damaged, _ = make_damaged(folder / f"{seed:03d}", name, seed)
-        made.append(Made(damaged, name, None if name in NOT_IN_THE_PLAN else False))
+        twin, damaged, damage = make_damaged(folder / f"{seed:03d}", name, seed)
+        made.append(Made(damaged, name, None if name in NOT_IN_THE_PLAN else damage.error is None))
         if seed % 4 == 0 and len(made) < count:
             made.append(Made(twin, f"the twin of {name}", True))
         else:
