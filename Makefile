@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fix lint types gpu bench campaign fuzz cube build clean
+.PHONY: help setup demo test check fix gpu bench campaign fuzz cube old build clean
 help: ## print the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -41,11 +41,20 @@ bench: $(READY) ## measure what BENCHMARKS.md reports
 campaign: $(READY) ## ten kill -9 and resume rounds of a training run, bit for bit
 	$(BIN)/pytest -m campaign tests/test_train_campaign.py
 
-fuzz: $(READY) ## two thousand damaged files
-	$(BIN)/pytest -m campaign tests/test_fuzz.py
+fuzz: $(READY) ## two thousand damaged files, and a folder of three hundred
+	$(BIN)/pytest -m campaign -s tests/test_fuzz.py tests/test_folder.py
 
-cube: $(READY) ## every U-Net partner under every text dialect, every foreign listing on SD1's true size
-	$(BIN)/pytest -m campaign tests/test_cube.py tests/test_apply_files.py
+cube: $(READY) ## every U-Net partner under every text dialect, every foreign listing at true size
+	$(BIN)/pytest -m campaign tests/test_cube.py tests/test_apply_files.py tests/test_listings.py
+
+OLD := .old-stack
+$(OLD)/.ready: $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $(OLD) diffusers==0.30.3 transformers==4.44.2 tokenizers==0.19.1 \
+	  huggingface_hub==0.25.2 peft==0.12.0 accelerate==0.34.2 numpy==1.26.4
+	@touch $@
+
+old: $(OLD)/.ready ## what we write, loaded by diffusers 0.30, transformers 4 and PEFT 0.12
+	TEXFORCE_HUB_OLD_STACK=$(OLD) $(BIN)/pytest -m campaign tests/test_old_libraries.py
 
 build: $(READY) ## the wheel
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
