@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from texforce_hub.adapter import Adapter, LayerName, wide
+from texforce_hub.adapter import Adapter, Layer, LayerName, wide
 from texforce_hub.bundles import hash_files
 from texforce_hub.device import choose_dtype
 from texforce_hub.errors import RecipeError
@@ -17,7 +17,7 @@ from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import IN_MEMORY
 from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef
-from texforce_hub.sources import read_adapter
+from texforce_hub.sources import open_adapter, read_outline
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "rank": int,
@@ -107,7 +107,7 @@ def read_recipe(path: str | Path) -> Recipe:
             return Recipe.parse(Path(path).read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read as text: {error}") from error
-    return recipe_of(read_adapter(path), str(path))
+    return recipe_of(read_outline(path), str(path))
 
 
 def recipe_of(adapter: Adapter, label: str = "the adapter") -> Recipe:
@@ -125,33 +125,35 @@ def recipe_of(adapter: Adapter, label: str = "the adapter") -> Recipe:
 def verify_merge(
     path: str | Path, *, base: Base | None = None, device: str | torch.device | None = None
 ) -> Verification:
-    """Run a result's recipe again and compare, layer by layer.
+    """Run a result's recipe again and compare, layer by layer; the file's layers are read as they are compared.
 
     Raises:
         RecipeError: the file carries no recipe, or a source is not what it was.
     """
-    adapter = read_adapter(path, device=device)
-    again = run_recipe(recipe_of(adapter, str(path)), base=base, device=device).adapter
-    distances = {name: _distance(adapter, again, name) for name in again.layers if name in adapter.layers}
+    stored = open_adapter(path, device=device)
+    again = run_recipe(recipe_of(stored.outline, str(path)), base=base, device=device).adapter
+    distances = {
+        name: _distance(stored.layers[name], layer) for name, layer in again.layers.items() if name in stored.layers
+    }
     worst = max(distances, key=lambda name: distances[name], default="")
-    tolerance = max((_rounding(adapter, name) for name in adapter.layers), default=0.0)
-    missing = tuple(name for name in again.layers if name not in adapter.layers)
-    extra = tuple(name for name in adapter.layers if name not in again.layers)
+    tolerance = max(map(_rounding, stored.outline.layers.values()), default=0.0)
+    missing = tuple(name for name in again.layers if name not in stored.layers)
+    extra = tuple(name for name in stored.layers if name not in again.layers)
     difference = distances.get(worst, 0.0)
     same = difference <= tolerance and not missing and not extra
     return Verification(same, difference, tolerance, worst, missing, extra)
 
 
-def _distance(stored: Adapter, again: Adapter, name: LayerName) -> float:
-    if stored.layers[name].shape != again.layers[name].shape:
+def _distance(stored: Layer, again: Layer) -> float:
+    if stored.shape != again.shape:
         return float("inf")
-    wanted = wide(again.delta(name))
+    wanted = wide(again.delta())
     size = float(wanted.norm())
-    apart = float((stored.delta(name).to(wanted.device) - wanted).norm())
+    apart = float((stored.delta().to(wanted.device) - wanted).norm())
     return apart / size if size > 0 else float(apart > 0)
 
 
-def _rounding(adapter: Adapter, name: LayerName) -> float:
+def _rounding(layer: Layer) -> float:
     """What storing a layer in its dtype may change, relative to its norm."""
     found: list[float] = []
 
@@ -159,5 +161,5 @@ def _rounding(adapter: Adapter, name: LayerName) -> float:
         found.append(torch.finfo(tensor.dtype).eps)
         return tensor
 
-    adapter.layers[name].map(note)
+    layer.map(note)
     return max(1e-5, 2 * max(found))
