@@ -61,7 +61,7 @@ def write_shards(folder, stem="adapter_model", count=2):
     tensors = load_file(folder / "whole" / "adapter_model.safetensors")
     names = sorted(tensors)
     (folder / "adapter_config.json").write_bytes((folder / "whole" / "adapter_config.json").read_bytes())
-    index = {}
+    index: dict[str, str] = {}
     for number in range(count):
         name = f"{stem}-{number + 1:05d}-of-{count:05d}.safetensors"
         mine = names[number::count]
@@ -243,6 +243,42 @@ def test_a_folder_of_parts_beside_another_adapter_must_be_named(tmp_path):
         read_adapter(tmp_path)
     (tmp_path / "cat.safetensors").unlink()
     same(read_adapter(tmp_path), whole)
+
+
+def test_a_whole_models_shards_are_no_rival_of_an_adapter(tmp_path):
+    text, _, _ = sd1_parts()
+    for number, key in ((1, "conv_in.weight"), (2, "conv_out.weight")):
+        name = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        save_file({key: torch.ones(4, 4, 3, 3)}, tmp_path / name)
+    with pytest.raises(RefError, match="holds no adapter file"):
+        read_adapter(tmp_path)
+    write_adapter(text, tmp_path / "cat.safetensors")
+    same(read_adapter(tmp_path), text)
+    found = json.loads(run("inspect", tmp_path, "--json").stdout)["files"]
+    assert [one["error"] is None for one in found] == [True, False]
+
+
+def test_it_is_put_on_a_pipeline_as_one(tmp_path):
+    from tests.pipelines_tiny import random_adapter, tiny_pipeline
+    from texforce_hub.apply import apply_adapter
+
+    pipe = tiny_pipeline("sd1")
+    whole = random_adapter(pipe, parts=["text_encoder", "unet"])
+    assert set(whole.parts) == {"text_encoder", "unet"}
+    for part in whole.parts:
+        write_adapter(whole.only(part), tmp_path / part, dialect="peft")
+
+    def weights():
+        modules = (pipe.text_encoder, pipe.unet)
+        return [parameter.detach().clone() for module in modules for parameter in module.parameters()]
+
+    with apply_adapter(pipe, whole, mode="fuse"):
+        expected = weights()
+    plain = weights()
+    assert not all(torch.equal(one, other) for one, other in zip(plain, expected, strict=True))
+    with apply_adapter(pipe, str(tmp_path), mode="fuse"):
+        for one, other in zip(weights(), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_inspect_says_that_it_is_one_adapter_in_several_files(tmp_path):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, part_folders
+from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, part_folders, plan_bundle
 from texforce_hub.catalog import Entry, read_catalog
 from texforce_hub.choose import PREFERRED, SUFFIXES, choose_name, list_names
 from texforce_hub.container import open_header
@@ -147,7 +147,7 @@ def pick_bundle(folder: Path) -> Bundle:
         RefError: no adapter, or several of equal standing.
     """
     bundles = [] if any((folder / name).is_file() for name in PREFERRED) else bundle_folder(folder)
-    several = [bundle for bundle in bundles if not bundle.is_one_file]
+    several = [bundle for bundle in bundles if not bundle.is_one_file and not _is_model(bundle)]
     if not several:
         return bundle_file(pick_file(folder))
     single = [bundle for bundle in bundles if bundle.is_one_file and bundle.path.suffix == ".safetensors"]
@@ -156,6 +156,17 @@ def pick_bundle(folder: Path) -> Bundle:
         names = list_names([path.name for path in rivals])
         raise RefError(f"{folder}: holds {len(rivals)} adapters, {names}; name the one you mean")
     return several[0]
+
+
+def _is_model(bundle: Bundle) -> bool:
+    """Whether shards are those of a whole model; what cannot be read may be an adapter, and is refused as one."""
+    try:
+        plan_bundle(bundle)
+    except DialectError:
+        return len(bundle.pieces) == 1
+    except FileError:
+        return False
+    return False
 
 
 def _holds_adapter(path: Path) -> bool:

@@ -37,6 +37,7 @@ def inspect(
 
     Example: texforce-hub inspect downloads/ --json
     """
+    from texforce_hub.bundles import Bundle
     from texforce_hub.inspection import inspect_files
     from texforce_hub.locate import find_bundles, list_adapters
 
@@ -47,7 +48,7 @@ def inspect(
     found = _chosen(found, family, sort)
     measured: dict[Path, list[LayerFacts]] = {}
     if weights:
-        found, measured = _measure(found, {bundle.path: bundle for ref in refs for bundle in find_bundles(ref)})
+        found, measured = _measure(found, {one.path: one for one in adapters if isinstance(one, Bundle)})
     if json:
         put_json({"files": [_as_dict(one, measured) for one in found]})
     elif len(found) == 1:
