@@ -119,7 +119,7 @@ def test_peft_computes_what_lycoris_trained(kind, place, pipe, tmp_path):
         model.unload()
 
 
-TRAINED: dict[str, tuple[str, dict]] = {
+TRAINED: dict[str, tuple[str, dict[str, object]]] = {
     "loha": ("LoHaConfig", {}),
     "loha-effective": ("LoHaConfig", {"use_effective_conv2d": True}),
     "lokr": ("LoKrConfig", {}),
