@@ -11,8 +11,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.damage import DAMAGES, KINDS, kind_of, make_damaged
+from texforce_hub import cli
 from texforce_hub.convert import convert_adapter
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.inspection import inspect_file, inspect_files
@@ -146,3 +148,12 @@ def test_inspecting_a_damaged_file_says_what_reading_it_says(tmp_path, name):
         assert re.search(damage.phrase, broken.error)
     else:
         assert inspect_file(damaged).layers
+
+
+def test_nothing_raw_of_a_damaged_file_reaches_the_terminal(tmp_path):
+    for name in sorted(DAMAGES):
+        make_damaged(tmp_path / name.replace(" ", "-"), name, 5)
+    for arguments in ([str(tmp_path)], [str(tmp_path / "words-that-move-the-cursor" / "damaged")]):
+        run = CliRunner().invoke(cli.app, ["inspect", *arguments])
+        assert run.stdout.count("\n") > 10
+        assert all(character.isprintable() or character == "\n" for character in run.stdout + run.stderr)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.check import check_adapter
+from texforce_hub.codec import encode
 from texforce_hub.dialects import plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
 from texforce_hub.header import Header, TensorInfo
@@ -125,6 +127,13 @@ REFUSED = {
         {f"{Q}.to_k_lora.{half}.weight": ones(*shape) for half, shape in (("down", (2, 8)), ("up", (6, 2)))},
         "they change nothing",
     ),
+    "a hash for a number": (kohya(FLAT.replace("_0_", "_#_")), "none of 2 tensors"),
+    "magnitudes of no inputs": (ab() | {f"{Q}.dora_scale": ones(1, 0, 1, 1)}, "DoRA magnitudes"),
+    "down of one dimension, its part left open": (ab(Q.removeprefix("text_encoder."), down=ones(8)), NO_RANK),
+    "one convolution twice, in two shapes": (
+        kohya("lora_unet_conv_in", ones(2, 4, 3, 3), ones(320, 2, 1, 1)) | ab("unet.conv_in"),
+        r"twice, with shapes \(320, 4, 3, 3\) and \(6, 8\)",
+    ),
     "places with a gap": ({"text_encoder:0:up": ones(6, 2), "text_encoder:5:down": ones(2, 8)}, "fit no known model"),
 }
 
@@ -189,6 +198,18 @@ def test_it_is_read_exactly_and_written_again(tmp_path, case):
     assert torch.equal(adapter.delta(Q).float(), torch.full((6, 8), scale * layer.rank))
     again = read_adapter(write_adapter(adapter, tmp_path / "again", dialect="kohya"))
     assert torch.equal(again.delta(Q), adapter.delta(Q))
+
+
+def test_an_alpha_of_one_s_own_must_be_a_number(tmp_path):
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(AdapterError, match="expected a finite number"):
+            read_adapter(saved(tmp_path, ab()), alpha=alpha)
+
+
+def test_an_extra_never_takes_a_layer_s_place():
+    layer = LowRank(ones(2, 8), ones(6, 2))
+    with pytest.raises(DialectError, match=r"an extra is called '.*alpha', as a layer's tensor is"):
+        encode(Adapter({Q: layer}, extras={f"{FLAT}.alpha": ones(1)}), "kohya")
 
 
 def test_a_layer_of_an_absurd_number_is_read_and_said_not_to_fit(tmp_path):

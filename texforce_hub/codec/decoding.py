@@ -1,5 +1,6 @@
 """Plan + tensors → adapter."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector, wide
 from texforce_hub.dialects import LayerPlan, Plan
-from texforce_hub.errors import DialectError
+from texforce_hub.errors import AdapterError, DialectError
 
 
 def decode(plan: Plan, tensors: Mapping[str, Tensor], *, alpha: float | None = None) -> Adapter:
@@ -17,7 +18,7 @@ def decode(plan: Plan, tensors: Mapping[str, Tensor], *, alpha: float | None = N
 
     Raises:
         DialectError: the plan has faults, a tensor is missing, or one layer is there twice with unequal values.
-        AdapterError: tensors of a dtype that is no floating one.
+        AdapterError: tensors of a dtype that is no floating one, or an ``alpha`` that is not finite.
     """
     check_plan(plan, tensors)
     layers = {name: decode_layer(layer, tensors, alpha) for name, layer in plan.layers.items()}
@@ -77,6 +78,8 @@ def equal_layers(one: Layer, other: Layer) -> bool:
 
 
 def _decode_one(plan: LayerPlan, tensors: Mapping[str, Tensor], alpha: float | None) -> Layer:
+    if alpha is not None and not math.isfinite(alpha):
+        raise AdapterError(f"alpha {alpha}; expected a finite number")
     parts = {role: tensors[key] for role, key in plan.keys.items()}
     scale = alpha / plan.divisor if alpha is not None and plan.alpha is None and plan.divisor else plan.scale
     match plan.kind:

@@ -55,6 +55,10 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     left_out = tuple(name for name in adapter.extras if name not in extras)
     if left_out:
         logger.warning("%s: %d extra tensors have no place in this layout: %s", dialect, len(left_out), left_out)
+    if extras.keys() & tensors.keys():
+        raise DialectError(
+            f"{dialect}: an extra is called {min(extras.keys() & tensors.keys())!r}, as a layer's tensor is"
+        )
     return Encoded(tensors | extras, metadata, config, layout.filename, left_out)
 
 

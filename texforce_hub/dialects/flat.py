@@ -28,7 +28,7 @@ def unflatten(flat: str) -> tuple[str, str] | None:
     ``None`` if no known model has such a layer. Original U-Net names come back in ``diffusers``' spelling.
     """
     numbers = iter(_NUMBER.findall(flat))
-    found = _templates().get(_NUMBER.sub("#", flat))
+    found = None if "#" in flat else _templates().get(_NUMBER.sub("#", flat))
     if found is None:
         return None
     kind, template = found

@@ -147,7 +147,7 @@ def _stored_alpha(stem: Stem, header: Header, faults: list[str]) -> float | None
 def _with_kernel(outcome: _Outcome, stem: Stem) -> _Outcome:
     """A flattened convolution whose magnitudes ``(1, in, 1, 1)`` say how many inputs it has: kernels are square."""
     shape = stem.shapes.get("dora", ())
-    if len(shape) != 4 or shape[0] != 1 or len(outcome.shape) != 2 or outcome.shape[1] % shape[1]:
+    if len(shape) != 4 or shape[0] != 1 or not shape[1] or len(outcome.shape) != 2 or outcome.shape[1] % shape[1]:
         return outcome
     side = math.isqrt(outcome.shape[1] // shape[1])
     folded = (outcome.shape[0], shape[1], side, side)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from texforce_hub.dialects.kinds import LayerPlan, Stem, changed_shape, plan_layer, worth_knowing
+from texforce_hub.dialects.kinds import LayerPlan, Shape, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.leftovers import sort_leftovers
 from texforce_hub.dialects.recognition import FamilyVerdict, find_base, recognize_family
@@ -179,11 +179,16 @@ def _merge_twins(plans: Iterable[LayerPlan]) -> dict[str, LayerPlan]:
 
 def _fold(layer: LayerPlan, family: FamilyVerdict) -> LayerPlan:
     """Give a convolution its kernel back: LyCORIS flattens it in products, and the file does not say its size."""
-    known = {FAMILIES[name].shape_of(layer.name) for name in family.candidates or FAMILIES} - {None}
-    fitting = [shape for shape in known if shape and math.prod(shape) == math.prod(layer.shape)]
-    if len(fitting) != 1 or not layer.shape or fitting[0][0] != layer.shape[0]:
-        return layer
-    return replace(layer, shape=fitting[0], twins=tuple(replace(twin, shape=fitting[0]) for twin in layer.twins))
+    known = {FAMILIES[name].shape_of(layer.name) for name in family.candidates or FAMILIES}
+    twins = tuple(replace(twin, shape=_folded(twin.shape, known)) for twin in layer.twins)
+    return replace(layer, shape=_folded(layer.shape, known), twins=twins)
+
+
+def _folded(shape: Shape, known: Iterable[Shape | None]) -> Shape:
+    """The one known shape with as many outputs and entries; the shape itself where there is none, or several."""
+    wanted = shape[:1], math.prod(shape)
+    fitting = [other for other in known if other and (other[:1], math.prod(other)) == wanted]
+    return fitting[0] if len(fitting) == 1 and shape else shape
 
 
 def _all_faults(layers: Mapping[str, LayerPlan]) -> Iterator[str]:
