@@ -248,6 +248,26 @@ def test_another_files_sidecar_is_never_written_over(tmp_path):
     assert carry_sidecars(path, tmp_path / "out" / "cat.safetensors") == tuple(done["notes"][:1])  # the rest is equal
 
 
+def test_a_link_to_nowhere_has_the_name_too(tmp_path):
+    path = write_file(tmp_path / "in" / "cat.safetensors")
+    write_sidecars(path)
+    (tmp_path / "out").mkdir()
+    link = tmp_path / "out" / "cat.json"
+    link.symlink_to("nowhere")
+    assert any(str(link) in note for note in carry_sidecars(path, tmp_path / "out" / "cat.safetensors"))
+    assert link.is_symlink()
+
+
+def test_many_conversions_say_one_thing_once(tmp_path):
+    for name in ("a", "b", "c"):
+        write_sidecars(write_file(tmp_path / "in" / f"{name}.safetensors"))
+    shown = run("convert", tmp_path / "in", "--output", tmp_path / "out")
+    assert shown.exit_code == 0
+    (note,) = [line for line in shown.stderr.splitlines() if "SHA-256" in line]
+    assert "(and of 2 more files)" in note
+    assert len(list((tmp_path / "out").iterdir())) == 3 * 5
+
+
 def test_a_conversion_that_fails_copies_nothing(tmp_path):
     path = write_file(tmp_path / "in" / "cat.safetensors")
     write_sidecars(path)
@@ -267,5 +287,5 @@ def test_a_sidecar_that_cannot_be_copied_is_said_and_leaves_nothing_half_written
     monkeypatch.setattr("texforce_hub.convert.shutil.copyfile", fill_the_disk)
     notes = carry_sidecars(path, tmp_path / "out" / "cat.safetensors")
     assert len(notes) == 4
-    assert all("could not be copied" in note and "No space left" in note for note in notes)
+    assert all("not copied" in note and "No space left" in note for note in notes)
     assert not list(tmp_path.glob("out/*"))

@@ -1,5 +1,6 @@
 """An adapter from one layout into another, or many of them, each whole or not at all."""
 
+import filecmp
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
@@ -115,14 +116,14 @@ def carry_sidecars(source: Path, target: Path) -> tuple[str, ...]:
 def _carry(sidecar: Sidecar, target: Path) -> Iterator[str]:
     place = target.with_name(target.stem + sidecar.ending)
     try:
-        if place.exists():
-            if place.read_bytes() != sidecar.path.read_bytes():
-                yield f"{place} is there already and is another file than {sidecar.path}; it stays as it is"
+        if place.exists() or place.is_symlink():
+            if not place.is_file() or not filecmp.cmp(place, sidecar.path, shallow=False):
+                yield f"{place}: another file of that name is there already, and it stays as it is"
             return
         with writing(place) as part:
             shutil.copyfile(sidecar.path, part)
     except (FileError, OSError) as error:
-        yield f"{sidecar.path}: could not be copied to {place}: {error}"
+        yield f"{sidecar.path}: not copied: {error}"
         return
     if sidecar.sha256:
         yield (

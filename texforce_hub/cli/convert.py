@@ -1,5 +1,6 @@
 """``texforce-hub convert``: adapters from one layout into another."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,11 +59,22 @@ def convert(
         put(str(done[0].output))
     else:
         put_table(["from", "to"], [[str(one.source), one.error or str(one.output)] for one in done])
-    for note in [note for one in done for note in one.notes]:
+    for note in _gathered(note for one in done for note in one.notes):
         say(f"note: {note}")
     failed = sum(one.error is not None for one in done)
     if failed:
         raise FileError(f"{failed} of {len(done)} files could not be converted; the table says why")
+
+
+def _gathered(notes: Iterable[str]) -> Iterator[str]:
+    """Each ``FILE: what there is to say`` once, with the first file of which it is said and how many more there are."""
+    files: dict[str, list[str]] = {}
+    for note in notes:
+        file, _, text = note.partition(": ")
+        files.setdefault(text, []).append(file)
+    for text, named in files.items():
+        more = f" (and of {len(named) - 1} more files)" if len(named) > 1 else ""
+        yield f"{named[0]}: {text}{more}"
 
 
 def _as_dict(one: "Conversion") -> dict[str, Any]:
