@@ -3,14 +3,17 @@
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+_WIDTH = 120  # characters of a table in a file or a pipe
 
 
 def printable(text: str) -> str:
@@ -34,16 +37,26 @@ def put_json(value: Any) -> None:
 
 
 def put_table(
-    columns: list[str], rows: list[list[str]], *, title: str | None = None, whole: Collection[str] = ()
+    columns: list[str],
+    rows: list[list[str]],
+    *,
+    title: str | None = None,
+    whole: Collection[str] = (),
+    widths: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """A table (stdout); the columns ``whole`` are never folded. Cells are data: markup in them is shown, not obeyed."""
+    """A table (stdout). Cells are data: markup and escapes in them are shown, not obeyed.
+
+    The columns ``whole`` are never folded; where there is room, those of ``widths`` are folded at that width.
+    """
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     table = Table(title=None if title is None else Text(printable(title)), title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column in whole)
+    for place, column in enumerate(columns):
+        longest = max(len(row[place]) for row in [columns, *rows])
+        width = min(widths[column], longest) if column in widths and console.width >= _WIDTH else None
+        table.add_column(column, overflow="fold", no_wrap=column in whole, width=width)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    width = None if sys.stdout.isatty() else 120
-    Console(width=width, highlight=False).print(table)
+    console.print(table)
 
 
 @contextmanager

@@ -152,9 +152,12 @@ def _sidecar_rows(one: "Inspection") -> Iterator[list[str]]:
 def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFacts]]") -> None:
     root = _common_folder([one.path for one in found])
     problems = {_inside(one.path, root): _problems(one, measured.get(one.path)) for one in found}
-    columns = ["file", "layout", "family", "parts", "rank", "alpha", "dtype", "MB", "AutoV2", "beside", "state"]
+    columns = ["file", "layout", "family", "parts", "rank/alpha", "dtype", "MB", "AutoV2", "beside", "state"]
     rows = [_row(one, root, len(problems[_inside(one.path, root)])) for one in found]
-    put_table(columns, rows, title=str(root), whole=("state",))
+    if not any(one.sidecars for one in found):
+        place = columns.index("beside")
+        columns, *rows = [[*cells[:place], *cells[place + 1 :]] for cells in (columns, *rows)]
+    put_table(columns, rows, title=str(root), whole=("MB", "AutoV2", "state"), widths={"file": 22})
     for path, lines in problems.items():
         for line in lines:
             put(f"{path}: {line}")
@@ -182,14 +185,19 @@ def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
         ", ".join(one.dialects),
         ", ".join(one.families) or ("" if one.error else "unknown"),
         ", ".join(f"{part} {count}" for part, count in one.parts.items()),
-        ", ".join("–" if rank is None else str(rank) for rank in one.ranks),
-        ", ".join("–" if alpha is None else f"{alpha:g}" for alpha in one.alphas),
+        " / ".join((_few(one.ranks), _few(one.alphas))) if one.parts else "",
         ", ".join(one.dtypes),
         f"{one.size / 1e6:.2f}",
         one.autov2 or (f"{len(one.files)} files" if one.files else ""),
         ", ".join(dict.fromkeys(sidecar.ending.rpartition(".")[2] for sidecar in one.sidecars)),
         "unreadable" if one.error else f"{problems} to note" if problems else "ok",
     ]
+
+
+def _few(counted: Mapping[Any, int]) -> str:
+    """The commonest three; a dash where there is none."""
+    named = ["–" if value is None else f"{value:g}" for value in counted]
+    return ", ".join(named[:3]) + (" …" if len(named) > 3 else "")
 
 
 def _weight_problems(measured: "list[LayerFacts]") -> list[str]:
