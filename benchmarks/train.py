@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     base, tuned = done.evaluation.mean("base").mean, done.evaluation.mean("unet").mean
     print("## Train\n")
     print(f"`python -m benchmarks.train`; {platform.machine()}, torch {torch.__version__}, ", end="")
-    print(f"{torch.get_num_threads()} threads.")
+    print(f"threads: {torch.get_num_threads()}.")
     print(f"The default recipe on `shapes`, {PROMPTS} held-out prompts, {len(SEEDS)} images each; differences of the")
     print(f"reward with 95 % intervals paired by prompt. Base {base:.3f}, tuned U-Net alone {tuned:.3f}.\n")
     print("| seed | text − base | both − text | both − U-Net | known words, text − base | seconds |")

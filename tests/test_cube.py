@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from tests.pipelines_saved import load, text_out, unet_out, write_partner
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
-from tests.test_pipelines import KINDS, load, text_out, unet_out, write_partner
+from tests.test_partners import KINDS
 from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.apply import apply_adapter
 from texforce_hub.families import FAMILIES
