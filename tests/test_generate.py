@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.pipelines_saved import original_topology
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
-from tests.test_pipelines import original_topology
 from texforce_hub.cli import app
 from texforce_hub.cli.columns import sweep_weights
 from texforce_hub.device import choose_device, choose_dtype
