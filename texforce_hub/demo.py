@@ -25,7 +25,7 @@ from texforce_hub.images.picture import column_sheet
 from texforce_hub.pipelines import load_pipeline
 from texforce_hub.rewards import resolve_rewards
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
-from texforce_hub.shapes.grammar import sample_prompts
+from texforce_hub.shapes.grammar import NOISY_COLOURS, sample_prompts
 from texforce_hub.sources import read_adapter
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.loop import StepReport, train_adapter
@@ -33,7 +33,7 @@ from texforce_hub.train.loop import StepReport, train_adapter
 TEXT_ADAPTER = "shapes-colour"
 UNET_PARTNER = "shapes-refl"
 PROMPTS, PROMPT_SEED, SEEDS = 96, 7, (0, 1)
-SHEET_PROMPTS = 8
+SHEET_PROMPTS = 2  # of each noisy word
 ROWS = ("base", "text", "unet", "both")
 
 
@@ -88,7 +88,7 @@ def run_demo(
     results = _describe(evaluation, canonical) | facts
     with writing(folder / "results.json") as temporary:
         Path(temporary).write_text(json.dumps(results, indent=2) + "\n")
-    sheet = _draw_sheet(pipe, variants, noisy[:SHEET_PROMPTS], sampling)
+    sheet = _draw_sheet(pipe, variants, _some_of_each_word(noisy), sampling)
     with writing(folder / "sheet.png") as temporary:
         sheet.save(temporary, format="PNG")
     return Demonstration(evaluation, canonical, folder, results)
@@ -135,6 +135,15 @@ def _bounds(interval: Interval) -> list[float]:
 
 def _rounded(value: float) -> float:
     return round(value, 4)
+
+
+def _some_of_each_word(prompts: list[str]) -> list[str]:
+    """The first prompts of each noisy colour word, so that the sheet shows all of them."""
+    return [
+        prompt
+        for word in NOISY_COLOURS.values()
+        for prompt in [text for text in prompts if word in text.split()][:SHEET_PROMPTS]
+    ]
 
 
 def _draw_sheet(pipe: Any, variants: Mapping[str, Variant], prompts: list[str], sampling: Sampling) -> Image.Image:
