@@ -206,6 +206,18 @@ def test_an_alpha_of_one_s_own_must_be_a_number(tmp_path):
             read_adapter(saved(tmp_path, ab()), alpha=alpha)
 
 
+@pytest.mark.parametrize("dialect", ["comfy", "kohya"])
+def test_a_block_that_no_unet_has_is_never_written_as_another(dialect):
+    to_k = "unet.up_blocks.1.attentions.{}.transformer_blocks.0.attn1.to_k"
+    adapter = Adapter({to_k.format(i): LowRank(ones(2, 8), ones(6, 2)) for i in (0, 7)})
+    try:
+        encoded = encode(adapter, dialect)
+    except DialectError as error:
+        assert "attentions.7" in str(error)  # noqa: PT017
+    else:
+        assert plan(header(encoded.tensors)).layers.keys() == adapter.layers.keys()
+
+
 def test_an_extra_never_takes_a_layer_s_place():
     layer = LowRank(ones(2, 8), ones(6, 2))
     with pytest.raises(DialectError, match=r"an extra is called '.*alpha', as a layer's tensor is"):

@@ -30,6 +30,7 @@ _RESNET = {
     "skip_connection": "conv_shortcut",
 }
 _N = "(0|[1-9][0-9]?)"  # a block's number: no leading zeros, no other script's digits
+_LAST = {"down": 1, "up": 2}  # a block's last resnet
 _ORIGINAL = re.compile(rf"(input_blocks|output_blocks)\.{_N}\.{_N}\.(.+)")
 _DIFFUSERS = re.compile(rf"(down|up)_blocks\.{_N}\.(resnets|attentions|downsamplers|upsamplers)\.{_N}\.(.+)")
 
@@ -84,6 +85,8 @@ def to_ldm(path: str, family: str | None = None) -> str | None:
     if match is None:
         return None
     way, block, kind, layer, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if layer > _LAST[way] or (layer and kind.endswith("samplers")):
+        return None
     if kind == "downsamplers":
         return f"input_blocks.{3 * block + 3}.0.op"
     if kind == "upsamplers":
