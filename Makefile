@@ -42,7 +42,7 @@ campaign: $(READY) ## ten kill -9 and resume rounds of a training run, bit for b
 	$(BIN)/pytest -m campaign tests/test_train_campaign.py
 
 fuzz: $(READY) ## two thousand damaged files, and a folder of three hundred
-	$(BIN)/pytest -m campaign -s tests/test_fuzz.py tests/test_folder.py
+	$(BIN)/pytest -m campaign -s tests/test_fuzz.py tests/test_soup.py tests/test_folder.py
 
 cube: $(READY) ## every U-Net partner under every text dialect, every foreign listing at true size
 	$(BIN)/pytest -m campaign tests/test_cube.py tests/test_apply_files.py tests/test_listings.py
