@@ -1,10 +1,11 @@
 """One adapter in several files: shards, cloneofsimo's halves, PEFT folders of parts; and what stays many."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from texforce_hub import cli
@@ -56,7 +57,6 @@ def write_shards(folder, stem="adapter_model", count=2):
     """A PEFT file cut through its layers: one half of a layer may lie in another shard than the other."""
     text, _, _ = sd1_parts()
     write_adapter(text, folder / "whole", dialect="peft")
-    from safetensors.torch import load_file
 
     tensors = load_file(folder / "whole" / "adapter_model.safetensors")
     names = sorted(tensors)
@@ -233,6 +233,20 @@ def test_other_files_are_an_adapter_each(tmp_path):
     assert found == ["a_text_encoder.safetensors", "a_unet.safetensors", "deep", model]
     assert all(bundle.is_one_file for bundle in bundle_folder(tmp_path))
     assert bundle_file(tmp_path / "a_unet.safetensors").pieces[0].part is None
+
+
+@pytest.mark.parametrize("name", ["CAT.SAFETENSORS", "Cat.SafeTensors"])
+def test_endings_in_capitals_are_endings(tmp_path, name):
+    text, _, _ = sd1_parts()
+    path = write_adapter(text, tmp_path / name)
+    assert path.is_file()
+    torch.save(load_file(path), tmp_path / "DOG.PT")
+    (tmp_path / f"{path.stem}.json").write_text('{"sd version": "SD1"}')
+    table = run("inspect", tmp_path, "--json")
+    found = {Path(one["path"]).name: one for one in json.loads(table.stdout)["files"]}
+    assert found.keys() == {name, "DOG.PT"}
+    assert [one["kind"] for one in found[name]["sidecars"]] == ["A1111"]
+    same(read_adapter(path), text)
 
 
 def test_a_folder_of_parts_beside_another_adapter_must_be_named(tmp_path):

@@ -26,7 +26,7 @@ from texforce_hub.dialects import Plan, join_plans, plan
 from texforce_hub.errors import DialectError, FileError
 from texforce_hub.header import CONFIG_NAME, Header
 
-_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.safetensors|\.bin)")
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(?i:\.safetensors|\.bin))")
 _TEXT_HALF = ".text_encoder.pt"
 _ORDINALS = {"": "text_encoder", "_one": "text_encoder", "_two": "text_encoder_2", "_three": "text_encoder_3"}
 _PARTS = {
@@ -145,9 +145,14 @@ def plan_piece(bundle: Bundle, piece: Piece) -> Plan:
         FileError, DialectError: as :func:`plan_bundle`.
     """
     try:
-        return plan(open_piece(piece), piece.part)
+        return plan(open_piece(piece), piece.part, owns_config=owns_config(piece.paths[0].name))
     except DialectError as error:
         raise DialectError(str(error) if len(bundle.pieces) == 1 else f"{bundle.name_of(piece)}: {error}") from error
+
+
+def owns_config(name: str) -> bool:
+    """Whether a file is called as PEFT calls its own, so that the config beside it is the file's."""
+    return name.startswith("adapter_model")
 
 
 def open_piece(piece: Piece) -> Header:

@@ -8,7 +8,7 @@ from texforce_hub.errors import RefError
 PREFERRED = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLED = ("pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")
-"""Files with these endings can hold an adapter."""
+"""Files with these endings, in capitals or not, can hold an adapter."""
 
 _COMPANIONS = ("optimizer", "scheduler", "random_states", "scaler", "training_args", "rng_state")
 
@@ -25,7 +25,7 @@ def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], plac
         if name in names:
             return name
     own = [name for name in names if "/" not in name]
-    adapters = [name for name in own if name.endswith(".safetensors") and holds_adapter(name)]
+    adapters = [name for name in own if is_safetensors(name) and holds_adapter(name)]
     if len(adapters) > 1:
         raise RefError(f"{place}: holds {len(adapters)} adapters, {list_names(adapters)}; name the one you mean")
     if adapters:
@@ -40,7 +40,12 @@ def is_candidate(name: str) -> bool:
     """Whether a file of this path can hold an adapter: not a trainer's own states, nothing hidden."""
     path = PurePosixPath(name)
     hidden = any(part.startswith(".") for part in path.parts)
-    return path.suffix in SUFFIXES and not hidden and not path.name.startswith(_COMPANIONS)
+    return path.suffix.lower() in SUFFIXES and not hidden and not path.name.startswith(_COMPANIONS)
+
+
+def is_safetensors(name: str) -> bool:
+    """Whether a file of this name should be a safetensors file; some systems write endings in capitals."""
+    return name.lower().endswith(".safetensors")
 
 
 def list_names(names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ def sniff(path: str | Path) -> Container:
             raise FileError(f"{path}: is {what}")
     if start.startswith((b"PK\x03\x04", b"\x80")):
         return "pickle"
-    if path.suffix == ".safetensors" or not start:
+    if path.suffix.lower() == ".safetensors" or not start:
         return "safetensors"
     raise FileError(f"{path}: neither a safetensors file nor a torch pickle; it begins with {start[:8]!r}")
 

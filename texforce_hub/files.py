@@ -136,7 +136,7 @@ def stream_tensors(
             f"{path}: is a pickle, which is not read unasked: texforce-hub convert {path} --allow-pickle --output …, "
             f"or allow_pickle=True in Python"
         )
-    if (container == "safetensors") != (path.suffix == ".safetensors"):
+    if (container == "safetensors") != (path.suffix.lower() == ".safetensors"):
         _LOG.warning("%s: is a %s file whatever its name says; read as that", path, container)
     return _open_stream(path, place) if container == "safetensors" else _read_pickle(path, place)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from texforce_hub.bundles import Bundle, bundle_file, bundle_folder, part_folders, plan_bundle
 from texforce_hub.catalog import Entry, read_catalog
-from texforce_hub.choose import PREFERRED, SUFFIXES, choose_name, list_names
+from texforce_hub.choose import PREFERRED, SUFFIXES, choose_name, is_safetensors, list_names
 from texforce_hub.container import open_header
 from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, RefError
@@ -107,7 +107,7 @@ def _names_hub(source: str) -> bool:
     if source.startswith(_FORCED):
         HubId.parse(source)
         return True
-    if source.startswith((".", "/", "~")) or (source.count("/") == 1 and source.endswith(SUFFIXES)):
+    if source.startswith((".", "/", "~")) or (source.count("/") == 1 and source.lower().endswith(SUFFIXES)):
         return False
     try:
         HubId.parse(source)
@@ -150,7 +150,7 @@ def pick_bundle(folder: Path) -> Bundle:
     several = [bundle for bundle in bundles if not bundle.is_one_file and not _is_model(bundle)]
     if not several:
         return bundle_file(pick_file(folder))
-    single = [bundle for bundle in bundles if bundle.is_one_file and bundle.path.suffix == ".safetensors"]
+    single = [bundle for bundle in bundles if bundle.is_one_file and is_safetensors(bundle.path.name)]
     rivals = [bundle.path for bundle in (*several, *(one for one in single if _holds_adapter(one.path)))]
     if len(rivals) > 1:
         names = list_names([path.name for path in rivals])

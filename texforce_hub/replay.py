@@ -170,5 +170,5 @@ def hash_place(place: Path) -> str:
     """
     files: Sequence[Path] = [place]
     if place.is_dir():
-        files = sorted(path for path in place.rglob("*") if path.suffix in _SUFFIXES)
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in _SUFFIXES)
     return hash_files(files)

@@ -90,7 +90,7 @@ class Sidecar:
 def find_sidecars(path: str | Path) -> tuple[Sidecar, ...]:
     """The sidecars of an adapter's file, read as far as they can be; the file itself need not be there."""
     path = Path(path)
-    stem = path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES else path.name
+    stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in SUFFIXES else path.name
     places = ((path.with_name(stem + ending), ending) for ending in ENDINGS)
     return tuple(_read_sidecar(place, ending) for place, ending in places if place.is_file())
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Layer
-from texforce_hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece
+from texforce_hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece, owns_config
+from texforce_hub.choose import is_safetensors
 from texforce_hub.codec import (
     Encoded,
     StoredAdapter,
@@ -113,7 +114,7 @@ def store_bundle(
         header, tensors = _open_piece(piece, device, allow_pickle=allow_pickle)
         name = bundle.name_of(piece)
         with _naming(piece.paths[0]):
-            plans[name] = plan(header, piece.part)
+            plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
             pieces[name] = decode_stored(plans[name], _outlines(header), tensors, alpha=alpha)
     if len(pieces) == 1:
         return pieces.popitem()[1]
@@ -133,7 +134,7 @@ def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
     for piece in bundle.pieces:
         header, name = open_piece(piece), bundle.name_of(piece)
         with _naming(piece.paths[0]):
-            plans[name] = plan(header, piece.part)
+            plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
             outlines[name] = decode_stored(plans[name], _outlines(header), {}).outline
     if len(outlines) == 1:
         return outlines.popitem()[1]
@@ -229,7 +230,7 @@ def write_adapter(
     else:
         encoded = encode(adapter, dialect, dtype=dtype)
         tensors = iter(encoded.tensors.items())
-    names_file = path.suffix == ".safetensors" and not path.is_dir()
+    names_file = is_safetensors(path.name) and not path.is_dir()
     if encoded.config is not None:
         return _write_folder(encoded, tensors, path, names_file=names_file)
     file = path if names_file else path / encoded.filename

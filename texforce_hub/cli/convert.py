@@ -43,10 +43,11 @@ def convert(
 
     Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
     """
+    from texforce_hub.choose import is_safetensors
     from texforce_hub.convert import convert_all, plan_conversions
     from texforce_hub.locate import find_bundle, find_bundles
 
-    alone = len(refs) == 1 and (output.suffix == ".safetensors" or len(find_bundles(refs[0])) == 1)
+    alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
     pairs = [(find_bundle(refs[0]), output)] if alone else plan_conversions(refs, output, dialect)
     options: dict[str, Any] = {"dialect": dialect, "dtype": dtype, "alpha": alpha, "allow_pickle": allow_pickle}
     conversions = convert_all(pairs, **options, sidecars=not no_sidecars)
