@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from texforce_hub import cli
 from texforce_hub.catalog import Entry, read_catalog
-from texforce_hub.convert import convert_adapter, plan_conversions
+from texforce_hub.convert import convert_adapter, convert_all, plan_conversions
 from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, HubError, RefError
 from texforce_hub.inspection import inspect_file
 from texforce_hub.locate import find_bundle, find_bundles, pick_file
@@ -73,7 +73,7 @@ def test_the_command_converts_one_and_says_where(tmp_path):
         ({"dtype": "float7"}, ConfigError, "no dtype 'float7'"),
         ({"dialect": "klingon"}, DialectError, "no dialect 'klingon'"),
         ({"dialect": "peft", "output": "x.safetensors"}, FileError, "name a folder"),
-        ({"dtype": "float8_e5m2", "scaled": 1e6}, AdapterError, "do not fit"),
+        ({"dtype": "float8_e5m2", "scaled": 1e12}, AdapterError, "do not fit"),
     ],
 )
 def test_what_cannot_be_converted_leaves_nothing(tmp_path, options, error, phrase):
@@ -93,11 +93,33 @@ def test_a_source_is_not_overwritten_by_its_conversion(tmp_path):
     assert read_adapter(path).layers
 
 
-def test_two_files_that_would_become_one_are_refused(tmp_path):
-    for folder in ("a", "b"):
-        write_adapter(read_adapter(PEFT), tmp_path / folder / "x.safetensors")
-    with pytest.raises(FileError, match="would both become"):
-        plan_conversions([tmp_path / "a", tmp_path / "b"], tmp_path / "out", "kohya")
+def test_one_names_several_files_are_told_apart_and_stop_nobody(tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    for name, scale in (("cat", 1.0), ("style", 2.0)):
+        write_adapter(read_adapter(PEFT).scaled(scale), source / f"{name}.safetensors")
+    torch.save(load_file(source / "style.safetensors"), source / "cat.pt")
+    run = CliRunner().invoke(cli.app, ["convert", str(source), "--output", str(output)])
+    assert run.exit_code == 0, run.output
+    assert sorted(path.name for path in output.iterdir()) == [
+        "cat.pt.safetensors",
+        "cat.safetensors",
+        "style.safetensors",
+    ]
+    same(read_adapter(output / "cat.pt.safetensors"), read_adapter(output / "style.safetensors"))
+    same(read_adapter(output / "cat.safetensors"), read_adapter(PEFT))
+
+
+def test_files_that_would_become_one_are_named_and_the_others_are_written(tmp_path):
+    for name in ("a/x", "b/x", "b/y"):
+        write_adapter(read_adapter(PEFT), tmp_path / f"{name}.safetensors")
+    output = tmp_path / "out"
+    done = list(convert_all(plan_conversions([tmp_path / "a", tmp_path / "b"], output, "kohya"), dialect="kohya"))
+    errors = {str(one.source.relative_to(tmp_path)): one.error for one in done}
+    both = f"{tmp_path / 'a/x.safetensors'} and {tmp_path / 'b/x.safetensors'}"
+    assert errors["b/y.safetensors"] is None
+    for name in ("a/x.safetensors", "b/x.safetensors"):
+        assert errors[name] == f"{both} would become one file, {output / 'x.safetensors'}; convert them apart"
+    assert [path.name for path in output.iterdir()] == ["y.safetensors"]
 
 
 def test_the_file_of_a_folder_is_found_in_the_published_order(tmp_path):

@@ -3,6 +3,7 @@
 import filecmp
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from texforce_hub.bundles import Bundle
+from texforce_hub.choose import is_safetensors
 from texforce_hub.dialects import DIALECTS
 from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHubError
 from texforce_hub.files import writing
@@ -135,28 +137,55 @@ def _carry(sidecar: Sidecar, target: Path) -> Iterator[str]:
 def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> list[tuple[Bundle, Path]]:
     """Every adapter that the references mean, and where under ``output`` it goes; a folder's inner folders are kept.
 
+    Where several would take one name (``cat.safetensors`` beside ``cat.pt``), the safetensors file takes it, and
+    each other file keeps its whole name (``cat.pt.safetensors``).
+
     Raises:
         RefError: a reference means nothing.
-        FileError: two adapters would become one file.
     """
-    pairs = [pair for ref in refs for pair in _targets(ref, output, dialect)]
-    taken: dict[Path, Path] = {}
-    for source, target in pairs:
-        if taken.setdefault(target, source.path) != source.path:
-            raise FileError(f"{source.path} and {taken[target]} would both become {target}; convert them apart")
-    return list(dict.fromkeys(pairs))
+    pairs = list(dict.fromkeys(pair for ref in refs for pair in _targets(ref, output, dialect)))
+    wanted = Counter(_as_one(target) for _, target in pairs)
+    return [(source, _apart(source, target) if wanted[_as_one(target)] > 1 else target) for source, target in pairs]
+
+
+def _apart(source: Bundle, target: Path) -> Path:
+    if not source.is_one_file or is_safetensors(source.path.name):
+        return target
+    return target.with_name(source.path.name + target.name.removeprefix(source.stem))
+
+
+def _as_one(target: Path) -> str:
+    """Two places with one such text can be one file: many file systems do not tell capitals apart."""
+    return str(target).casefold()
 
 
 def convert_all(
     pairs: Sequence[tuple[Bundle, Path]], *, dtype: str | None = None, **options: Any
 ) -> Iterator[Conversion]:
-    """Convert one by one, with the options of :func:`convert_bundle`; an error stops one, and the others go on."""
+    """Convert one by one, with the options of :func:`convert_bundle`; an error stops one, and the others go on.
+
+    Adapters that would become one file are errors, each of them: none is written.
+    """
     _dtype(dtype)
+    taken: dict[Path, list[Path]] = {}
     for source, target in pairs:
-        try:
-            yield convert_bundle(source, target, dtype=dtype, **options)
-        except TexForceHubError as error:
-            yield Conversion(source.path, target, str(error))
+        taken.setdefault(target, []).append(source.path)
+    for source, target in pairs:
+        if len(taken[target]) > 1:
+            names = " and ".join(map(str, taken[target]))
+            yield Conversion(source.path, target, f"{names} would become one file, {target}; convert them apart")
+            continue
+        yield _convert_safely(source, target, dtype=dtype, **options)
+
+
+def _convert_safely(source: Bundle, target: Path, **options: Any) -> Conversion:
+    try:
+        return convert_bundle(source, target, **options)
+    except TexForceHubError as error:
+        return Conversion(source.path, target, str(error))
+    except Exception as error:  # noqa: BLE001  # whatever one file does, the hundreds after it are converted
+        _LOG.debug("%s", source.path, exc_info=True)
+        return Conversion(source.path, target, f"{source.path}: unexpected {type(error).__name__}: {error}")
 
 
 def _targets(ref: str | Path, output: Path, dialect: str) -> Iterator[tuple[Bundle, Path]]:
