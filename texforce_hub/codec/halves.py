@@ -7,24 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector, narrow, wide
-from texforce_hub.errors import AdapterError, DialectError
+from texforce_hub.adapter import Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank, Vector, wide
+from texforce_hub.errors import DialectError
 
-
-def store(tensor: Tensor, factor: float, dtype: torch.dtype, name: str) -> Tensor:
-    """``factor · tensor``, contiguous, rounded once.
-
-    Raises:
-        AdapterError: a finite value that is too large for the dtype.
-    """
-    product = tensor.detach() if factor == 1.0 else factor * wide(tensor.detach())
-    if not tensor.is_meta and factor != 1.0 and not torch.equal(torch.isfinite(product), torch.isfinite(wide(tensor))):
-        raise AdapterError(f"{name}: values times {factor:g} do not fit {product.dtype}; make the scale smaller")
-    return narrow(product, dtype, name).contiguous()
-
-
-Halves = Iterator[tuple[str, Tensor, float]]
+Part = tuple[str, Tensor, float]
 """Role, tensor, and the factor that goes into it."""
+
+Halves = Iterator[Part]
 
 
 def halves(layer: Layer, alpha: float | None) -> Halves:
@@ -87,9 +76,9 @@ def _magnitude(
 
 
 def fill_up(layer: LowRank, rank: int) -> LowRank:
-    """The same change at a higher rank: the new rows and columns are zero."""
+    """The same change, at least of this rank: new rows and columns are zero."""
     more = rank - layer.rank
-    if not more:
+    if more <= 0:
         return layer
     down, up = wide(layer.down), wide(layer.up)  # not every version of torch joins fp8
     down = torch.cat([down, down.new_zeros(more, *down.shape[1:])])

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank
 from texforce_hub.codec import peft
-from texforce_hub.codec.halves import divisor_of, fill_up, halves, store
+from texforce_hub.codec.halves import divisor_of, fill_up, halves
+from texforce_hub.codec.storing import store
 from texforce_hub.dialects import DIALECTS, Dialect
 from texforce_hub.dialects.peft_folder import peft_twin
 from texforce_hub.errors import DialectError
@@ -39,9 +40,7 @@ class Spelling:
             DialectError: it is of another kind, and no exact expansion.
         """
         fitted = self._expand(name, layer)
-        rank = self.ranks.get(name.partition(".")[0])
-        if rank is None:
-            return fitted
+        rank = self.ranks.get(name.partition(".")[0], 1 if self.layout.name == "peft" else 0)  # PEFT makes none of 0
         if isinstance(fitted, Decomposed) and isinstance(fitted.inner, LowRank):
             return replace(fitted, inner=fill_up(fitted.inner, rank))
         return fill_up(fitted, rank) if isinstance(fitted, LowRank) else fitted
@@ -51,15 +50,13 @@ class Spelling:
 
         Raises:
             DialectError: as :meth:`fit_layer`, or this layout cannot spell its name.
-            AdapterError: a value that the dtype cannot hold.
+            AdapterError: values that the dtype cannot hold, too large or too small.
         """
         assert self.layout.write_name is not None
         fitted = self.fit_layer(name, layer)
         if self.layout.name == "peft" and isinstance(fitted, Hadamard | Kronecker):
             fitted = replace(fitted, scale=1.0)  # the config has it, as an alpha
-        for role, tensor, factor in halves(fitted, self.alpha):
-            stored_as = tensor.dtype if role == "alpha" or self.dtype is None else self.dtype
-            stored = store(tensor, factor, stored_as, name)
+        for role, stored in store(list(halves(fitted, self.alpha)), self.dtype, name):
             key = self.layout.write_name(name, role, self.family)
             yield key, stored
             twin = peft_twin(key) if self.layout.name == "peft" else None
