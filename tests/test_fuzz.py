@@ -23,6 +23,8 @@ from texforce_hub.sources import read_adapter
 SECONDS = 5
 MEGABYTES = 200  # of growth; the files are of kilobytes, the claims in them of terabytes
 IN_SUITE, IN_CAMPAIGN = 200, 2000
+NEEDS_NUMBERS = ("NaN or infinity", "one layer twice, unequal", "shrinks while it is read")
+"""Damages that a header does not show."""
 
 
 def check(folder, name, seed):
@@ -135,7 +137,6 @@ def test_inspecting_a_damaged_file_says_what_reading_it_says(tmp_path, name):
     twin, damaged, damage = make_damaged(tmp_path, name, 7)
     whole, broken = inspect_files([twin, damaged])
     assert whole.error is None
-    needs_numbers = ("NaN or infinity", "whole numbers for weights", "one layer twice, unequal")
     if name == "shrinks while it is read":
         assert broken.error is None
     elif damage.error is None:
@@ -143,11 +144,39 @@ def test_inspecting_a_damaged_file_says_what_reading_it_says(tmp_path, name):
         assert re.search(damage.phrase, " ".join(broken.problems))
     elif name == "a folder":
         assert "is a folder" in str(broken.error)
-    elif name not in needs_numbers:
+    elif name not in NEEDS_NUMBERS:
         assert broken.error is not None
         assert re.search(damage.phrase, broken.error)
     else:
         assert inspect_file(damaged).layers
+
+
+COMMANDS = (
+    ("inspect", "{}"),
+    ("inspect", "--weights", "{}"),
+    ("check", "{}", "--base", "sd1"),
+    ("convert", "{}", "--output", "{}.out.safetensors"),
+)
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGES))
+def test_every_command_says_it_in_one_line_at_once_and_leaves_nothing(tmp_path, name):
+    _, damaged, damage = make_damaged(tmp_path, name, 11)
+    before = sorted(tmp_path.rglob("*"))
+    for command in COMMANDS:
+        start = time.perf_counter()
+        with damage.while_read():
+            run = CliRunner().invoke(cli.app, [part.format(damaged) for part in command])
+        assert time.perf_counter() - start < SECONDS, command
+        assert isinstance(run.exception, TexForceHubError | SystemExit | None), (command, run.exc_info)
+        said = run.stdout + run.stderr + str(run.exception or "")
+        assert "unexpected" not in said
+        assert max(map(len, said.splitlines()), default=0) < 1000
+        assert all(character.isprintable() or character == "\n" for character in said)
+        if damage.error is not None and (name not in NEEDS_NUMBERS or command[0] == "convert"):
+            assert run.exit_code == 1, command
+        if damage.error is not None:
+            assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_nothing_raw_of_a_damaged_file_reaches_the_terminal(tmp_path):

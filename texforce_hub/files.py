@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from texforce_hub.claims import check_words
 from texforce_hub.container import open_header, sniff
 from texforce_hub.errors import FileError
 from texforce_hub.header import Header, Reader, Span, parse_header, parse_layout, read_config, regular_size
@@ -199,9 +200,8 @@ def _shaped(data: Tensor, name: str, span: Span, path: Path) -> Tensor:
 def _read_pickle(path: Path, device: torch.device) -> tuple[Header, dict[str, Tensor]]:
     header = open_header(path)  # every claim is checked, and nothing but tensors is in it
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+        with _opened(path) as file:  # of a path, torch would believe the suffix
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except _LOAD_ERRORS as error:
         raise FileError(f"{path}: not a torch pickle of tensors only, or a damaged one") from error
     content = dict(enumerate(content)) if isinstance(content, list) else content
@@ -275,5 +275,6 @@ def _render_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
             raise FileError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors cannot hold; cast it first")
         begin, end = end, end + tensor.nbytes
         table[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    check_words((*table, *metadata, *metadata.values()), "the file to write")
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     return text + b" " * (-len(text) % 8)

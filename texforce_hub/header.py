@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from texforce_hub.claims import check_count, check_shape, check_words, is_count
 from texforce_hub.errors import FileError
 from texforce_hub.scalars import decode_scalar
 
@@ -123,6 +124,8 @@ def parse_layout(read: Reader, size: int, *, name: str) -> Layout:
     length = _header_length(read(0, 8), size, name)
     entries = _parse_json(read_fully(read, 8, length, name), name)
     metadata = _check_metadata(entries.pop("__metadata__", {}), name)
+    check_count(len(entries), name)
+    check_words((*entries, *metadata, *metadata.values()), name)
     spans = {key: _check_entry(key, entry, 8 + length, name) for key, entry in entries.items()}
     _check_spans(spans, 8 + length, size, name)
     return Layout(MappingProxyType(spans), MappingProxyType(metadata))
@@ -224,7 +227,7 @@ def _parse_json(text: bytes, name: str) -> dict[str, Any]:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
     except _DuplicateNameError as twice:
         raise FileError(
-            f"{name}: the name {str(twice)!r} is in the header twice; which one counts cannot be known"
+            f"{name}: the name {str(twice)!r:.100} is in the header twice; which one counts cannot be known"
         ) from None
     except UnicodeDecodeError as error:
         raise FileError(f"{name}: its header is not UTF-8 text (byte {error.start})") from error
@@ -240,27 +243,28 @@ def _check_metadata(metadata: Any, name: str) -> dict[str, str]:
         raise FileError(f"{name}: __metadata__ is a JSON {type(metadata).__name__}; expected an object")
     for key, value in metadata.items():
         if not isinstance(value, str):
-            raise FileError(f"{name}: metadata {key!r} is a JSON {type(value).__name__}; expected a string")
+            raise FileError(f"{name}: metadata {key!r:.100} is a JSON {type(value).__name__}; expected a string")
     return metadata
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+def _are_offsets(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(is_count, value)) and value[0] <= value[1]
 
 
 def _check_entry(key: str, entry: Any, start: int, name: str) -> Span:
     if not isinstance(entry, dict) or {"dtype", "shape", "data_offsets"} - entry.keys():
-        raise FileError(f"{name}: tensor {key!r} lacks a dtype, a shape or data_offsets")
+        raise FileError(f"{name}: tensor {key!r:.100} lacks a dtype, a shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise FileError(f"{name}: tensor {key!r} has the unknown dtype {dtype!r}; known: {', '.join(BITS)}")
-    if not _counts(shape) or not _counts(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise FileError(f"{name}: tensor {key!r} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
+        raise FileError(f"{name}: tensor {key!r:.100} has the unknown dtype {dtype!r:.40}; known: {', '.join(BITS)}")
+    if not isinstance(shape, list) or not _are_offsets(offsets):
+        raise FileError(f"{name}: tensor {key!r:.100} has shape {shape!r:.80} and data_offsets {offsets!r:.80}")
+    check_shape(shape, key, name)
     info = TensorInfo(tuple(shape), dtype)
     begin, end = offsets
     if info.numel * BITS[dtype] != 8 * (end - begin):
         raise FileError(
-            f"{name}: tensor {key!r} of shape {shape!r:.80} and dtype {dtype} needs "
+            f"{name}: tensor {key!r:.100} of shape {shape!r:.80} and dtype {dtype} needs "
             f"{info.numel * BITS[dtype] // 8} bytes, its data_offsets span {end - begin}"
         )
     return Span(info, start + begin, start + end)
@@ -273,7 +277,7 @@ def _check_spans(spans: Mapping[str, Span], start: int, size: int, name: str) ->
         if span.begin != position:
             gap = span.begin - position
             kind = "overlaps the one before it" if gap < 0 else f"leaves {gap} bytes unused"
-            raise FileError(f"{name}: tensor {key!r} {kind}; its header does not describe its bytes")
+            raise FileError(f"{name}: tensor {key!r:.100} {kind}; its header does not describe its bytes")
         position = span.end
     if position > size:
         raise FileError(

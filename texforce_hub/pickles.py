@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
+from texforce_hub.claims import check_count, check_shape, check_words, is_count
 from texforce_hub.errors import FileError
 from texforce_hub.header import BITS, Header, TensorInfo, read_config, regular_size
 from texforce_hub.scalars import decode_scalar
@@ -75,9 +76,8 @@ class _Global:
 
 def _rebuild(version: str, storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> _Tensor:
     dtype = _DTYPES[rest[2].name] if version.endswith("v3") else storage.dtype
-    counts = (offset, *shape, *stride)
-    if len(shape) != len(stride) or dtype is None or not all(type(n) is int and n >= 0 for n in counts):
-        raise pickle.UnpicklingError(f"describes a tensor of shape {shape!r:.80} and stride {stride!r:.80}")
+    if len(shape) != len(stride) or dtype is None or not all(map(is_count, (offset, *shape, *stride))):
+        raise pickle.UnpicklingError("describes a tensor whose dtype, shape or stride is none")
     return _Tensor(storage, offset, tuple(shape), tuple(stride), dtype)
 
 
@@ -102,7 +102,7 @@ class _Unpickler(pickle._Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, key, _, numel = pid[:5]
-        if kind != "storage" or not isinstance(key, str) or type(numel) is not int or numel < 0:
+        if kind != "storage" or not isinstance(key, str) or not is_count(numel):
             raise pickle.UnpicklingError("refers to something that is no storage")
         return _Storage(key, _STORAGES.get(storage.name), numel)
 
@@ -149,15 +149,16 @@ def read_pickle_header(path: str | Path) -> Header:
     try:
         with path.open("rb") as file:
             archive = _open_archive(file)
-            content = archive.content
-            tensors, metadata = _flatten(content, path)
+            tensors, metadata = _flatten(archive.content, path)
+            check_count(len(tensors), str(path))
+            check_words((*tensors, *metadata, *metadata.values()), str(path))
             _check_claims(tensors, archive.sizes, size, path)
             scalars = dict(_read_scalars(tensors, archive.read))
     except _ForbiddenError as error:
         asked = str(error)[:80]
         raise FileError(f"{path}: refused: its pickle asks for {asked}; expected tensors and nothing else") from None
     except _DuplicateError as error:
-        raise FileError(f"{path}: holds the name {str(error)!r} twice; which one counts cannot be known") from None
+        raise FileError(f"{path}: holds the name {str(error)!r:.100} twice; which one counts cannot be known") from None
     except OSError as error:
         raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _BROKEN as error:
@@ -167,6 +168,8 @@ def read_pickle_header(path: str | Path) -> Header:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyError):
+        return f"it asks for {error.args[0]!r:.80}, which is no instruction and no entry of it"
     text = str(error).splitlines()
     return f"{text[0]:.200}" if text else type(error).__name__
 
@@ -267,17 +270,18 @@ def _check_claims(tensors: Mapping[str, _Tensor], sizes: Mapping[str, int], size
     """What a tensor claims to hold must be in the file: a stride of 0 can claim terabytes from four bytes."""
     claimed = 0
     for name, tensor in tensors.items():
+        check_shape(tensor.shape, name, str(path))
         storage, numel = tensor.storage, tensor.info.numel
         held = storage.bits() // BITS[tensor.dtype]
         last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride))
         if numel and (numel > held or last >= held):
             raise FileError(
-                f"{path}: tensor {name!r} claims {numel} elements of shape {tensor.shape!r:.80}, "
+                f"{path}: tensor {name!r:.100} claims {numel} elements of shape {tensor.shape!r:.80}, "
                 f"its storage holds {held}"
             )
         if sizes.get(storage.key) != storage.bits() // 8:
             raise FileError(
-                f"{path}: truncated: tensor {name!r} needs {storage.bits() // 8} bytes, "
+                f"{path}: truncated: tensor {name!r:.100} needs {storage.bits() // 8} bytes, "
                 f"the file holds {sizes.get(storage.key, 0)} of them"
             )
         claimed += numel * BITS[tensor.dtype] // 8

@@ -90,7 +90,7 @@ def _(path, rng):
 
 @damages("an unknown dtype", FileError, "unknown dtype")
 def _(path, rng):
-    change_entry(path, rng, dtype=rng.choice(["F31", "", "f32", None, 7]))
+    change_entry(path, rng, dtype=rng.choice(["F31", "", "f32", None, 7, "F" * 9999]))
 
 
 @damages("a dtype of another width", FileError, "needs")
@@ -103,9 +103,45 @@ def _(path, rng):
     change_entry(path, rng, shape=[10**6, rng.choice([16, 32, 10**6])])
 
 
-@damages("a shape that overflows", FileError, "needs")
+@damages("a shape that overflows", FileError, "expected at most 8 dimensions below")
 def _(path, rng):
     change_entry(path, rng, shape=[2**62, 2**62, rng.randint(2, 9)])
+
+
+@damages("a shape of thousands of digits", FileError, "expected at most 8 dimensions below")
+def _(path, rng):
+    change_entry(path, rng, shape=[rng.randint(0, 1), *[10**4000] * rng.randint(1, 3)])
+
+
+@damages("offsets of thousands of digits", FileError, "data_offsets")
+def _(path, rng):
+    change_entry(path, rng, data_offsets=rng.choice([[0, 10**4000], [10**4000, 10**4000]]))
+
+
+@damages("dimensions that torch cannot hold", FileError, "expected at most 8 dimensions below|no machine can address")
+def _(path, rng):
+    shape = rng.choice([[1] * 70, [0, 2**62], [0, 2**64], [0, 2**30, 2**30, 2**30], [0] * 9])
+    entries, data = split(path)
+    size = 4 if 0 not in shape else 0
+    added = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + size]}
+    join(path, entries | {rng.choice(["<word>", f"{pick(entries, rng)}.x"]): added}, data + bytes(size))
+
+
+@damages("half a character", FileError, "no Unicode text")
+def _(path, rng):
+    entries, data = split(path)
+    half = rng.choice(["\ud800", "a\udcff", "\udfff\ud800"])
+    added = {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]}
+    entries |= rng.choice([{f"bundle_emb.{half}": added}, {"__metadata__": {half: ""}}, {"__metadata__": {"a": half}}])
+    join(path, entries, data)
+
+
+@damages("tens of thousands of tensors", FileError, "expected at most 50000, no adapter has as many")
+def _(path, rng):
+    entries, data = split(path)
+    nothing = {"dtype": "F32", "shape": [0, 2], "data_offsets": [len(data)] * 2}
+    stem = rng.choice(["unknown.{}", "lora_te_text_model_encoder_layers_{}_self_attn_q_proj.lora_down.weight"])
+    join(path, entries | {stem.format(i): nothing for i in range(1000, 61_000)}, data)
 
 
 @damages("a shape that is no shape", FileError, "has shape")

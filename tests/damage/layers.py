@@ -3,7 +3,7 @@
 import torch
 from safetensors.torch import save_file
 
-from tests.damage.files import HALVES, SPELLINGS, Tensors, loaded, pick, resave
+from tests.damage.files import HALVES, SPELLINGS, Tensors, join, loaded, pick, resave, split
 from tests.damage.registry import damages
 from texforce_hub.errors import AdapterError, DialectError
 
@@ -16,12 +16,51 @@ def _(path, rng):
     resave(path, tensors)
 
 
-@damages("whole numbers for weights", AdapterError, "floating")
+@damages("whole numbers for weights", DialectError, "floating")
 def _(path, rng):
     tensors = loaded(path)
     name = pick(dict(tensors), rng)
     tensors[name] = tensors[name].to(rng.choice([torch.int32, torch.int64, torch.uint8]))
     resave(path, tensors)
+
+
+@damages("truth values or complex numbers for weights", DialectError, "floating")
+def _(path, rng):
+    tensors = loaded(path)
+    name = pick(dict(tensors), rng)
+    tensors[name] = tensors[name].to(rng.choice([torch.bool, torch.complex64]))
+    resave(path, tensors)
+
+
+@damages("a dtype that torch has not", DialectError, "has dtype F[46]")
+def _(path, rng):
+    dtype, size = rng.choice([("F4", 8), ("F6_E2M3", 12), ("F6_E3M2", 12)])
+    entries, data = split(path)
+    stem = "lora_te_text_model_encoder_layers_7_mlp_fc1.lora_{}.weight"
+    names = rng.choice([["<word>"], [stem.format("down"), stem.format("up")]])
+    for name in names:
+        entries[name] = {"dtype": dtype, "shape": [4, 4], "data_offsets": [len(data), len(data) + size]}
+        data += bytes(size)
+    join(path, entries, data)
+
+
+@damages("a change larger than any model's", DialectError, "more than any model's")
+def _(path, rng):
+    stem = "lora_te_text_model_encoder_layers_7_mlp_fc1"
+    tall, flat = torch.ones(50_000, 1), torch.ones(1, 50_000)
+    kinds: list[Tensors] = [
+        {"lokr_w1": tall, "lokr_w2": flat},
+        {"lokr_w1_a": tall, "lokr_w1_b": flat, "lokr_w2": torch.ones(1, 1)},
+        {"hada_w1_a": tall, "hada_w1_b": flat, "hada_w2_a": tall.clone(), "hada_w2_b": flat.clone()},
+        {"lora_up.weight": tall, "lora_down.weight": flat},
+        {"lora_up.weight": torch.ones(50_000, 0), "lora_down.weight": torch.ones(0, 50_000)},
+        {  # the change is small, what leads to it is not
+            "lora_up.weight": torch.ones(1, 50_000, 1, 1),
+            "lora_mid.weight": torch.ones(50_000, 1, 1, 1),
+            "lora_down.weight": torch.ones(1, 50_000, 1, 1),
+        },
+    ]
+    resave(path, loaded(path) | {f"{stem}.{end}": tensor for end, tensor in rng.choice(kinds).items()})
 
 
 @damages("half a layer", DialectError, "lacks its (up|down) half|do not make two")

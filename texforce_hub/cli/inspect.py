@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,6 +93,7 @@ def _measure(
     found: "list[Inspection]", bundles: "Mapping[Path, Bundle]"
 ) -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
     """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
+    from texforce_hub.inspection.header import with_error
     from texforce_hub.inspection.weights import measure_bundle
 
     judged, measured = [], {}
@@ -103,7 +103,7 @@ def _measure(
             try:
                 measured[one.path] = measure_bundle(bundles[one.path])
             except TexForceHubError as error:
-                judged[-1] = replace(one, error=str(error))
+                judged[-1] = with_error(one, str(error))
     return judged, measured
 
 
@@ -130,10 +130,10 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ["ranks", _counts(one.ranks)],
         ["alphas", _counts(one.alphas, missing="not stored")],
         ["dtypes", _counts(one.dtypes)],
-        ["extras", ", ".join(one.extras)],
+        ["extras", _few_names(one.extras)],
         *(["problem", line] for line in _problems(one, None)),
         *_sidecar_rows(one),
-        *([key, _clipped(value)] for key, value in one.metadata.items()),
+        *([_clipped(key), _clipped(value)] for key, value in one.metadata.items()),
     ]
     put_table(["", ""], [row for row in rows if row[1]])
     if measured is not None:
@@ -230,6 +230,11 @@ def _put_weights(measured: "list[LayerFacts]") -> None:
 def _counts(values: Mapping[Any, int], *, missing: str = "none") -> str:
     named = {missing if key is None else f"{key:g}" if isinstance(key, float) else key: n for key, n in values.items()}
     return ", ".join(f"{key} × {count}" for key, count in named.items())
+
+
+def _few_names(names: tuple[str, ...]) -> str:
+    """The first ten, clipped, and how many there are; --json has them all."""
+    return ", ".join(map(_clipped, names[:10])) + (f" … ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def _clipped(text: str) -> str:

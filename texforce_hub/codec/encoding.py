@@ -19,6 +19,8 @@ from texforce_hub.errors import DialectError
 
 logger = logging.getLogger("texforce_hub")
 
+_LONG = 100  # characters of a stranger's name in a message
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -54,7 +56,8 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     extras = dict(adapter.extras) if layout.carries_extras else {}
     left_out = tuple(name for name in adapter.extras if name not in extras)
     if left_out:
-        logger.warning("%s: %d extra tensors have no place in this layout: %s", dialect, len(left_out), left_out)
+        named = ", ".join(repr(name)[:_LONG] for name in left_out[:3]) + (" …" if len(left_out) > 3 else "")
+        logger.warning("%s: %d extra tensors have no place in this layout: %s", dialect, len(left_out), named)
     if extras.keys() & tensors.keys():
         raise DialectError(
             f"{dialect}: an extra is called {min(extras.keys() & tensors.keys())!r}, as a layer's tensor is"

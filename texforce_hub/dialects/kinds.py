@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from texforce_hub.claims import FLOATING
 from texforce_hub.dialects.scale import ABSURD, Settings, find_alpha
 from texforce_hub.header import Header, TensorInfo
 
 Shape = tuple[int, ...]
 _BESIDE = ("alpha", "dora", "magnitude", "unused")
 _LARGEST = 3.4e38  # about float32's; a scale beyond it makes infinity of every number
+_MOST_NUMBERS = 2**30  # of a weight; the largest of today's models have a third of that
 Kind = Literal["LowRank", "Dense", "Vector", "Hadamard", "Kronecker"]
 
 
@@ -76,7 +78,7 @@ def plan_layer(stem: Stem, header: Header, settings: Settings) -> LayerPlan:
     """
     shapes = {role: shape for role, shape in stem.shapes.items() if role not in _BESIDE}
     outcome = _outcome(shapes)
-    reason = outcome if isinstance(outcome, str) else _impossible(stem, outcome)
+    reason = outcome if isinstance(outcome, str) else _no_numbers(stem) or _impossible(stem, outcome)
     if isinstance(outcome, str) or reason is not None:
         return _unreadable(stem, f"{stem.stem}: {reason}")
     outcome = _with_kernel(outcome, stem)
@@ -103,16 +105,32 @@ def plan_layer(stem: Stem, header: Header, settings: Settings) -> LayerPlan:
     )
 
 
+def _no_numbers(stem: Stem) -> str | None:
+    """Which of the tensors holds no real numbers that can be read; an alpha may be a whole one."""
+    odd = (f"{role} has dtype {info.dtype}" for role, (_, info) in stem.roles.items() if info.dtype not in FLOATING)
+    found = next((text for text in odd if not text.startswith("alpha ")), None)
+    return None if found is None else f"{found}; expected a floating dtype, F16, BF16 or F32"
+
+
 def _impossible(stem: Stem, outcome: _Outcome) -> str | None:
     """Why no model has such a layer, or no reader could use all that lies here; ``None`` if all is well."""
     magnitudes = [role for role in ("magnitude", "dora") if role in stem.roles]
     if 0 in outcome.shape:
         return f"changes a weight {outcome.shape}, which has no entries"
+    if (most := _most_numbers(outcome)) > _MOST_NUMBERS:
+        return f"changes a weight {outcome.shape} by {most} numbers, more than any model's; a few bytes can claim that"
     if _is_parameter(stem.name) and outcome.kind != "Vector":
         return f"changes a parameter of one dimension by {outcome.shape}"
     if magnitudes and outcome.kind in ("Dense", "Vector"):
         return f"holds a DoRA magnitude {stem.shapes[magnitudes[0]]} beside a difference stored in full"
     return "holds the magnitudes of a DoRA layer twice" if len(magnitudes) > 1 else None
+
+
+def _most_numbers(outcome: _Outcome) -> int:
+    """How many numbers its tensors grow to when they are multiplied, in the course of it or in the end."""
+    rank = outcome.rank if outcome.kind == "LowRank" else outcome.divisor
+    out, inner = outcome.shape[0], math.prod(outcome.shape[1:])
+    return max(out * inner, (rank or 0) * max(out, inner))
 
 
 def worth_knowing(layer: LayerPlan) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from texforce_hub.claims import UNREADABLE
 from texforce_hub.dialects.kinds import LayerPlan, Shape, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.leftovers import sort_leftovers
@@ -86,7 +87,7 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | Non
         family=family,
         metadata=header.metadata,
         base=find_base(header),
-        faults=(*found.clashes, *_all_faults(layers), *left.faults),
+        faults=(*found.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
         notes=(*_all_notes(layers, named), *_placed(named, dialects), *left.notes),
     )
 
@@ -198,6 +199,12 @@ def _all_faults(layers: Mapping[str, LayerPlan]) -> Iterator[str]:
             yield from twin.faults
             if twin.shape != layer.shape:
                 yield f"{layer.name} is there twice, with shapes {layer.shape} and {twin.shape}"
+
+
+def _unreadable(extras: Sequence[str], header: Header) -> Iterator[str]:
+    found = [key for key in extras if header.tensors[key].dtype in UNREADABLE]
+    if found:
+        yield f"extra tensor {found[0]!r} has dtype {header.tensors[found[0]].dtype}, which torch cannot hold"
 
 
 def _placed(stems: Sequence[Stem], dialects: Mapping[str, Dialect]) -> Iterator[str]:

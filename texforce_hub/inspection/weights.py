@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank
+from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank, wide
 from texforce_hub.bundles import Bundle, bundle_file
+from texforce_hub.errors import AdapterError
 from texforce_hub.lowrank import singular_values
 from texforce_hub.portions import take_portions
 from texforce_hub.sources import store_bundle
+
+_MOST_NUMBERS = 2**27  # that a change is expanded to: half a gigabyte, beyond the largest layers in use
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +104,39 @@ def _count_broken(layer: Layer) -> int:
 
 def _spectra(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """Singular values of every layer's change; low-rank ones together, by their factors."""
-    factored = {name: pair for name, layer in layers.items() if (pair := _factored(layer)) is not None}
+    bare = {name: layer.inner if isinstance(layer, Decomposed) else layer for name, layer in layers.items()}
+    factored = {name: pair for name, layer in bare.items() if (pair := _factored(layer)) is not None}
     found = dict(zip(factored, singular_values(list(factored.values())), strict=True)) if factored else {}
-    return found | {name: _dense_values(layer) for name, layer in layers.items() if name not in factored}
+    return found | {name: _values_of_one(name, layer) for name, layer in bare.items() if name not in factored}
 
 
 def _factored(layer: Layer) -> LowRank | None:
-    inner = layer.inner if isinstance(layer, Decomposed) else layer
-    if isinstance(inner, Hadamard | Kronecker):
-        return inner.low_rank()
-    return inner if isinstance(inner, LowRank) else None
+    if isinstance(layer, Hadamard) and layer.rank < min(layer.shape[0], math.prod(layer.shape[1:])):
+        return layer.low_rank()
+    return layer if isinstance(layer, LowRank) else None
 
 
-def _dense_values(layer: Layer) -> Tensor:
-    change = (layer.inner if isinstance(layer, Decomposed) else layer).delta()
+def _values_of_one(name: LayerName, layer: Layer) -> Tensor:
+    if isinstance(layer, Kronecker):
+        return _kronecker_values(layer)
+    if math.prod(layer.shape) > _MOST_NUMBERS:
+        raise AdapterError(f"{name}: a change of {layer.shape}, too large to measure without its factors")
+    return _dense_values(layer.delta())
+
+
+def _kronecker_values(layer: Kronecker) -> Tensor:
+    """All products of a left and a right singular value: never more numbers than the factors have."""
+    if layer.right is not None:
+        right = _dense_values(wide(layer.right))
+    else:
+        assert layer.up is not None
+        assert layer.down is not None
+        (right,) = singular_values([LowRank(layer.down, layer.up)])
+    values = torch.outer(_dense_values(wide(layer.left)).double(), right.double()) * abs(layer.scale)
+    return values.flatten().sort(descending=True).values
+
+
+def _dense_values(change: Tensor) -> Tensor:
     values: Tensor = torch.linalg.svdvals(change.flatten(1) if change.dim() > 1 else change[None])
     return values
 
