@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from tests.damage import DAMAGES, make_damaged
@@ -144,11 +144,15 @@ def test_weights_show_norms_ranks_zeros_and_nan(tmp_path):
     for name, layer in layers.items():
         tensors |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up.contiguous()}
     save_file(tensors, path)
-    table = run("inspect", path, "--weights").stdout
+    table = run("inspect", path, "--weights").output
     assert "█" in table
     assert "1 of 3 layers hold NaN or infinity" in table
     assert "1 of 3 layers are zero" in table
-    (found,) = json.loads(run("inspect", path, "--weights", "--json").stdout)["files"]
+    judged = run("inspect", path, "--weights", "--json")
+    (found,) = json.loads(judged.stdout)["files"]
+    assert isinstance(judged.exception, FileError)
+    assert found["error"] == "1 of 3 layers hold NaN or infinity"
+    assert found["problems"] == ["1 of 3 layers hold NaN or infinity", "1 of 3 layers are zero"]
     assert [layer["broken"] for layer in found["weights"]] == [0, 0, 64]
 
 
@@ -179,6 +183,41 @@ def test_nothing_of_that_name_is_one_line_and_exit_2(tmp_path):
     assert run_.returncode == 2
     assert run_.stderr.startswith("error: ")
     assert run_.stderr.count("\n") == 1
+
+
+def test_zeros_alone_are_a_problem_and_no_error(tmp_path):
+    path = write_adapter(sd1_adapter().scaled(0.0), tmp_path / "a.safetensors")
+    done = run("inspect", path, "--weights", "--json")
+    (found,) = json.loads(done.stdout)["files"]
+    assert (done.exit_code, found["error"], found["problems"]) == (0, None, ["3 of 3 layers are zero"])
+
+
+def test_without_hashes_no_more_than_headers_is_read(tmp_path, monkeypatch):
+    write_adapter(sd1_adapter(), tmp_path / "a.safetensors")
+    write_adapter(sd1_adapter(), tmp_path / "two" / "text_encoder", dialect="peft")
+    monkeypatch.setattr("texforce_hub.inspection.header.hash_files", lambda paths: pytest.fail(f"{paths} are hashed"))
+    one, two = json.loads(run("inspect", tmp_path, "--no-hash", "--json").stdout)["files"]
+    assert (one["sha256"], one["autov2"], one["layers"]) == (None, None, 3)
+    assert list(two["files"].values()) == [None]
+    assert "SHA-256" not in run("inspect", tmp_path / "two", "--no-hash").stdout
+
+
+def test_what_is_written_here_for_both_generations_of_transformers_is_no_problem(tmp_path):
+    folder = write_adapter(sd1_adapter(), tmp_path / "peft", dialect="peft")
+    facts = inspect_file(folder / "adapter_model.safetensors")
+    assert (facts.error, facts.problems, facts.layers) == (None, (), 3)
+    path = tmp_path / "twins.safetensors"
+    flat = {ATTENTION.format(0): 0, ATTENTION.format(0).replace("text_model.", ""): 0}
+    halves = {"lora_A.weight": torch.ones(2, 768), "lora_B.weight": torch.ones(768, 2)}
+    save_file({f"{stem}.{end}": half.clone() for stem in flat for end, half in halves.items()}, path)
+    assert inspect_file(path).problems == ("1 layers are spelt twice; equal ones count once",)
+
+
+def test_an_alpha_that_we_fold_is_said_to_be_in_the_weights(tmp_path):
+    path = write_adapter(sd1_adapter(), tmp_path / "ours.safetensors")
+    save_file(load_file(path), tmp_path / "theirs.safetensors")
+    assert "in the weights × 3" in run("inspect", path).stdout
+    assert "not stored × 3" in run("inspect", tmp_path / "theirs.safetensors").stdout
 
 
 def test_weights_that_cannot_be_read_do_not_stop_the_other_files(tmp_path):

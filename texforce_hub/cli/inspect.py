@@ -30,9 +30,14 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
     weights: Annotated[bool, typer.Option("--weights", help="Also read the numbers: norms, ranks, NaN.")] = False,
     family: Annotated[str | None, typer.Option("--family", help="Only files that can be of it, e.g. sdxl.")] = None,
+    no_hash: Annotated[
+        bool, typer.Option("--no-hash", help="Leave SHA-256 out: it takes reading every file whole.")
+    ] = False,
     sort: Annotated[str, typer.Option("--sort", help="path, size, family or rank; the largest first.")] = "path",
 ) -> None:
-    """Say what files hold: layout, base family, parts, ranks, alphas, hash, problems. Headers only, unless --weights.
+    """Say what files hold: layout, base family, parts, ranks, alphas, hash, problems.
+
+    All but the hash is in a file's header; --no-hash reads no more than that.
 
     Example: texforce-hub inspect downloads/ --json
     """
@@ -43,7 +48,7 @@ def inspect(
     _check_choices(family, sort)
     look = find_bundles if weights else list_adapters  # a header on the Hub is read there, numbers must be fetched
     adapters = list(dict.fromkeys(adapter for ref in refs for adapter in look(ref)))
-    found = list(track(inspect_files(adapters), total=len(adapters), what="inspecting"))
+    found = list(track(inspect_files(adapters, hashed=not no_hash), total=len(adapters), what="inspecting"))
     found = _chosen(found, family, sort)
     measured: dict[Path, list[LayerFacts]] = {}
     if weights:
@@ -53,7 +58,7 @@ def inspect(
     elif len(found) == 1:
         _put_one(found[0], measured.get(found[0].path))
     else:
-        _put_many(found, measured)
+        _put_many(found)
     _fail_on_errors(found)
 
 
@@ -94,7 +99,7 @@ def _measure(
 ) -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
     """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
     from texforce_hub.inspection.header import with_error
-    from texforce_hub.inspection.weights import measure_bundle
+    from texforce_hub.inspection.weights import measure_bundle, with_numbers
 
     judged, measured = [], {}
     for one in track(found, total=len(found), what="measuring"):
@@ -102,6 +107,7 @@ def _measure(
         if one.error is None:
             try:
                 measured[one.path] = measure_bundle(bundles[one.path])
+                judged[-1] = with_numbers(one, measured[one.path])
             except TexForceHubError as error:
                 judged[-1] = with_error(one, str(error))
     return judged, measured
@@ -109,6 +115,8 @@ def _measure(
 
 def _as_dict(one: "Inspection", measured: "Mapping[Path, list[LayerFacts]]") -> dict[str, Any]:
     values = one.as_dict()
+    values |= {name: values[name] or None for name in ("sha256", "autov2")}
+    values["files"] = {name: sha256 or None for name, sha256 in one.files.items()}
     for name in ("ranks", "alphas", "kinds", "dtypes"):
         values[name] = {str(key): count for key, count in values[name].items()}
     if one.path in measured:
@@ -121,17 +129,20 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ["file", str(one.path)],
         ["size", f"{one.size:,} bytes, {one.container or 'unknown container'}"],
         ["SHA-256", f"{one.sha256} (AutoV2 {one.autov2})" if one.sha256 else ""],
-        *([f"of {len(one.files)} files", f"{name}, SHA-256 {sha256}"] for name, sha256 in one.files.items()),
+        *(
+            [f"of {len(one.files)} files", f"{name}, SHA-256 {sha256}" if sha256 else name]
+            for name, sha256 in one.files.items()
+        ),
         ["layout", ", ".join(one.dialects)],
         ["family", one.verdict],
         *(["", line] for line in one.evidence),
         ["parts", _counts(one.parts)],
         ["kinds", _counts(one.kinds)],
         ["ranks", _counts(one.ranks)],
-        ["alphas", _counts(one.alphas, missing="not stored")],
+        ["alphas", _counts(one.alphas, missing=_unstored(one))],
         ["dtypes", _counts(one.dtypes)],
         ["extras", _few_names(one.extras)],
-        *(["problem", line] for line in _problems(one, None)),
+        *(["problem", line] for line in _problems(one)),
         *_sidecar_rows(one),
         *([_clipped(key), _clipped(value)] for key, value in one.metadata.items()),
     ]
@@ -149,9 +160,9 @@ def _sidecar_rows(one: "Inspection") -> Iterator[list[str]]:
                 yield ["", f"{name.replace('_', ' ')}: {_clipped(text)}"]
 
 
-def _put_many(found: "list[Inspection]", measured: "Mapping[Path, list[LayerFacts]]") -> None:
+def _put_many(found: "list[Inspection]") -> None:
     root = _common_folder([one.path for one in found])
-    problems = {_inside(one.path, root): _problems(one, measured.get(one.path)) for one in found}
+    problems = {_inside(one.path, root): _problems(one) for one in found}
     columns = ["file", "layout", "family", "parts", "rank/alpha", "dtype", "MB", "AutoV2", "beside", "state"]
     rows = [_row(one, root, len(problems[_inside(one.path, root)])) for one in found]
     if not any(one.sidecars for one in found):
@@ -174,9 +185,8 @@ def _inside(path: Path, root: Path) -> Path:
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 
-def _problems(one: "Inspection", measured: "list[LayerFacts] | None") -> list[str]:
-    known = one.problems or ([one.error] if one.error else [])
-    return [*known, *([] if measured is None else _weight_problems(measured))]
+def _problems(one: "Inspection") -> list[str]:
+    return list(one.problems) or ([one.error] if one.error else [])
 
 
 def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
@@ -200,16 +210,6 @@ def _few(counted: Mapping[Any, int]) -> str:
     return ", ".join(named[:3]) + (" …" if len(named) > 3 else "")
 
 
-def _weight_problems(measured: "list[LayerFacts]") -> list[str]:
-    broken = sum(bool(layer.broken) for layer in measured)
-    zero = sum(layer.is_zero for layer in measured)
-    return [
-        f"{count} of {len(measured)} layers {what}"
-        for count, what in ((broken, "hold NaN or infinity"), (zero, "are zero"))
-        if count
-    ]
-
-
 def _put_weights(measured: "list[LayerFacts]") -> None:
     largest = max((layer.norm or 0.0 for layer in measured), default=0.0) or 1.0
     rows = [
@@ -223,8 +223,11 @@ def _put_weights(measured: "list[LayerFacts]") -> None:
         for layer in measured
     ]
     put_table(["layer", "rank", "effective", "norm", "norm of the largest"], rows)
-    for line in _weight_problems(measured):
-        put(line)
+
+
+def _unstored(one: "Inspection") -> str:
+    """Where an alpha is that the file does not store: what we write has it in the weights, elsewhere it is lost."""
+    return "in the weights" if "texforce_hub.version" in one.metadata else "not stored"
 
 
 def _counts(values: Mapping[Any, int], *, missing: str = "none") -> str:

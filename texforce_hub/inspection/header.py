@@ -1,9 +1,10 @@
-"""What a file says without any of its tensors being read: layout, family, parts, ranks, alphas, hash, problems."""
+"""What a file says by its header alone, and its hash: layout, family, parts, ranks, alphas, problems."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -66,22 +67,24 @@ class Inspection:
         return plain | {"path": str(self.path), "autov2": self.autov2, "layers": self.layers}
 
 
-def inspect_file(path: str | Path) -> Inspection:
+def inspect_file(path: str | Path, *, hashed: bool = True) -> Inspection:
     """The facts of one file, adapter or not; nothing in it is run, and its tensors are only hashed.
+
+    With ``hashed=False`` no more than its header is read, and there is no hash.
 
     Raises:
         FileError: there is no such file, or it cannot be opened. A damaged one gives its ``error``.
     """
-    return inspect_bundle(bundle_file(Path(path)))
+    return inspect_bundle(bundle_file(Path(path)), hashed=hashed)
 
 
-def inspect_bundle(bundle: Bundle) -> Inspection:
+def inspect_bundle(bundle: Bundle, *, hashed: bool = True) -> Inspection:
     """The facts of an adapter in one file or in several, as :func:`inspect_file`.
 
     Raises:
         FileError: a file is not there, or cannot be opened.
     """
-    known = _identify(bundle)
+    known = _identify(bundle, hashed=hashed)
     try:
         containers = dict.fromkeys(sniff(path) for path in bundle.files)
         planned = plan_bundle(bundle)
@@ -90,23 +93,25 @@ def inspect_bundle(bundle: Bundle) -> Inspection:
     return describe(replace(known, container=", ".join(containers)), planned)
 
 
-def inspect_files(sources: "Sequence[Path | Bundle | RemoteFile]", *, workers: int = 4) -> Iterator[Inspection]:
+def inspect_files(
+    sources: "Sequence[Path | Bundle | RemoteFile]", *, workers: int = 4, hashed: bool = True
+) -> Iterator[Inspection]:
     """The facts of many adapters, in order, each as it is ready; one that cannot be opened gives its ``error``.
 
-    Files on the Hub stay there.
+    Files on the Hub stay there. ``hashed`` as in :func:`inspect_file`; ``workers`` threads hash as many files at once.
     """
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(_inspect_safely, sources)
+        yield from pool.map(partial(_inspect_safely, hashed=hashed), sources)
 
 
-def _inspect_safely(source: "Path | Bundle | RemoteFile") -> Inspection:
+def _inspect_safely(source: "Path | Bundle | RemoteFile", *, hashed: bool) -> Inspection:
     if not isinstance(source, Path | Bundle):
         from texforce_hub.inspection.remote import inspect_remote_file
 
         return inspect_remote_file(source)
     bundle = bundle_file(source) if isinstance(source, Path) else source
     try:
-        return inspect_bundle(bundle)
+        return inspect_bundle(bundle, hashed=hashed)
     except TexForceHubError as error:
         return with_error(Inspection(bundle.path), str(error))
 
@@ -116,10 +121,10 @@ def with_error(known: Inspection, error: str) -> Inspection:
     return replace(known, error=error.removeprefix(f"{known.path}: "))
 
 
-def _identify(bundle: Bundle) -> Inspection:
+def _identify(bundle: Bundle, *, hashed: bool) -> Inspection:
     """What can be said of the files before they are understood: size, hashes, what lies beside them."""
     sizes = [regular_size(path) for path in bundle.files]
-    hashes = [hash_files([path]) for path in bundle.files]
+    hashes = [hash_files([path]) if hashed else "" for path in bundle.files]
     known = Inspection(bundle.path, sum(sizes), sidecars=find_sidecars(bundle.place))
     if bundle.is_one_file:
         return replace(known, sha256=hashes[0])

@@ -1,8 +1,8 @@
 """What the numbers of an adapter are like, layer by layer: size, effective rank, NaN, zeros."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from texforce_hub.adapter import Decomposed, Hadamard, Kronecker, Layer, LayerName, LowRank, wide
 from texforce_hub.bundles import Bundle, bundle_file
 from texforce_hub.errors import AdapterError
+from texforce_hub.inspection.header import Inspection, with_error
 from texforce_hub.lowrank import singular_values
 from texforce_hub.portions import take_portions
 from texforce_hub.sources import store_bundle
@@ -71,6 +72,15 @@ def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerF
     """The numbers of every layer, in their order; no more than a few are held at once."""
     for together in take_portions(layers):
         yield from _measure(together)
+
+
+def with_numbers(known: Inspection, measured: Sequence[LayerFacts]) -> Inspection:
+    """What is known of an adapter and its numbers: NaN, infinity and zeros are problems, the first two an error."""
+    broken, zero = sum(bool(layer.broken) for layer in measured), sum(layer.is_zero for layer in measured)
+    counted = ((broken, "hold NaN or infinity"), (zero, "are zero"))
+    lines = [f"{count} of {len(measured)} layers {what}" for count, what in counted if count]
+    judged = replace(known, problems=(*known.problems, *lines))
+    return with_error(judged, lines[0]) if broken else judged
 
 
 def _measure(layers: Mapping[LayerName, Layer]) -> list[LayerFacts]:
