@@ -9,6 +9,7 @@ from texforce_hub.claims import UNREADABLE
 from texforce_hub.dialects.kinds import LayerPlan, Shape, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.leftovers import sort_leftovers
+from texforce_hub.dialects.peft_folder import peft_twin
 from texforce_hub.dialects.recognition import FamilyVerdict, find_base, recognize_family
 from texforce_hub.dialects.refused import describe_model, find_refused
 from texforce_hub.dialects.scale import read_settings
@@ -213,6 +214,12 @@ def _placed(stems: Sequence[Stem], dialects: Mapping[str, Dialect]) -> Iterator[
         yield f"{placed} layers have no names in the file; they are named by their places, which all shapes fit"
 
 
+def _is_for_both(layer: LayerPlan) -> bool:
+    """Whether it is spelt twice on purpose: by PEFT, once for each generation of ``transformers``."""
+    spelt = [tuple(one.keys.values()) for one in (layer, *layer.twins)]
+    return any({tuple(map(peft_twin, old)), old} == set(spelt) for old in spelt)
+
+
 def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterator[str]:
     oddities: dict[str, list[str]] = {}
     for layer in layers.values():
@@ -220,7 +227,7 @@ def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterat
             oddities.setdefault(oddity, []).append(layer.name)
     for oddity, names in oddities.items():
         yield f"{len(names)} layer{'s' if len(names) > 1 else ''} with {oddity}, e.g. {names[0]}"
-    twice = sum(bool(layer.twins) for layer in layers.values())
+    twice = sum(bool(layer.twins) and not _is_for_both(layer) for layer in layers.values())
     if twice:
         yield f"{twice} layers are spelt twice; equal ones count once"
     unused = sum("unused" in stem.roles for stem in stems)
