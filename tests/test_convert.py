@@ -181,7 +181,7 @@ def test_a_killed_or_failing_peft_writer_leaves_no_half_folder(tmp_path, monkeyp
     def fail(*_, **__):
         raise FileError("the disk is full")
 
-    monkeypatch.setattr("texforce_hub.sources.write_stream", fail)
+    monkeypatch.setattr("texforce_hub.folders.write_stream", fail)
     adapter = read_adapter(PEFT)
     for folder in (tmp_path / "new", tmp_path / "old"):
         before = sorted(tmp_path.rglob("*"))

@@ -1,8 +1,7 @@
 """A reference to an adapter, and an adapter to files: the bytes are found, planned and decoded here."""
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from texforce_hub.adapter import Adapter, Layer
 from texforce_hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece, owns_config
 from texforce_hub.choose import is_safetensors
 from texforce_hub.codec import (
-    Encoded,
     StoredAdapter,
     decode_stored,
     encode,
@@ -25,13 +23,17 @@ from texforce_hub.codec import (
 from texforce_hub.container import sniff
 from texforce_hub.dialects import Plan, join_plans, plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
-from texforce_hub.files import DTYPES, stream_tensors, write_stream, writing
-from texforce_hub.header import CONFIG_NAME, Header, TensorInfo
+from texforce_hub.files import DTYPES, stream_tensors, write_stream
+from texforce_hub.folders import write_folder
+from texforce_hub.header import Header, TensorInfo
 from texforce_hub.lazy import LazyMapping
 from texforce_hub.locate import find_bundle
 from texforce_hub.refs import AdapterRef
 
 _LOG = logging.getLogger("texforce_hub")
+
+_MOST_NOTES = 8
+_LONGEST_NOTE = 300  # characters
 
 
 def read_adapter(
@@ -54,7 +56,7 @@ def read_adapter(
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
     bundle = find_bundle(path_or_ref)
-    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
+    stored = _store(bundle, device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
     with _naming(bundle.path):
         adapter = replace(stored.outline, layers=dict(stored.layers), extras=dict(stored.extras))
         check_finite(adapter)
@@ -90,7 +92,7 @@ def open_bundle(
     Raises:
         FileError, DialectError, AdapterError: as :func:`read_adapter`.
     """
-    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle)
+    stored = _store(bundle, device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
     with _naming(bundle.path):
         check_finite(stored)
         return stored
@@ -108,6 +110,13 @@ def store_bundle(
     Raises:
         FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
     """
+    return _store(bundle, device, alpha=alpha, allow_pickle=allow_pickle, aloud=False)
+
+
+def _store(
+    bundle: Bundle, device: str | torch.device | None, *, alpha: float | None, allow_pickle: bool, aloud: bool
+) -> StoredAdapter:
+    """As :func:`store_bundle`; ``aloud``: what is worth knowing of it goes to the log."""
     plans: dict[str, Plan] = {}
     pieces: dict[str, StoredAdapter] = {}
     for piece in bundle.pieces:
@@ -116,10 +125,21 @@ def store_bundle(
         with _naming(piece.paths[0]):
             plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
             pieces[name] = decode_stored(plans[name], _outlines(header), tensors, alpha=alpha)
-    if len(pieces) == 1:
-        return pieces.popitem()[1]
     with _naming(bundle.path):
-        return join_stored(join_plans(plans), pieces, alpha=alpha)
+        whole = join_plans(plans)
+        stored = pieces.popitem()[1] if len(pieces) == 1 else join_stored(whole, pieces, alpha=alpha)
+    if aloud:
+        _warn(bundle, whole.notes)
+    return stored
+
+
+def _warn(bundle: Bundle, notes: Sequence[str]) -> None:
+    """Nothing of a file is left out, or read otherwise than it says, without a word."""
+    for note in notes[:_MOST_NOTES]:
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in note[:_LONGEST_NOTE])
+        _LOG.warning("%s: %s%s", bundle.path, shown, "…" if len(note) > _LONGEST_NOTE else "")
+    if len(notes) > _MOST_NOTES:
+        _LOG.warning("%s: %d notes more; texforce-hub inspect lists them", bundle.path, len(notes) - _MOST_NOTES)
 
 
 def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
@@ -232,23 +252,8 @@ def write_adapter(
         tensors = iter(encoded.tensors.items())
     names_file = is_safetensors(path.name) and not path.is_dir()
     if encoded.config is not None:
-        return _write_folder(encoded, tensors, path, names_file=names_file)
+        if names_file:
+            raise FileError(f"{path}: PEFT's layout is a folder of two files; name a folder")
+        return write_folder(encoded, tensors, path)
     file = path if names_file else path / encoded.filename
     return write_stream(file, encoded.tensors, tensors, encoded.metadata)
-
-
-def _write_folder(encoded: Encoded, tensors: Iterable[tuple[str, Tensor]], path: Path, *, names_file: bool) -> Path:
-    """A PEFT folder: as one rename if it is new, else its two files renamed back to back once both are whole."""
-    if names_file:
-        raise FileError(f"{path}: PEFT's layout is a folder of two files; name a folder")
-    config = json.dumps(dict(encoded.config or {}), indent=2, sort_keys=True)
-    if not path.exists():
-        with writing(path) as part:
-            part.mkdir()
-            (part / CONFIG_NAME).write_text(config, "utf-8")
-            write_stream(part / encoded.filename, encoded.tensors, tensors, encoded.metadata)
-        return path
-    with writing(path / encoded.filename) as weights, writing(path / CONFIG_NAME) as settings:
-        settings.write_text(config, "utf-8")
-        write_stream(weights, encoded.tensors, tensors, encoded.metadata)
-    return path
