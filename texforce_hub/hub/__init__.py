@@ -4,8 +4,18 @@
 whose cache this is. Whatever goes wrong is one ``HubError`` of one line.
 """
 
+from texforce_hub.hub.client import find_endpoint, mask_secrets
 from texforce_hub.hub.fetch import fetch_file, find_cached
 from texforce_hub.hub.ranges import read_remote_header
 from texforce_hub.hub.repository import RemoteFile, Repository, open_repository
 
-__all__ = ["RemoteFile", "Repository", "fetch_file", "find_cached", "open_repository", "read_remote_header"]
+__all__ = [
+    "RemoteFile",
+    "Repository",
+    "fetch_file",
+    "find_cached",
+    "find_endpoint",
+    "mask_secrets",
+    "open_repository",
+    "read_remote_header",
+]

@@ -1,6 +1,8 @@
 """How the Hub is asked: by ``huggingface_hub``'s own client, with its token, its retries and its timeouts."""
 
+import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +20,26 @@ from texforce_hub.hub.transport import httpx
 
 LIBRARY = {"library_name": "texforce-hub", "library_version": __version__}
 
+_USER = re.compile(r"(?<=://)[^/?#\s]*@")
 _RETRIES = 3  # of an answer that says "later": seven seconds in all
 
 
 def find_endpoint() -> str:
     """The Hub that is asked, read when it is asked."""
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def mask_secrets(text: str) -> str:
+    """A text without the names and passwords of the addresses in it: ``http://***@host``."""
+    return _USER.sub("***@", text)
+
+
+def _mask_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = mask_secrets(record.getMessage()), None
+    return True
+
+
+logging.getLogger("huggingface_hub.utils._http").addFilter(_mask_record)  # its warnings of retries name addresses
 
 
 def make_headers() -> dict[str, str]:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 )
 
 from texforce_hub.errors import HubError
-from texforce_hub.hub.client import find_endpoint
+from texforce_hub.hub.client import find_endpoint, mask_secrets
 from texforce_hub.hub.transport import httpx
 
 FAULTS = (
@@ -48,7 +48,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except FAULTS as error:
-        raise HubError(f"{what}: {_explain(error)}") from error
+        raise HubError(f"{what}: {mask_secrets(_explain(error))}") from error
 
 
 def is_outage(error: BaseException | None) -> bool:

@@ -1,0 +1,82 @@
+"""Whether this machine can do the work, and what to do where it cannot: nothing is downloaded, no secret is shown.
+
+It is for broken machines: nothing is imported here that may be broken before it was tried elsewhere.
+"""
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+from texforce_hub.catalog import read_catalog
+from texforce_hub.doctor.bases import examine_base
+from texforce_hub.doctor.endpoint import examine_address
+from texforce_hub.doctor.finding import Finding, watch
+from texforce_hub.doctor.imports import Attempt
+from texforce_hub.doctor.libraries import (
+    Attempts,
+    examine_torchvision,
+    examine_versions,
+    examine_vocabulary,
+    import_all,
+)
+
+
+def examine(bases: Sequence[str] = (), *, device: str | None = None) -> Iterator[Finding]:
+    """Everything looked at, one after the other: versions, extras, device, dtypes, cache, endpoint, token, bases.
+
+    ``bases`` are looked for beside ``shapes`` and the catalogue's; ``device`` is CUDA if present, else the CPU.
+    What cannot be looked at is a finding, too.
+    """
+    attempts: dict[str, Attempt] = {}
+    yield from watch("imports", lambda: _try_imports(attempts))
+    yield from watch("versions", lambda: examine_versions(attempts))
+    yield from watch("torchvision", lambda: [examine_torchvision(attempts)])
+    yield from watch("vocabulary", lambda: [examine_vocabulary()])
+    yield from _unless(_find_obstacle("torch", attempts), "device", lambda: _examine_device(device))
+    broken = list(examine_address())
+    yield from broken
+    obstacle = broken[0].found if broken else _find_obstacle("huggingface_hub", attempts)
+    yield from _unless(obstacle, "cache and token", _examine_hub)
+    for base in dict.fromkeys(("shapes", *_list_catalogue(), *bases)):
+        yield from watch(f"base {base}", partial(_examine_bases, [base], obstacle))
+
+
+def _try_imports(attempts: dict[str, Attempt]) -> Iterable[Finding]:
+    attempts |= import_all()
+    return ()
+
+
+def _find_obstacle(module: str, attempts: Attempts) -> str:
+    """Why nothing that needs a library can be looked at; empty if it can."""
+    absent = importlib.util.find_spec(module) is None or attempts.get(module, Attempt()).reason
+    return f"{module} cannot be imported" if absent else ""
+
+
+def _unless(obstacle: str, name: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What an examination finds; behind an obstacle, whose own finding is a problem already, it is not made."""
+    if obstacle:
+        yield Finding(name, "note", f"not looked at: {obstacle}", "mend that first")
+        return
+    yield from watch(name, look)
+
+
+def _examine_device(name: str | None) -> Iterator[Finding]:
+    from texforce_hub.doctor.device import examine_device
+
+    return examine_device(name)
+
+
+def _examine_hub() -> Iterator[Finding]:
+    from texforce_hub.doctor.cache import examine_cache, examine_endpoint, examine_token
+
+    yield from watch("cache", examine_cache)
+    yield from watch("endpoint", lambda: [examine_endpoint()])
+    yield from watch("token", lambda: [examine_token()])
+
+
+def _examine_bases(bases: Sequence[str], obstacle: str) -> Iterator[Finding]:
+    return (examine_base(base, obstacle=obstacle) for base in bases)
+
+
+def _list_catalogue() -> list[str]:
+    return [entry.repo or str(entry.folder) for entry in read_catalog().values() if entry.kind == "base"]
