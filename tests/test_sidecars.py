@@ -79,9 +79,74 @@ def test_every_kind_is_found_and_says_what_it_holds(tmp_path):
     assert answer.sha256 == (hashlib.sha256(path.read_bytes()).hexdigest(),)
 
 
+def test_other_managers_files_and_texts_are_read_and_carried(tmp_path):
+    path = write_file(tmp_path / "in" / "cat.safetensors")
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    answer = {"id": 7, "modelId": 5, "trainedWords": ["mycat"]}
+    own = {"model_name": "My cat", "base_model": "SD 1.5", "sha256": sha256, "notes": "good", "civitai": answer}
+    matrix = {
+        "ModelName": "My cat",
+        "VersionName": "v1",
+        "ModelId": 5,
+        "VersionId": 7,
+        "BaseModel": "SDXL 1.0",
+        "TrainedWords": ["mycat"],
+        "Hashes": {"SHA256": sha256.upper(), "AutoV2": sha256[:10]},
+    }
+    path.with_suffix(".metadata.json").write_text(json.dumps(own))
+    path.with_suffix(".cm-info.json").write_text(json.dumps(matrix))
+    path.with_suffix(".txt").write_text("A cat\non a mat.")
+    found = {one.kind: one for one in find_sidecars(path)}
+    assert set(found) == {"LoRA Manager", "Stability Matrix", "text"}
+    manager, stability, text = found["LoRA Manager"], found["Stability Matrix"], found["text"]
+    assert (manager.name, manager.notes, manager.family) == ("My cat", "good", "sd1")
+    assert (stability.name, stability.family) == ("My cat · v1", "sdxl")
+    for one in (manager, stability):
+        assert one.link == "https://civitai.com/models/5?modelVersionId=7"
+        assert (one.trigger_words, one.sha256) == (("mycat",), (sha256,))
+    assert text.description == "A cat on a mat."
+    assert "LoRA Manager" in run("inspect", path).stdout
+    convert_adapter(path, tmp_path / "out" / "new.safetensors")
+    names = {"new.metadata.json", "new.cm-info.json", "new.txt", "new.safetensors"}
+    assert {one.name for one in (tmp_path / "out").iterdir()} == names
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_out_of_the_folder_is_neither_read_nor_copied(tmp_path):
+    path = write_file(tmp_path / "in" / "cat.safetensors")
+    secret = tmp_path / "secret"
+    secret.write_text('{"notes": "hunter2"}')
+    path.with_suffix(".civitai.info").symlink_to(secret)
+    path.with_suffix(".txt").symlink_to("../secret")
+    (tmp_path / "in" / "facts").mkdir()
+    (tmp_path / "in" / "facts" / "real.json").write_text('{"notes": "mine"}')
+    path.with_suffix(".json").symlink_to("facts/real.json")
+    shown = run("inspect", path)
+    assert "hunter2" not in shown.output
+    assert "cat.txt is unreadable: a link to another place, which is not followed" in shown.output
+    done = run("convert", path, "--output", tmp_path / "out" / "new.safetensors")
+    assert done.exit_code == 0
+    assert done.stderr.count("not copied: a link to another place") == 1
+    assert {one.name for one in (tmp_path / "out").iterdir()} == {"new.safetensors", "new.json"}
+    assert not (tmp_path / "out" / "new.json").is_symlink()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_hub_caches_own_links_are_followed_inside_their_repository(tmp_path):
+    repository = tmp_path / "models--a--b"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "blobs" / "abc").write_text('{"notes": "mine"}')
+    snapshot = repository / "snapshots" / ("0" * 40)
+    path = write_file(snapshot / "deep" / "cat.safetensors")
+    path.with_suffix(".json").symlink_to("../../../blobs/abc")
+    (tmp_path / "secret.txt").write_text("x")
+    path.with_suffix(".txt").symlink_to(tmp_path / "secret.txt")
+    assert {one.ending: one.problem is None for one in find_sidecars(path)} == {".json": True, ".txt": False}
+
+
 def test_what_belongs_to_another_file_is_no_sidecar(tmp_path):
     path = write_file(tmp_path / "cat.safetensors")
-    for name in ("cat2.json", "cat.safetensors.index.json", "cat.txt", "dog.png", "adapter_config.json"):
+    for name in ("cat2.json", "cat.safetensors.index.json", "cat.md", "dog.png", "adapter_config.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "cat.png").mkdir()
     assert find_sidecars(path) == ()
@@ -116,7 +181,7 @@ def test_the_names_that_managers_give_base_models_mean_families(tmp_path, base, 
     ],
     ids=["empty", "cut", "list", "text", "bytes", "deep", "digits", "large"],
 )
-@pytest.mark.parametrize("ending", [".json", ".civitai.info"])
+@pytest.mark.parametrize("ending", [".json", ".civitai.info", ".metadata.json", ".cm-info.json"])
 def test_what_cannot_be_read_says_why_and_stops_nothing(tmp_path, content, why, ending):
     path = write_file(tmp_path / "x.safetensors")
     (tmp_path / f"x{ending}").write_bytes(content)
@@ -137,6 +202,8 @@ JSON = st.recursive(
 KEYS = (
     *("activation text", "preferred weight", "sd version", "description", "notes", "negative text"),
     *("trainedWords", "baseModel", "model", "files", "id", "modelId", "name"),
+    *("civitai", "base_model", "model_name", "sha256", "modelDescription"),
+    *("ModelName", "VersionName", "BaseModel", "TrainedWords", "ModelId", "VersionId", "Hashes"),
 )
 
 
@@ -145,7 +212,7 @@ KEYS = (
 def test_odd_types_are_read_as_nothing(tmp_path_factory, said, files, hashes):
     folder = tmp_path_factory.mktemp("odd")
     said |= {"files": [*files, {"hashes": hashes}, {"hashes": {"SHA256": hashes}}]}
-    for ending in (".json", ".civitai.info"):
+    for ending in (".json", ".civitai.info", ".metadata.json", ".cm-info.json"):
         (folder / f"x{ending}").write_text(json.dumps(said))
     for one in find_sidecars(folder / "x.safetensors"):
         assert one.problem is None

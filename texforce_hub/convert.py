@@ -18,7 +18,7 @@ from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHu
 from texforce_hub.files import writing
 from texforce_hub.locate import find_bundle, find_bundles, find_place
 from texforce_hub.refs import AdapterRef
-from texforce_hub.sidecars import Sidecar, find_sidecars
+from texforce_hub.sidecars import Sidecar, find_sidecars, leads_away
 from texforce_hub.sources import open_bundle, write_adapter
 
 _LOG = logging.getLogger("texforce_hub")
@@ -117,6 +117,9 @@ def carry_sidecars(source: Path, target: Path) -> tuple[str, ...]:
 
 def _carry(sidecar: Sidecar, target: Path) -> Iterator[str]:
     place = target.with_name(target.stem + sidecar.ending)
+    if leads_away(sidecar.path):
+        yield f"{sidecar.path}: not copied: {sidecar.problem}"
+        return
     try:
         if place.exists() or place.is_symlink():
             if not place.is_file() or not filecmp.cmp(place, sidecar.path, shallow=False):

@@ -1,15 +1,19 @@
-"""What people and model managers keep beside an adapter's file: facts in JSON, and pictures. Torch-free.
+"""What people and model managers keep beside an adapter's file: facts in JSON, texts, and pictures. Torch-free.
 
 ``NAME.json`` is what A1111 and Forge keep (``activation text``, ``preferred weight`` …), ``NAME.civitai.info`` what
-managers save of Civitai's answer, ``NAME.png``, ``NAME.preview.png`` … are previews. None of it can stop anything: a
-sidecar that cannot be read says so itself.
+managers save of Civitai's answer, ``NAME.metadata.json`` what LoRA Manager keeps and ``NAME.cm-info.json`` what
+Stability Matrix does, ``NAME.txt`` is a description, ``NAME.png``, ``NAME.preview.png`` … are previews. None of it can
+stop anything: a sidecar that cannot be read says so itself.
+
+A link is a sidecar only if it leads to a file in its own folder, or below, or, in a Hub cache, in the repository's:
+whoever packed a folder must not make us copy what is elsewhere on this machine.
 """
 
 import html
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +31,15 @@ _PICTURES = {
 ENDINGS: Mapping[str, str] = {
     ".json": "A1111",
     ".civitai.info": "Civitai",
+    ".metadata.json": "LoRA Manager",
+    ".cm-info.json": "Stability Matrix",
+    ".txt": "text",
     **{f"{middle}{end}": "preview" for middle in (".preview", "") for end in _PICTURES},
 }
 """What follows the adapter's stem, and the kind of sidecar that it marks."""
 
-_LARGEST = 4_000_000  # bytes of JSON; Civitai's answers have some hundred thousand
+_LARGEST = 4_000_000  # bytes of JSON or text; Civitai's answers have some hundred thousand
+_ELSEWHERE = "a link to another place, which is not followed"
 _LONGEST = 2_000  # characters of one text
 _MOST = 100  # trigger words, hashes
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -53,7 +61,7 @@ _FAMILIES = {
 class Sidecar:
     """One file beside an adapter, and what it says of the adapter; ``problem`` is why it could not be read.
 
-    ``kind`` is ``A1111``, ``Civitai`` or ``preview``, ``ending`` what follows the adapter's stem. ``base`` is the
+    ``kind`` is one of the values of :data:`ENDINGS`, ``ending`` what follows the adapter's stem. ``base`` is the
     base model that it claims, ``sha256`` the files that it says it is about, ``licence`` what it allows.
     """
 
@@ -95,6 +103,15 @@ def find_sidecars(path: str | Path) -> tuple[Sidecar, ...]:
     return tuple(_read_sidecar(place, ending) for place, ending in places if place.is_file())
 
 
+def leads_away(path: Path) -> bool:
+    """Whether a file is a link to what is neither in its folder nor, in a Hub cache, in the same repository."""
+    if not path.is_symlink():
+        return False
+    home = path.parent.resolve()
+    repository = next((folder for folder in home.parents if folder.name.startswith("models--")), home)
+    return not path.resolve().is_relative_to(repository)
+
+
 def find_contradictions(sidecar: Sidecar, families: Sequence[str], sha256: str) -> Iterator[str]:
     """What a sidecar says that the adapter's file says otherwise, a line each.
 
@@ -108,15 +125,19 @@ def find_contradictions(sidecar: Sidecar, families: Sequence[str], sha256: str) 
 
 def _read_sidecar(path: Path, ending: str) -> Sidecar:
     found = Sidecar(ENDINGS[ending], path, ending)
+    if leads_away(path):
+        return replace(found, problem=_ELSEWHERE)
     try:
         if found.kind == "preview":
             _check_picture(path)
             return found
+        if found.kind == "text":
+            return replace(found, description=_text(_read_text(path)))
         said = _read_json(path)
     except (FileError, OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
         return replace(found, problem=reason.splitlines()[0][:200] if reason else type(error).__name__)
-    return _read_a1111(found, said) if found.kind == "A1111" else _read_civitai(found, said)
+    return _READERS[found.kind](found, said)
 
 
 def _check_picture(path: Path) -> None:
@@ -128,12 +149,16 @@ def _check_picture(path: Path) -> None:
         raise FileError(f"{path}: no {path.suffix.removeprefix('.').upper()} picture; it begins with {start!r}")
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_text(path: Path) -> str:
     size = regular_size(path)
     if size > _LARGEST:
-        raise FileError(f"{path}: {size} bytes of JSON; more than {_LARGEST} are not read")
+        raise FileError(f"{path}: {size} bytes of text; more than {_LARGEST} are not read")
     with path.open("rb") as file:
-        said = json.loads(file.read(_LARGEST).decode("utf-8-sig"))
+        return file.read(_LARGEST).decode("utf-8-sig")
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    said = json.loads(_read_text(path))
     if not isinstance(said, dict):
         raise FileError(f"{path}: holds a JSON {type(said).__name__}; expected an object")
     return said
@@ -159,16 +184,55 @@ def _read_civitai(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
         found,
         name=" · ".join(name for name in names if name),
         description=_text(said.get("description")) or _text(model.get("description")),
-        trigger_words=tuple(text for word in _list(said.get("trainedWords")) if (text := _text(word))),
+        trigger_words=_words(said.get("trainedWords")),
         base=_text(said.get("baseModel")),
-        link=_link(said),
+        link=_link(said.get("modelId"), said.get("id")),
         licence=_licence(model),
         sha256=tuple(_hashes(said)),
     )
 
 
-def _link(said: Mapping[str, Any]) -> str:
-    model, version = said.get("modelId"), said.get("id")
+def _read_lora_manager(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
+    """Its own facts, and Civitai's answer of that version inside."""
+    answer = _object(said.get("civitai"))
+    return replace(
+        found,
+        name=_text(said.get("model_name")),
+        description=_text(said.get("modelDescription")),
+        trigger_words=_words(answer.get("trainedWords")),
+        base=_text(said.get("base_model")),
+        notes=_text(said.get("notes")),
+        link=_link(answer.get("modelId"), answer.get("id")),
+        sha256=tuple(_sha256(said.get("sha256"))),
+    )
+
+
+def _read_stability_matrix(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
+    names = [_text(said.get("ModelName")), _text(said.get("VersionName"))]
+    return replace(
+        found,
+        name=" · ".join(name for name in names if name),
+        description=_text(said.get("ModelDescription")),
+        trigger_words=_words(said.get("TrainedWords")),
+        base=_text(said.get("BaseModel")),
+        link=_link(said.get("ModelId"), said.get("VersionId")),
+        sha256=tuple(_sha256(_object(said.get("Hashes")).get("SHA256"))),
+    )
+
+
+_READERS: Mapping[str, Callable[[Sidecar, Mapping[str, Any]], Sidecar]] = {
+    "A1111": _read_a1111,
+    "Civitai": _read_civitai,
+    "LoRA Manager": _read_lora_manager,
+    "Stability Matrix": _read_stability_matrix,
+}
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    return tuple(text for word in _list(value) if (text := _text(word)))
+
+
+def _link(model: Any, version: Any) -> str:
     if not _is_number(model) or not _is_number(version):
         return ""
     return f"https://civitai.com/models/{model}?modelVersionId={version}"
@@ -190,9 +254,13 @@ def _licence(model: Mapping[str, Any]) -> str:
 
 def _hashes(said: Mapping[str, Any]) -> Iterator[str]:
     for one in _list(said.get("files")):
-        sha256 = _text(_object(_object(one).get("hashes")).get("SHA256")).lower()
-        if _SHA256.fullmatch(sha256):
-            yield sha256
+        yield from _sha256(_object(_object(one).get("hashes")).get("SHA256"))
+
+
+def _sha256(value: Any) -> Iterator[str]:
+    sha256 = _text(value).lower()
+    if _SHA256.fullmatch(sha256):
+        yield sha256
 
 
 def _object(value: Any) -> Mapping[str, Any]:

@@ -33,13 +33,14 @@ def convert(
         bool, typer.Option("--allow-pickle", help="Read pickles from the Hub too: their tensors, and nothing is run.")
     ] = False,
     no_sidecars: Annotated[
-        bool, typer.Option("--no-sidecars", help="Leave previews, .json and .civitai.info files where they are.")
+        bool, typer.Option("--no-sidecars", help="Leave the texts, facts and previews beside a file where they are.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Write adapters in another layout; every layer's change is kept. A folder is converted file by file.
 
-    What lies beside a file (NAME.json, NAME.civitai.info, previews) is copied along; nothing is written over.
+    What lies beside a file is copied along (NAME.json, .civitai.info, .metadata.json, .cm-info.json, .txt, previews);
+    nothing is written over.
 
     Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
     """
