@@ -29,13 +29,14 @@ _TABLE = (DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, OMI, PEFT,
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({dialect.name: dialect for dialect in _TABLE})
 
 
-def plan(header: Header, part: str | None = None) -> Plan:
+def plan(header: Header, part: str | None = None, *, owns_config: bool = False) -> Plan:
     """What a file holds, by our layer names, from its header alone.
 
     ``part`` is the text encoder that the file's place names (``text_encoder_2/adapter_model.safetensors``); it
-    counts where the tensors' names leave that open.
+    counts where the tensors' names leave that open. ``owns_config`` is that the file is called as PEFT calls its
+    own: then the config beside it counts whatever way its tensors are spelt, else for those that PEFT spelt.
 
     Raises:
         DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
     """
-    return plan_header(header, DIALECTS, part)
+    return plan_header(header, DIALECTS, part, owns_config=owns_config)

@@ -6,12 +6,21 @@ Any LoRA half's end may follow, with an ``.alpha`` beside it. The U-Net is named
 from texforce_hub.dialects.layout import EVERY_KIND, Dialect, Reading
 from texforce_hub.dialects.ldm import is_ldm, to_ldm
 from texforce_hub.dialects.paths import infer_part, publish
-from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, split_suffix, write_suffix
+from texforce_hub.dialects.suffixes import (
+    ALPHA,
+    LORA_AB,
+    LORA_DOWN_UP,
+    LORA_LAYERS,
+    LYCORIS,
+    MAGNITUDE,
+    split_suffix,
+    write_suffix,
+)
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 
 _WRITTEN = LORA_AB | ALPHA | LYCORIS
-_READ = _WRITTEN | LORA_DOWN_UP
+_READ = _WRITTEN | LORA_DOWN_UP | LORA_LAYERS | MAGNITUDE
 _TOWERS = {"clip_l": "text_encoder", "clip_h": "text_encoder", "clip_g": "text_encoder_2", "t5xxl": "text_encoder_3"}
 
 

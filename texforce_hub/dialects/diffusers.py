@@ -3,11 +3,11 @@
 from texforce_hub.dialects.layout import PLAIN_AND_DORA, Dialect, Reading
 from texforce_hub.dialects.ldm import is_ldm
 from texforce_hub.dialects.paths import publish, split_part
-from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, split_suffix, write_suffix
+from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, MAGNITUDE, split_suffix, write_suffix
 from texforce_hub.errors import DialectError
 
 _WRITTEN = LORA_AB | LYCORIS | ALPHA
-_READ = _WRITTEN | LORA_DOWN_UP
+_READ = _WRITTEN | LORA_DOWN_UP | MAGNITUDE
 _FOREIGN = ("base_model.", "lora_", "lycoris_")
 
 

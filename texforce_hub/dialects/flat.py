@@ -15,6 +15,7 @@ from texforce_hub.families.transformer import Transformer
 from texforce_hub.families.unet import UNet
 
 _NUMBER = re.compile(r"(?<=[._])[0-9]+(?=[._]|$)")
+_PADDED = re.compile(r"0[0-9]+")
 
 
 def flatten(path: str) -> str:
@@ -27,12 +28,13 @@ def unflatten(flat: str) -> tuple[str, str] | None:
 
     ``None`` if no known model has such a layer. Original U-Net names come back in ``diffusers``' spelling.
     """
-    numbers = iter(_NUMBER.findall(flat))
+    numbers = _NUMBER.findall(flat)
     found = None if "#" in flat else _templates().get(_NUMBER.sub("#", flat))
-    if found is None:
+    if found is None or any(map(_PADDED.fullmatch, numbers)):
         return None
     kind, template = found
-    path = re.sub("#", lambda _: next(numbers), template)
+    left = iter(numbers)
+    path = re.sub("#", lambda _: next(left), template)
     if kind == "unet" and is_ldm(path):
         published = from_ldm(path)
         return None if published is None else (kind, published)

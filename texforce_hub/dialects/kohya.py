@@ -11,12 +11,21 @@ from texforce_hub.dialects.flat import flatten, unflatten
 from texforce_hub.dialects.layout import EVERY_KIND, Dialect, Reading
 from texforce_hub.dialects.ldm import to_ldm
 from texforce_hub.dialects.paths import publish
-from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, split_suffix, write_suffix
+from texforce_hub.dialects.suffixes import (
+    ALPHA,
+    LORA_AB,
+    LORA_DOWN_UP,
+    LORA_LAYERS,
+    LYCORIS,
+    MAGNITUDE,
+    split_suffix,
+    write_suffix,
+)
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 
 _WRITTEN = LORA_DOWN_UP | ALPHA | LYCORIS
-_READ = _WRITTEN | LORA_AB | {"_lora.down.weight": "down", "_lora.up.weight": "up"}
+_READ = _WRITTEN | LORA_AB | LORA_LAYERS | MAGNITUDE | {"_lora.down.weight": "down", "_lora.up.weight": "up"}
 _PREFIX = re.compile(r"(?:unet\.|text_encoder\.|transformer\.)?(lora_te[123]?|lora_unet|lora_transformer|lycoris)_(.+)")
 _TEXT_PARTS = {
     "lora_te": "text_encoder",

@@ -1,17 +1,19 @@
 """Tensors that no dialect spells: what came along, what a checkpoint put beside the adapter, and what is lost."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+
+from texforce_hub.dialects.paths import infer_part, publish, unwrap
 
 _BUNDLED = re.compile(r"bundle_emb\..+|emb_params|string_to_param\..*|clip_[lg]|t5xxl|<[^>]*>")
 _EMBEDDINGS = re.compile(rf"{_BUNDLED.pattern}|[^.:]+")  # a file may call an embedding by nothing but its word
-_WEIGHTS = re.compile(
-    r"(?!base_model\.|lora_|lycoris_)(.+\.)?(base_layer\.)?(weight|bias|position_ids|embedding|scale_shift_table)"
-)
+_WEIGHTS = re.compile(r"(?!lora_|lycoris_)(.+\.)?(base_layer\.)?(weight|bias|position_ids|embedding|scale_shift_table)")
 _ADAPTER = re.compile(
-    r"lora|hada_|lokr_|dora_scale|\.alpha$|\.diff(_b)?$|[wb]_norm$|lycoris|^base_model\.", re.IGNORECASE
+    r"lora|hada_|lokr_|dora_scale|\.alpha$|\.magnitude$|\.diff(_b)?$|[wb]_norm$|lycoris", re.IGNORECASE
 )
+_CHECKPOINTS = ("model.diffusion_model.", "cond_stage_model.", "conditioner.", "first_stage_model.")
+_CONSTANT = ".position_ids"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,49 @@ class Leftovers:
     notes: tuple[str, ...]
 
 
+def find_trained(keys: Iterable[str], layers: Collection[str]) -> tuple[str, str, str] | None:
+    """``(kind, example, reason)`` where plain weights in an adapter's file must have been trained beside it.
+
+    A checkpoint holds the weights of the modules that it adapts as well; ``layers`` are those modules.
+    """
+    weights = [key for key in keys if _is_weight(key) and not key.endswith(_CONSTANT)]
+    if not weights or any(key.startswith(_CHECKPOINTS) or _module(key) in layers for key in weights):
+        return None
+    example = next((key for key in weights if key.endswith(".bias")), weights[0])
+    reason = "is a value and not a change, and without the base the difference is not known"
+    if all(key.endswith(".bias") for key in weights):
+        return "an adapter with trained biases (PEFT's bias 'all' or 'lora_only')", example, reason
+    return "an adapter beside modules that were trained whole (PEFT's modules_to_save)", example, reason
+
+
+def _is_lost(key: str) -> bool:
+    """Whether it belongs to an adapter, whose layer no dialect knows."""
+    if _BUNDLED.fullmatch(key):
+        return False
+    return bool(_ADAPTER.search(key)) or ("base_model." in key and not _WEIGHTS.fullmatch(key))
+
+
+def _is_weight(key: str) -> bool:
+    """Whether a plain parameter is called so."""
+    return not _is_lost(key) and not _EMBEDDINGS.fullmatch(key) and _WEIGHTS.fullmatch(key) is not None
+
+
+def _module(key: str) -> str | None:
+    """Our name of the module whose weight it is."""
+    if not key.endswith(".weight"):
+        return None
+    part, path = unwrap(key.removesuffix(".weight").removesuffix(".base_layer"))
+    part = part or infer_part(path)
+    return None if part is None else publish(part, path)
+
+
 def sort_leftovers(keys: Iterable[str]) -> Leftovers:
     """Extras are kept; a checkpoint's plain weights are named and left out; an adapter's tensors must not be lost."""
     lost: list[str] = []
     weights: list[str] = []
     extras: list[str] = []
     for key in keys:
-        if _ADAPTER.search(key) and not _BUNDLED.fullmatch(key):
+        if _is_lost(key):
             lost.append(key)
         elif _EMBEDDINGS.fullmatch(key) or not _WEIGHTS.fullmatch(key):
             extras.append(key)

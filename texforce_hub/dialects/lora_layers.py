@@ -3,32 +3,24 @@
 TexForce's, TRL's and SPO's training code writes this; alpha is not stored.
 """
 
-from types import MappingProxyType
-
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.paths import infer_part, publish, split_part
+from texforce_hub.dialects.suffixes import LORA_LAYERS as SUFFIXES
 from texforce_hub.dialects.suffixes import split_suffix
 from texforce_hub.errors import DialectError
 
-_SUFFIXES = MappingProxyType(
-    {
-        ".lora_linear_layer.down.weight": "down",
-        ".lora_linear_layer.up.weight": "up",
-        ".lora.down.weight": "down",
-        ".lora.up.weight": "up",
-    }
-)
+_FOREIGN = ("lora_", "lycoris_", "base_model.")
 
 
 def read_name(key: str) -> Reading | None:
     """A part, a module, and one of the two spellings of a half."""
-    split = split_suffix(key, _SUFFIXES)
+    split = split_suffix(key, SUFFIXES)
     if split is None:
         return None
     stem, role, _ = split
     place = split_part(stem)
     part, path = place or (infer_part(stem), stem)
-    name = None if part is None else publish(part, path)
+    name = None if part is None or path.startswith(_FOREIGN) else publish(part, path)
     return None if name is None else Reading(name, role, stem, assumed=place is None)
 
 

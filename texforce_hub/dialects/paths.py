@@ -1,10 +1,16 @@
 """Pipeline parts and the published spelling of the modules inside them."""
 
+import re
+
 from texforce_hub.dialects.ldm import from_ldm, is_ldm
 
 PARTS = ("text_encoder_3", "text_encoder_2", "text_encoder", "unet", "transformer")
 """The parts an adapter can change, the longer names first."""
 
+WRAPPERS = ("base_model.model.", "module.")
+"""What libraries that wrap a model put before the names of its modules."""
+
+_PADDED = re.compile(r"(^|\.)0[0-9]")  # layers.03 is no layer's name; layers.3 is
 _OWN_MODULES = {
     "text_encoder": ("text_model.", "encoder.layers.", "text_projection"),
     "text_encoder_3": ("encoder.block.", "shared"),
@@ -35,9 +41,17 @@ def infer_part(path: str) -> str | None:
     return None
 
 
+def unwrap(path: str) -> tuple[str | None, str]:
+    """``(part or None, module's name)`` of a tensor's stem, as the model that was trained calls the module."""
+    part, path = split_part(path) or (None, path)
+    for wrapper in WRAPPERS:
+        path = path.removeprefix(wrapper)
+    return part, path
+
+
 def publish(part: str, path: str) -> str | None:
     """Our name of a module: part and path in the published spelling; ``None`` if no model has such a layer."""
-    if path.startswith(".") or path.endswith(".") or ".." in path:
+    if path.startswith(".") or path.endswith(".") or ".." in path or _PADDED.search(path):
         return None
     if part == "unet" and is_ldm(path):
         published = from_ldm(path)

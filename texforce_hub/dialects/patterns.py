@@ -1,7 +1,8 @@
 """PEFT's patterns, ``{"mlp.fc1": 8}``: a value for every module whose name ends so. Patterns come from strangers.
 
-Most are plain names, which are looked up. The others are regular expressions, and one can keep Python busy for years:
-those whose worst case is too long are refused before they are tried.
+A pattern is a regular expression that must match a module's whole name, or all of it after a dot; ``^`` stands for
+the name's own beginning, and a dot for any character. Most patterns are plain names with dots, which are looked up.
+The others can keep Python busy for years: those whose worst case is too long are refused before they are tried.
 """
 
 import math
@@ -13,7 +14,7 @@ from typing import Any
 
 from texforce_hub.errors import DialectError
 
-_PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
+_PLAIN = re.compile(r"(?P<start>\^?)(?P<name>(?:[\w-]|\\?\.)+)\$?")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _UNBOUNDED = re.compile(r"(?<!\\)[*+{]")
 _CHOICE = re.compile(r"(?<!\\)[|?]")
@@ -21,28 +22,48 @@ _STEPS = 3 * 10**8  # a few seconds of matching, for all layers of a file togeth
 
 
 @dataclass(frozen=True, slots=True)
-class Patterns:
-    """Patterns ready for looking up: ``names`` and ``expressions`` with their place, of which the first counts.
+class _Form:
+    """What plain patterns that are looked up together share: their length, and which characters may be any.
 
-    ``dots`` is how many the longest of the names has.
+    ``whole`` is that they must be the module's whole name.
     """
 
-    names: Mapping[str, tuple[int, Any]]
+    length: int
+    wild: tuple[int, ...]
+    whole: bool
+
+    def key_of(self, path: str) -> str | None:
+        """The end of a module's name as a pattern of this form would be written; ``None`` if it has no such end."""
+        start = len(path) - self.length
+        if start < 0 or (start > 0 and (self.whole or path[start - 1] != ".")):
+            return None
+        end = list(path[start:])
+        for place in self.wild:
+            end[place] = "."
+        return "".join(end)
+
+
+@dataclass(frozen=True, slots=True)
+class Patterns:
+    """Patterns ready for looking up: plain ``names`` by their form, and ``expressions``, each with its place.
+
+    Of those that fit, the first counts.
+    """
+
+    names: Mapping[_Form, Mapping[str, tuple[int, Any]]]
     expressions: tuple[tuple[int, str, Any], ...]
-    dots: int
 
     def find(self, path: str, layers: int) -> Any:
-        """The value for a module's path, ``None`` without any; ``layers`` is how many will be asked for.
+        """The value for a module's name, ``None`` without any; ``layers`` is how many will be asked for.
 
         Raises:
-            DialectError: an expression would take too long.
+            DialectError: finding it would take too long.
         """
-        found = [self.names[end] for end in _ends(path, self.dots) if end in self.names]
-        found += [
-            (place, value)
-            for place, pattern, value in self.expressions
-            if _matches(pattern, path, layers * len(self.expressions))
-        ]
+        if len(self.names) * len(path) * layers > _STEPS:
+            raise DialectError(f"{len(self.names)} sorts of rank or alpha patterns could take forever to look through")
+        found = [table[key] for form, table in self.names.items() if (key := form.key_of(path) or "") in table]
+        times = layers * len(self.expressions)
+        found += [(place, value) for place, pattern, value in self.expressions if _matches(pattern, path, times)]
         return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
@@ -54,41 +75,48 @@ def read_patterns(patterns: Any) -> Patterns:
     """
     if not isinstance(patterns, (dict, NoneType)):
         raise DialectError(f"a rank or alpha pattern is {patterns!r:.80}; expected an object of patterns and numbers")
-    names: dict[str, tuple[int, Any]] = {}
+    names: dict[_Form, dict[str, tuple[int, Any]]] = {}
     expressions: list[tuple[int, str, Any]] = []
     for place, (pattern, value) in enumerate((patterns or {}).items()):
         if value is None:
             raise DialectError(f"pattern {pattern!r:.80} has no value; expected a number")
-        if _PLAIN.fullmatch(pattern):
-            plain = pattern.replace("\\", "").removeprefix("^").removesuffix("$")
-            names.setdefault(plain.removeprefix("text_model."), (place, value))
-        else:
+        plain = _PLAIN.fullmatch(pattern)
+        if plain is None:
             expressions.append((place, _checked(pattern), value))
-    return Patterns(names, tuple(expressions), max((name.count(".") for name in names), default=0))
+            continue
+        name = plain["name"].replace("\\", "")
+        form = _Form(len(name), tuple(_any_characters(plain["name"])), bool(plain["start"]))
+        names.setdefault(form, {}).setdefault(name, (place, value))
+    return Patterns(names, tuple(expressions))
+
+
+def _any_characters(name: str) -> Iterator[int]:
+    """Where a plain pattern has dots that are not escaped, counted without the escapes."""
+    escapes = 0
+    for place, character in enumerate(name):
+        if character == "." and name[place - 1 : place] != "\\":
+            yield place - escapes
+        escapes += character == "\\"
+
+
+def _anywhere(pattern: str) -> str:
+    """PEFT's expression: the pattern at the end of a module's name, at its beginning or after a dot."""
+    return rf"(.*\.)?({pattern})"
 
 
 def _checked(pattern: str) -> str:
     try:
-        re.compile(pattern)
+        re.compile(_anywhere(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         raise DialectError(f"pattern {pattern!r:.80} is no regular expression ({error}); mend it") from error
     return pattern
-
-
-def _ends(path: str, dots: int) -> Iterator[str]:
-    """The path's last component, its last two … up to ``dots`` dots, and the whole of a shorter one."""
-    end = ""
-    for part in reversed(path.rsplit(".", dots + 1)[-(dots + 1) :]):
-        end = f"{part}.{end}" if end else part
-        yield end
 
 
 def _matches(pattern: str, path: str, times: int) -> bool:
     steps = math.inf if _REPEATED_GROUP.search(pattern) else _count_steps(pattern, len(path))
     if steps * times > _STEPS:
         raise DialectError(f"pattern {pattern!r:.80} could take forever to match; name the modules plainly instead")
-    flat = pattern.removeprefix("^").removeprefix("text_model.")
-    return any(re.fullmatch(rf"(.*\.)?({one})", path) for one in dict.fromkeys((pattern, flat)))
+    return re.fullmatch(_anywhere(pattern), path) is not None
 
 
 def _count_steps(pattern: str, length: int) -> float:

@@ -6,18 +6,21 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from texforce_hub.claims import UNREADABLE
+from texforce_hub.dialects.contradictions import check_config, find_contradictions, note_config
 from texforce_hub.dialects.kinds import LayerPlan, Shape, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.dialects.layout import Dialect, Reading
-from texforce_hub.dialects.leftovers import sort_leftovers
+from texforce_hub.dialects.leftovers import find_trained, sort_leftovers
+from texforce_hub.dialects.paths import WRAPPERS, split_part
 from texforce_hub.dialects.peft_folder import peft_twin
 from texforce_hub.dialects.recognition import FamilyVerdict, find_base, recognize_family
 from texforce_hub.dialects.refused import describe_model, find_refused
-from texforce_hub.dialects.scale import read_settings
+from texforce_hub.dialects.scale import Settings, read_configs
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 from texforce_hub.header import Header
 
 _CLIP_G_WIDTH = 1280
+_STRAY = "the adapter_config.json beside it is another file's, and does not count"
 _LONGEST_NAME = 1000  # characters; real names have some 100, and expressions may take quadratic time on endless ones
 
 
@@ -54,8 +57,12 @@ class _Sorted:
     clashes: list[str] = field(default_factory=list)
 
 
-def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | None = None) -> Plan:
+def plan_header(
+    header: Header, dialects: Mapping[str, Dialect], part: str | None = None, *, owns_config: bool = False
+) -> Plan:
     """The plan of a header, by the dialects of the table; ``part`` is the text encoder that the file's place names.
+
+    PEFT's config beside the file counts for all its tensors where ``owns_config``, else for those that PEFT spelt.
 
     Raises:
         DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
@@ -67,6 +74,10 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | Non
     if refused is not None:
         kind, reason, key = refused
         raise DialectError(f"this is {kind} ({key!r}): {reason}; it cannot be read")
+    stray = header.config is not None and not owns_config and not any(map(_is_wrapped, header.tensors))
+    if stray:
+        header = replace(header, config=None)
+    check_config(header.config or {})
     found = _sort(header, dialects)
     if not found.stems:
         raise DialectError(_nothing_read(header, dialects))
@@ -76,8 +87,12 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | Non
         raise DialectError(
             f"all {len(named)} pairs are such as diffusers 0.16 stored and never used; they change nothing"
         )
-    settings = read_settings(header)
-    layers = _merge_twins(plan_layer(stem, header, settings) for stem in used)
+    configs = read_configs(header)
+    settings = [configs.of(one.name, one.stem, in_folder=owns_config or _is_wrapped(one.stem)) for one in used]
+    layers = _merge_twins(_plan_layer(stem, header, one) for stem, one in zip(used, settings, strict=True))
+    trained = find_trained(found.unread, layers)
+    if trained is not None:
+        raise DialectError("this is {}: {!r}, {}; it cannot be read".format(*trained))
     left = sort_leftovers(found.unread)
     family = recognize_family({name: layer.shape for name, layer in layers.items() if layer.shape}, header)
     layers = {name: _fold(layer, family) for name, layer in layers.items()}
@@ -89,7 +104,13 @@ def plan_header(header: Header, dialects: Mapping[str, Dialect], part: str | Non
         metadata=header.metadata,
         base=find_base(header),
         faults=(*found.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
-        notes=(*_all_notes(layers, named), *_placed(named, dialects), *left.notes),
+        notes=(
+            *_all_notes(layers, named),
+            *_placed(named, dialects),
+            *note_config(header.config or {}, [s for stem, s in zip(used, settings) if "alpha" not in stem.roles]),
+            *([_STRAY] if stray else []),
+            *left.notes,
+        ),
     )
 
 
@@ -169,6 +190,21 @@ def _width(stem: Stem) -> int | None:
         return None
     shape = changed_shape(stem)
     return shape[1] if len(shape) == 2 else None
+
+
+def _is_wrapped(name: str) -> bool:
+    """Whether PEFT spelt it: ``base_model.model.…``, or that after a part."""
+    place = split_part(name)
+    return (place[1] if place else name).startswith(WRAPPERS[0])
+
+
+def _plan_layer(stem: Stem, header: Header, settings: Settings) -> LayerPlan:
+    """As :func:`plan_layer`, with what the configuration denies; its alpha is no stored one if PEFT assumes it."""
+    layer = plan_layer(stem, header, settings)
+    if "alpha" in stem.roles:  # the configuration does not count
+        return layer
+    faults = (*layer.faults, *find_contradictions(layer, settings))
+    return replace(layer, faults=faults, alpha=None if settings.assumes_alpha else layer.alpha)
 
 
 def _merge_twins(plans: Iterable[LayerPlan]) -> dict[str, LayerPlan]:

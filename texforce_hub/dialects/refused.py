@@ -30,6 +30,11 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
         "it was trained with lora_bias=True, whose biases have no layer",
     ),
     (
+        "a PEFT adapter with trained tokens",
+        r"\.trainable_tokens_",
+        "it was trained with trainable_token_indices, and holds rows of an embedding, which no layer is",
+    ),
+    (
         "a file saved with modules_to_save",
         r"\.modules_to_save\.",
         "it holds whole weights of some modules, not changes",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-from texforce_hub.dialects.paths import PARTS
+from texforce_hub.dialects.paths import PARTS, publish, unwrap
 from texforce_hub.dialects.patterns import Patterns, read_patterns
 from texforce_hub.dialects.recognition import read_collated
 from texforce_hub.errors import DialectError
@@ -15,6 +15,10 @@ from texforce_hub.header import Header
 ABSURD = 100.0
 """A scale beyond this is reported: nobody trains with it, damaged files have it."""
 
+DEFAULT_ALPHA = 8
+"""What PEFT takes for the alpha of a configuration that has none (``LoraConfig``, ``LoHaConfig``, ``LoKrConfig``)."""
+
+_ADAPTERS = frozenset({"r", "lora_alpha", "alpha", "alpha_pattern", "rank_pattern", "peft_type"})
 _CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # PEFT's initialisations that do
 
 
@@ -38,38 +42,88 @@ class Alpha:
 
 
 @dataclass(frozen=True, slots=True)
-class _Config:
-    """What one PEFT configuration says of alphas and ranks."""
+class Config:
+    """What one PEFT configuration says of alphas and ranks; ``kind`` is its ``peft_type``."""
 
     alpha: Any
     alphas: Patterns
     rank: Any
     ranks: Patterns
     rooted: Any
-    product: bool
+    kind: str
+    decomposed: Any
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is for LoHa or LoKr, whose rank is in no tensor's shape: PEFT divides by its own ``r``."""
+        return self.kind in ("LOHA", "LOKR")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A file's configurations in the order in which they count, each with the part it is for (``None``: any)."""
+    """What configurations say of one layer: ``path`` is its module's name in the model that was trained.
 
-    configs: tuple[tuple[str | None, _Config], ...]
+    ``layers`` is about how many the file has.
+    """
+
+    path: str
+    config: Config | None
     layers: int
 
+    @property
+    def assumes_alpha(self) -> bool:
+        """Whether the alpha is PEFT's own, for want of another."""
+        return self.config is not None and self._value(self.config.alphas, self.config.alpha) is None
 
-def read_settings(header: Header) -> Settings:
-    """PEFT's config beside the file, and those that ``diffusers`` keeps in its header, by part or for the one it has.
+    def alpha(self) -> Any:
+        """The module's alpha, ``None`` without a configuration."""
+        if self.config is None:
+            return None
+        value = self._value(self.config.alphas, self.config.alpha)
+        return DEFAULT_ALPHA if value is None else value
+
+    def rank(self) -> Any:
+        """The module's rank, ``None`` where no configuration says one."""
+        return None if self.config is None else self._value(self.config.ranks, self.config.rank)
+
+    def _value(self, patterns: Patterns, otherwise: Any) -> Any:
+        found = patterns.find(self.path, self.layers)
+        return otherwise if found is None else found
+
+
+@dataclass(frozen=True, slots=True)
+class Configs:
+    """A file's configurations: PEFT's beside it, and those that ``diffusers`` keeps in its header, by part.
+
+    The part ``None`` is any: ``save_lora_adapter`` saves one model and names none.
+    """
+
+    folder: Config | None
+    collated: Mapping[str | None, Config]
+    layers: int
+
+    def of(self, name: str, stem: str, *, in_folder: bool) -> Settings:
+        """What counts for the layer ``name`` that the file spells ``stem``; ``in_folder``: PEFT's config is for it."""
+        part, _, path = name.partition(".")
+        _, spelt = unwrap(stem.partition(" (")[0])
+        path = spelt if publish(part, spelt) == name else path
+        config = self.folder if in_folder else None
+        config = config or self.collated.get(part) or self.collated.get(None)
+        return Settings(path, config, self.layers)
+
+
+def read_configs(header: Header) -> Configs:
+    """PEFT's config beside the file, and those in its header.
 
     Raises:
         DialectError: one of them cannot be what it should be.
     """
-    found: list[tuple[str | None, _Config]] = []
-    if header.config:
-        found.append((None, _read_config(header.config)))
-    collated = read_collated(header.metadata.get("lora_adapter_metadata", ""))
-    for part, config in _by_part(collated).items():
-        found.append((part, _read_config(config)))
-    return Settings(tuple(found), len(header.tensors))
+    collated = _by_part(read_collated(header.metadata.get("lora_adapter_metadata", "")))
+    return Configs(
+        _read_config(header.config) if header.config else None,
+        {part: _read_config(config) for part, config in collated.items() if _ADAPTERS & config.keys()},
+        len(header.tensors),
+    )
 
 
 def find_alpha(name: str, stored: float | None, settings: Settings) -> Alpha:
@@ -80,13 +134,8 @@ def find_alpha(name: str, stored: float | None, settings: Settings) -> Alpha:
     """
     if stored is not None:
         return Alpha(stored)
-    part, _, path = name.partition(".")
-    for whose, config in settings.configs:
-        if whose in (None, part):
-            value = _patterned(path, config.alphas, config.alpha, settings.layers)
-            if value is not None:
-                return _read_alpha(path, value, config, settings.layers)
-    return Alpha(None)
+    value = settings.alpha()
+    return Alpha(None) if value is None or settings.config is None else _read_alpha(name, value, settings)
 
 
 def _by_part(collated: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
@@ -103,7 +152,7 @@ def _by_part(collated: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
     return configs
 
 
-def _read_config(config: Mapping[str, Any]) -> _Config:
+def _read_config(config: Mapping[str, Any]) -> Config:
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or rank < 0):
         raise DialectError(f"r, the rank, is {rank!r:.80}; expected a whole number from 1: mend the configuration")
@@ -115,33 +164,28 @@ def _read_config(config: Mapping[str, Any]) -> _Config:
             f"init_lora_weights is {start!r:.40}: training began by changing the base's weights, which the file does "
             "not hold; let PEFT convert it (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    return _Config(
+    return Config(
         alpha=config.get("lora_alpha", config.get("alpha")),
         alphas=read_patterns(config.get("alpha_pattern")),
         rank=rank,
         ranks=read_patterns(config.get("rank_pattern")),
         rooted=config.get("use_rslora", False),
-        product=config.get("peft_type") in ("LOHA", "LOKR"),
+        kind=str(config.get("peft_type") or "LORA"),
+        decomposed=config.get("use_dora"),
     )
 
 
-def _read_alpha(path: str, value: Any, config: _Config, layers: int) -> Alpha:
+def _read_alpha(name: str, value: Any, settings: Settings) -> Alpha:
+    config = settings.config
+    assert config is not None
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise DialectError(f"lora_alpha of {path} is {value!r:.80}; expected a number: mend the configuration")
+        raise DialectError(f"lora_alpha of {name} is {value!r:.80}; expected a number: mend the configuration")
     if not isinstance(config.rooted, (bool, NoneType)):
         raise DialectError(f"use_rslora is {config.rooted!r:.80}; expected true or false: mend the configuration")
-    rank = None
-    if config.product:  # the rank of a product says nothing: PEFT divides by its own r
-        rank = _patterned(path, config.ranks, config.rank, layers)
-        if rank is not None and (type(rank) is not int or rank < 1):
-            raise DialectError(f"the rank of {path} is {rank!r:.80}; expected a whole number from 1: mend it")
+    rank = settings.rank() if config.is_product else None
+    if rank is not None and (type(rank) is not int or rank < 1):
+        raise DialectError(f"the rank of {name} is {rank!r:.80}; expected a whole number from 1: mend it")
     return Alpha(_as_float(value), bool(config.rooted), rank)
-
-
-def _patterned(path: str, patterns: Patterns, otherwise: Any, layers: int) -> Any:
-    """PEFT's rule: a pattern that ends the module's name overrides the general value."""
-    found = patterns.find(path, layers)
-    return otherwise if found is None else found
 
 
 def _as_float(value: float) -> float:

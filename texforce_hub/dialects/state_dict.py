@@ -8,13 +8,12 @@ import re
 
 from texforce_hub.dialects.layout import Dialect, Reading
 from texforce_hub.dialects.ldm import is_ldm
-from texforce_hub.dialects.paths import infer_part, publish, split_part
-from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LYCORIS, split_suffix
+from texforce_hub.dialects.paths import WRAPPERS, infer_part, publish, split_part, unwrap
+from texforce_hub.dialects.suffixes import ALPHA, LORA_AB, LYCORIS, MAGNITUDE, split_suffix
 
 _NAMED = re.compile(r"(?P<path>.+)\.lora_(?P<half>A|B|magnitude_vector)\.(?P<adapter>(?!weight$)[^.]+)(?:\.weight)?")
 _HALVES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
-_SUFFIXES = LORA_AB | LYCORIS | ALPHA
-_WRAPPERS = ("base_model.model.", "module.")
+_SUFFIXES = LORA_AB | LYCORIS | ALPHA | MAGNITUDE
 
 
 def read_name(key: str) -> Reading | None:
@@ -23,19 +22,16 @@ def read_name(key: str) -> Reading | None:
     if match is not None:
         return _reading(match["path"], _HALVES[match["half"]], "", f"{match['path']} ({match['adapter']})")
     split = split_suffix(key, _SUFFIXES)
-    if split is None or split_part(split[0]) or split[0].startswith(_WRAPPERS):
+    if split is None or split_part(split[0]) or split[0].startswith(WRAPPERS):
         return None
     return _reading(*split, split[0])
 
 
 def _reading(path: str, role: str, parameter: str, stem: str) -> Reading | None:
-    place = split_part(path)
-    part, path = place or (None, path)
-    for wrapper in _WRAPPERS:
-        path = path.removeprefix(wrapper)
-    part = part or infer_part(path) or ("unet" if is_ldm(path) else None)
+    named, path = unwrap(path)
+    part = named or infer_part(path) or ("unet" if is_ldm(path) else None)
     name = None if part is None else publish(part, path)
-    return None if name is None else Reading(name + parameter, role, stem, assumed=place is None)
+    return None if name is None else Reading(name + parameter, role, stem, assumed=named is None)
 
 
 STATE_DICT = Dialect("state-dict", "bare state dict", read_name)

@@ -13,6 +13,16 @@ LORA_AB = MappingProxyType(
 )
 LORA_DOWN_UP = MappingProxyType({".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid"})
 ALPHA = MappingProxyType({".alpha": "alpha"})
+MAGNITUDE = MappingProxyType({".magnitude": "magnitude"})
+"""ai-toolkit's end of what PEFT calls ``lora_magnitude_vector``; only read."""
+LORA_LAYERS = MappingProxyType(
+    {
+        ".lora_linear_layer.down.weight": "down",
+        ".lora_linear_layer.up.weight": "up",
+        ".lora.down.weight": "down",
+        ".lora.up.weight": "up",
+    }
+)
 LYCORIS = MappingProxyType(
     {
         ".dora_scale": "dora",
@@ -32,6 +42,8 @@ def split_suffix(key: str, suffixes: Mapping[str, str]) -> tuple[str, str, str] 
 
     ``parameter`` is what the stem lacks to name what is changed: ``.bias`` of ``….q_proj.diff_b``, mostly nothing.
     """
+    if not key.endswith(tuple(suffixes)):  # one call instead of twenty, for most of the names
+        return None
     suffix = max((end for end in suffixes if key.endswith(end) and key != end), key=len, default=None)
     if suffix is None:
         return None

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from texforce_hub.choose import is_safetensors
 from texforce_hub.bundles import owns_config
+from texforce_hub.choose import is_safetensors
 from texforce_hub.dialects import plan
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.hub import RemoteFile
