@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from texforce_hub import __version__
-from texforce_hub.cli.console import printable, say
+from texforce_hub.cli.console import accept_any_text, printable, say
 from texforce_hub.errors import TexForceHubError
 
 COMMANDS: tuple[str, ...] = (
@@ -70,11 +70,25 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 130 interrupted."""
+    accept_any_text()
     try:
         app()
     except TexForceHubError as error:
         say(f"error: {printable(str(error))}")
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        asked = str(error).partition("\n")[0].rpartition("Allocator: ")[2]  # torch begins with a place in its source
+        say(f"error: there is not enough memory for this{f': {asked:.200}' if asked else ''}")
+        sys.exit(2)
     except KeyboardInterrupt:
         say("interrupted")
         sys.exit(130)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python's or torch's allocator gave up: torch says so on the CPU in words alone."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,5 +1,7 @@
 """What every command prints with: results on stdout, everything else on stderr, nothing raw."""
 
+import codecs
+import io
 import json
 import logging
 import sys
@@ -14,6 +16,23 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 120  # characters of a table in a file or a pipe
+_MOST_ROWS = 3000  # of a table; more are neither read by anybody nor drawn in reasonable time
+_PLAIN = str.maketrans("█▏▎▍▌▋▊▉–—…×·→“”‘’", "########--~x.>\"\"''")  # one for one, so that tables keep their columns
+
+
+def accept_any_text() -> None:
+    """Let stdout and stderr take characters that their encoding lacks: like ones, else question marks, are written."""
+    codecs.register_error("texforce_hub.plain", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="texforce_hub.plain")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return "".join(character if character.isascii() else "?" for character in text), error.end
 
 
 def printable(text: str) -> str:
@@ -51,12 +70,14 @@ def put_table(
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     table = Table(title=None if title is None else Text(printable(title)), title_justify="left")
     for place, column in enumerate(columns):
-        longest = max(len(row[place]) for row in [columns, *rows])
+        longest = max(len(row[place]) for row in [columns, *rows[:_MOST_ROWS]])
         width = min(widths[column], longest) if column in widths and console.width >= _WIDTH else None
         table.add_column(column, overflow="fold", no_wrap=column in whole, width=width)
-    for row in rows:
+    for row in rows[:_MOST_ROWS]:
         table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
+    if len(rows) > _MOST_ROWS:
+        put(f"… and {len(rows) - _MOST_ROWS} more rows; --json has them all")
 
 
 @contextmanager

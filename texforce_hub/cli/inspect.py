@@ -135,7 +135,7 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ),
         ["layout", ", ".join(one.dialects)],
         ["family", one.verdict],
-        *(["", line] for line in one.evidence),
+        *(["", _clipped(line)] for line in one.evidence),
         ["parts", _counts(one.parts)],
         ["kinds", _counts(one.kinds)],
         ["ranks", _counts(one.ranks)],

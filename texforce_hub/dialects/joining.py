@@ -76,4 +76,5 @@ def _find_notes(plans: Mapping[str, Plan]) -> Iterator[str]:
         yield f"{shared} layers are in several files; equal ones count once"
     unequal = sorted({k for p in plans.values() for k, v in p.metadata.items() if _join_metadata(plans)[k] != v})
     if unequal:
-        yield f"the files' metadata differ in {', '.join(unequal)}; the first file's count"
+        more = f" and {len(unequal) - 5} more" if len(unequal) > 5 else ""
+        yield f"the files' metadata differ in {', '.join(unequal[:5])}{more}; the first file's count"
