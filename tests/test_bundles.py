@@ -1,6 +1,7 @@
 """One adapter in several files: shards, cloneofsimo's halves, PEFT folders of parts; and what stays many."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.bundles import bundle_file, bundle_folder, plan_bundle
 from texforce_hub.check import check_adapter
 from texforce_hub.convert import convert_adapter, plan_conversions
-from texforce_hub.errors import DialectError, FileError, RefError
+from texforce_hub.errors import AdapterError, DialectError, FileError, RefError
 from texforce_hub.families import FAMILIES
 from texforce_hub.inspection import inspect_bundle
 from texforce_hub.inspection.weights import measure_bundle
@@ -114,6 +115,31 @@ def test_peft_folders_of_parts_are_one_adapter(tmp_path, text, unet):
         name: layer.shape for name, layer in whole.layers.items()
     }
     assert read_adapter(tmp_path / "both").family == "sd1"
+
+
+def test_several_parts_become_a_folder_of_peft_folders_that_is_read_as_one(tmp_path):
+    _, _, whole = sd1_parts()
+    path = write_adapter(whole, tmp_path / "in" / "cat.safetensors")
+    (tmp_path / "in" / "cat.json").write_text('{"notes": "mine"}')
+    output = tmp_path / "out" / "cat"
+    assert run("convert", path, "--output", output, "--dialect", "peft").exit_code == 0
+    assert sorted(one.name for one in output.iterdir()) == ["text_encoder", "unet"]
+    assert (tmp_path / "out" / "cat.json").is_file()
+    same(read_adapter(output), whole)
+    assert [one.ending for one in inspect_bundle(find_bundle(output)).sidecars] == [".json"]
+    with pytest.raises(FileError, match="text_encoder, unet are a folder each; name a new folder"):
+        write_adapter(whole, output, dialect="peft")
+    with pytest.raises(FileError, match="name a new folder"):
+        write_adapter(whole, tmp_path / "new.safetensors", dialect="peft")
+
+
+def test_of_several_parts_that_cannot_all_be_written_none_is(tmp_path):
+    _, _, whole = sd1_parts()
+    name = next(name for name in whole.layers if name.startswith("unet"))
+    broken = Adapter({**whole.layers, name: replace(whole.layers[name], up=whole.layers[name].up * 1e30)})
+    with pytest.raises(AdapterError):
+        write_adapter(broken, tmp_path / "out" / "cat", dialect="peft", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_folder_of_a_part_is_that_part(tmp_path):
@@ -305,7 +331,7 @@ def test_inspect_says_that_it_is_one_adapter_in_several_files(tmp_path):
     assert "trigger words: hello" in panel.stdout
     (found,) = json.loads(run("inspect", tmp_path, "--json").stdout)["files"]
     assert (found["parts"], len(found["files"])) == ({"text_encoder": 2, "unet": 2}, 2)
-    assert found["sha256"] == ""
+    assert found["sha256"] is None
     (weighed,) = json.loads(run("inspect", tmp_path, "--json", "--weights").stdout)["files"]
     assert len(weighed["weights"]) == 4
     assert len(measure_bundle(find_bundle(tmp_path / "both"))) == 4
@@ -340,7 +366,7 @@ def test_a_folder_is_converted_adapter_by_adapter(tmp_path):
     write_parts(tmp_path / "in" / "both")
     (tmp_path / "in" / "cut").mkdir()
     write_shards(tmp_path / "in" / "cut", stem="model")
-    targets = [target for _, target in plan_conversions([tmp_path / "in"], tmp_path / "out", "kohya")]
+    targets = [job.target for job in plan_conversions([tmp_path / "in"], tmp_path / "out", "kohya")]
     assert [str(one.relative_to(tmp_path / "out")) for one in targets] == ["both.safetensors", "cut/model.safetensors"]
     shown = run("convert", tmp_path / "in", "--output", tmp_path / "out", "--dialect", "kohya")
     assert shown.exit_code == 0, shown.output

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from texforce_hub import cli
+from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.catalog import Entry, read_catalog
 from texforce_hub.convert import convert_adapter, convert_all, plan_conversions
 from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, HubError, RefError
@@ -107,6 +108,47 @@ def test_one_names_several_files_are_told_apart_and_stop_nobody(tmp_path):
     ]
     same(read_adapter(output / "cat.pt.safetensors"), read_adapter(output / "style.safetensors"))
     same(read_adapter(output / "cat.safetensors"), read_adapter(PEFT))
+
+
+def scaled(adapter, weight_of):
+    return Adapter({name: layer.scaled(weight_of(name)) for name, layer in adapter.layers.items()})
+
+
+def test_a_reference_s_weights_go_into_the_file(tmp_path):
+    both = {"text_encoder": 0.5, "unet": -2.0}
+    layer = LowRank(torch.randn(2, 320), torch.randn(320, 2))
+    unet = {"unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": layer}
+    adapter = Adapter(dict(read_adapter(PEFT).layers) | unet)
+    source = write_adapter(adapter, tmp_path / "in.safetensors")
+    for dialect in ("diffusers", "kohya"):
+        output = tmp_path / f"{dialect}.safetensors"
+        convert_adapter(f"{source}:0.5", output, dialect=dialect)
+        same(read_adapter(output), adapter.scaled(0.5), atol=1e-6)
+        convert_adapter(f"{source}:text_encoder=0.5,unet=-2", output, dialect=dialect)
+        same(read_adapter(output), scaled(adapter, lambda name: both[name.partition(".")[0]]), atol=1e-6)
+    folder, (one, other) = tmp_path / "out", (tmp_path / "one.safetensors", tmp_path / "other.safetensors")
+    for path in (one, other):
+        write_adapter(read_adapter(PEFT), path)
+    run = CliRunner().invoke(cli.app, ["convert", f"{one}:0.25", str(other), "--output", str(folder)])
+    assert run.exit_code == 0, run.output
+    same(read_adapter(folder / one.name), read_adapter(PEFT).scaled(0.25), atol=1e-6)
+    same(read_adapter(folder / other.name), read_adapter(PEFT))
+    alone = CliRunner().invoke(cli.app, ["convert", f"{one}:-1", "--output", str(tmp_path / "minus.safetensors")])
+    assert alone.exit_code == 0, alone.output
+    same(read_adapter(tmp_path / "minus.safetensors"), read_adapter(PEFT).scaled(-1))
+
+
+@pytest.mark.parametrize(
+    ("tail", "phrase"), [(":0.5[0-0.4]", "a window needs the denoising steps"), (":unet=0.5", "no layer is covered")]
+)
+def test_what_a_file_cannot_hold_of_a_reference_is_refused(tmp_path, tail, phrase):
+    source = write_adapter(read_adapter(PEFT), tmp_path / "in.safetensors")
+    with pytest.raises(ConfigError, match=phrase):
+        convert_adapter(f"{source}{tail}", tmp_path / "out.safetensors")
+    run = CliRunner().invoke(cli.app, ["convert", f"{source}{tail}", "--output", str(tmp_path / "out")])
+    assert phrase in run.output + str(run.exception)
+    assert run.exit_code != 0
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
 
 
 def test_files_that_would_become_one_are_named_and_the_others_are_written(tmp_path):

@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from texforce_hub.dialects import DIALECTS
 from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHubError
 from texforce_hub.files import writing
 from texforce_hub.locate import find_bundle, find_bundles, find_place
-from texforce_hub.refs import AdapterRef
+from texforce_hub.refs import WHOLE, AdapterRef
 from texforce_hub.sidecars import Sidecar, find_sidecars, leads_away
 from texforce_hub.sources import open_bundle, write_adapter
+from texforce_hub.stack import check_patterns
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -31,6 +32,15 @@ DTYPES = {
     "float8_e5m2": torch.float8_e5m2,
 }
 """The dtypes that a converted file can have, by name; without one, tensors keep theirs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One adapter to convert: its files, where it goes, and the reference whose weights it gets."""
+
+    source: Bundle
+    target: Path
+    weights: AdapterRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +67,16 @@ def convert_adapter(
 
     It goes from file to file layer by layer: memory stays at the largest few, whatever the file's size. ``alpha``
     is that of every layer which stores none; ``allow_pickle`` is needed for pickles from the Hub. What lies beside
-    the adapter is copied, see :func:`carry_sidecars`.
+    the adapter is copied, see :func:`carry_sidecars`. A reference's weights (``cat:0.5``) go into the file.
 
     Raises:
-        ConfigError: no such dtype.
+        ConfigError: no such dtype; a reference with a window, or a weight of a part that the adapter lacks.
         RefError, FileError, DialectError, AdapterError: as reading and writing raise them; nothing is left then.
     """
-    bundle = find_bundle(ref)
     done = convert_bundle(
-        bundle,
+        find_bundle(ref),
         Path(output),
+        weights=parse_weights(ref),
         dialect=dialect,
         dtype=dtype,
         alpha=alpha,
@@ -82,6 +92,7 @@ def convert_bundle(
     bundle: Bundle,
     output: Path,
     *,
+    weights: AdapterRef | None = None,
     dialect: str = "diffusers",
     dtype: str | None = None,
     alpha: float | None = None,
@@ -97,12 +108,19 @@ def convert_bundle(
     if dialect not in DIALECTS:
         raise DialectError(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
     adapter = open_bundle(bundle, alpha=alpha, allow_pickle=allow_pickle)
+    if weights is not None:
+        check_patterns(weights.label, adapter.outline, weights)
+        adapter = adapter.weighted(weights.weight_of)
     places = [place for place in (output, output / DIALECTS[dialect].filename) if place.exists()]
     if any(place.samefile(file) for place in places for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
-    tensors = written / DIALECTS[dialect].filename if written.is_dir() else written
-    return Conversion(bundle.path, written, notes=carry_sidecars(bundle.place, tensors) if sidecars else ())
+    return Conversion(bundle.path, written, notes=carry_sidecars(bundle.place, _place_of(written)) if sidecars else ())
+
+
+def _place_of(written: Path) -> Path:
+    """The file after which what lies beside an adapter is named: its only one, or where that would lie."""
+    return find_bundle(written).place
 
 
 def carry_sidecars(source: Path, target: Path) -> tuple[str, ...]:
@@ -137,7 +155,22 @@ def _carry(sidecar: Sidecar, target: Path) -> Iterator[str]:
         )
 
 
-def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> list[tuple[Bundle, Path]]:
+def parse_weights(ref: str | Path | AdapterRef) -> AdapterRef | None:
+    """The reference that has a user's weights; ``None`` where there are none.
+
+    Raises:
+        RefError: the text is no reference.
+        ConfigError: it has a window, which no file can hold.
+    """
+    if isinstance(ref, Path):
+        return None
+    parsed = AdapterRef.parse(ref) if isinstance(ref, str) else ref
+    if parsed.window != WHOLE:
+        raise ConfigError(f"{parsed}: a window needs the denoising steps, a file holds for all of them; leave it out")
+    return parsed if parsed.parts or parsed.weight != 1.0 else None
+
+
+def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> list[Job]:
     """Every adapter that the references mean, and where under ``output`` it goes; a folder's inner folders are kept.
 
     Where several would take one name (``cat.safetensors`` beside ``cat.pt``), the safetensors file takes it, and
@@ -145,10 +178,13 @@ def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> 
 
     Raises:
         RefError: a reference means nothing.
+        ConfigError: a reference has a window.
     """
-    pairs = list(dict.fromkeys(pair for ref in refs for pair in _targets(ref, output, dialect)))
-    wanted = Counter(_as_one(target) for _, target in pairs)
-    return [(source, _apart(source, target) if wanted[_as_one(target)] > 1 else target) for source, target in pairs]
+    jobs = list(dict.fromkeys(job for ref in refs for job in _jobs(ref, output, dialect)))
+    wanted = Counter(_as_one(job.target) for job in jobs)
+    return [
+        replace(job, target=_apart(job.source, job.target)) if wanted[_as_one(job.target)] > 1 else job for job in jobs
+    ]
 
 
 def _apart(source: Bundle, target: Path) -> Path:
@@ -162,28 +198,28 @@ def _as_one(target: Path) -> str:
     return str(target).casefold()
 
 
-def convert_all(
-    pairs: Sequence[tuple[Bundle, Path]], *, dtype: str | None = None, **options: Any
-) -> Iterator[Conversion]:
+def convert_all(jobs: Sequence[Job], *, dtype: str | None = None, **options: Any) -> Iterator[Conversion]:
     """Convert one by one, with the options of :func:`convert_bundle`; an error stops one, and the others go on.
 
     Adapters that would become one file are errors, each of them: none is written.
     """
     _dtype(dtype)
     taken: dict[Path, list[Path]] = {}
-    for source, target in pairs:
-        taken.setdefault(target, []).append(source.path)
-    for source, target in pairs:
-        if len(taken[target]) > 1:
-            names = " and ".join(map(str, taken[target]))
-            yield Conversion(source.path, target, f"{names} would become one file, {target}; convert them apart")
+    for job in jobs:
+        taken.setdefault(job.target, []).append(job.source.path)
+    for job in jobs:
+        if len(taken[job.target]) > 1:
+            names = " and ".join(map(str, taken[job.target]))
+            error = f"{names} would become one file, {job.target}; convert them apart"
+            yield Conversion(job.source.path, job.target, error)
             continue
-        yield _convert_safely(source, target, dtype=dtype, **options)
+        yield _convert_safely(job, dtype=dtype, **options)
 
 
-def _convert_safely(source: Bundle, target: Path, **options: Any) -> Conversion:
+def _convert_safely(job: Job, **options: Any) -> Conversion:
+    source, target = job.source, job.target
     try:
-        return convert_bundle(source, target, **options)
+        return convert_bundle(source, target, weights=job.weights, **options)
     except TexForceHubError as error:
         return Conversion(source.path, target, str(error))
     except Exception as error:  # noqa: BLE001  # whatever one file does, the hundreds after it are converted
@@ -191,11 +227,12 @@ def _convert_safely(source: Bundle, target: Path, **options: Any) -> Conversion:
         return Conversion(source.path, target, f"{source.path}: unexpected {type(error).__name__}: {error}")
 
 
-def _targets(ref: str | Path, output: Path, dialect: str) -> Iterator[tuple[Bundle, Path]]:
-    place = find_place(ref)
+def _jobs(ref: str | Path, output: Path, dialect: str) -> Iterator[Job]:
+    weights, place = parse_weights(ref), find_place(ref)
     for source in find_bundles(ref):
         inside = source.path.relative_to(place).parent if place.is_dir() else Path()
-        yield source, output / inside / (source.stem if dialect == "peft" else f"{source.stem}.safetensors")
+        name = source.stem if dialect == "peft" else f"{source.stem}.safetensors"
+        yield Job(source, output / inside / name, weights)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -74,7 +74,7 @@ def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter
     if ref.window != WHOLE:
         raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
     if weight is None and (ref.weight != 1.0 or ref.parts):
-        _check_patterns(label, adapter, ref)
+        check_patterns(label, adapter, ref)
         return Entry(label, adapter, ref)
     return Entry(label, adapter, _weights(default if weight is None else weight, label, adapter))
 
@@ -93,11 +93,16 @@ def _weights(weight: Weight, label: str, adapter: Adapter) -> AdapterRef:
     if not isinstance(weight, Mapping):
         return AdapterRef("adapter", weight=float(weight))
     ref = AdapterRef("adapter", parts=tuple((part, float(number)) for part, number in weight.items()))
-    _check_patterns(label, adapter, ref)
+    check_patterns(label, adapter, ref)
     return ref
 
 
-def _check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
+def check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
+    """Refuse a weight of a part or pattern that no layer of the adapter has.
+
+    Raises:
+        ConfigError: names it, and the parts that there are.
+    """
     for part, _ in ref.parts:
         only = AdapterRef("adapter", parts=((part, 0.0),))
         if all(only.weight_of(name) != 0.0 for name in adapter.layers):

@@ -39,20 +39,23 @@ def convert(
 ) -> None:
     """Write adapters in another layout; every layer's change is kept. A folder is converted file by file.
 
+    A reference's weight (mine.safetensors:0.5, or mine:text_encoder=0.5,unet=1) goes into the file.
+
     What lies beside a file is copied along (NAME.json, .civitai.info, .metadata.json, .cm-info.json, .txt, previews);
     nothing is written over.
 
     Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
     """
     from texforce_hub.choose import is_safetensors
-    from texforce_hub.convert import convert_all, plan_conversions
+    from texforce_hub.convert import Job, convert_all, parse_weights, plan_conversions
     from texforce_hub.locate import find_bundle, find_bundles
 
     alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
-    pairs = [(find_bundle(refs[0]), output)] if alone else plan_conversions(refs, output, dialect)
+    lone = [Job(find_bundle(refs[0]), output, parse_weights(refs[0]))] if alone else None
+    jobs = lone or plan_conversions(refs, output, dialect)
     options: dict[str, Any] = {"dialect": dialect, "dtype": dtype, "alpha": alpha, "allow_pickle": allow_pickle}
-    conversions = convert_all(pairs, **options, sidecars=not no_sidecars)
-    done = list(track(conversions, total=len(pairs), what="converting"))
+    conversions = convert_all(jobs, **options, sidecars=not no_sidecars)
+    done = list(track(conversions, total=len(jobs), what="converting"))
     if alone and done[0].error is not None:
         raise FileError(done[0].error)
     if json:

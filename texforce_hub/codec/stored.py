@@ -1,6 +1,6 @@
 """An adapter whose numbers stay in its file: they are read a layer at a time, and none are kept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -21,6 +21,20 @@ class StoredAdapter:
     outline: Adapter
     layers: Mapping[LayerName, Layer]
     extras: Mapping[str, Tensor]
+
+    def weighted(self, weight_of: Callable[[LayerName], float]) -> "StoredAdapter":
+        """Every layer's change times the weight that its name has."""
+
+        def weigh(layers: Mapping[LayerName, Layer], name: LayerName) -> Layer:
+            return layers[name].scaled(weight_of(name))
+
+        outline = replace(self.outline, layers={name: weigh(self.outline.layers, name) for name in self.outline.layers})
+        return replace(self, outline=outline, layers=LazyMapping(self.layers, lambda name: weigh(self.layers, name)))
+
+    def only(self, part: str) -> "StoredAdapter":
+        """The layers of one part (``"text_encoder"``), without extras."""
+        chosen = self.outline.only(part)
+        return StoredAdapter(chosen, LazyMapping(chosen.layers, self.layers.__getitem__), {})
 
 
 def decode_stored(
