@@ -23,7 +23,7 @@ from texforce_hub.codec import (
 from texforce_hub.container import sniff
 from texforce_hub.dialects import Plan, join_plans, plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
-from texforce_hub.files import DTYPES, stream_tensors, write_stream
+from texforce_hub.files import DTYPES, stream_tensors, write_stream, writing
 from texforce_hub.folders import write_folder
 from texforce_hub.header import Header, TensorInfo
 from texforce_hub.lazy import LazyMapping
@@ -238,13 +238,17 @@ def write_adapter(
     """Write an adapter in one layout, whole or not at all; gives the file, or the folder of a PEFT adapter.
 
     ``path`` is a ``.safetensors`` file, or a folder, in which the file gets its layout's usual name. A stored
-    adapter goes from file to file layer by layer.
+    adapter goes from file to file layer by layer. PEFT's layout of several parts is a new folder, with a folder for
+    each of them (``text_encoder``, ``unet`` …), which is read as one adapter again.
 
     Raises:
         DialectError: the layout is unknown, or cannot hold some layer.
-        FileError: the place cannot be written, or a PEFT adapter shall be a file.
+        FileError: the place cannot be written, a PEFT adapter shall be a file, or one of several parts lie in a
+            folder that exists.
     """
     path = Path(path)
+    if dialect == "peft" and len(_outline_of(adapter).parts) > 1:
+        return _write_parts(adapter, path, dtype)
     if isinstance(adapter, StoredAdapter):
         encoded, tensors = encode_stored(adapter, dialect, dtype=dtype)
     else:
@@ -257,3 +261,22 @@ def write_adapter(
         return write_folder(encoded, tensors, path)
     file = path if names_file else path / encoded.filename
     return write_stream(file, encoded.tensors, tensors, encoded.metadata)
+
+
+def _outline_of(adapter: Adapter | StoredAdapter) -> Adapter:
+    return adapter.outline if isinstance(adapter, StoredAdapter) else adapter
+
+
+def _write_parts(adapter: Adapter | StoredAdapter, path: Path, dtype: torch.dtype | None) -> Path:
+    """A PEFT folder for each part, all of them or none."""
+    parts = _outline_of(adapter).parts
+    if path.exists() or is_safetensors(path.name):
+        raise FileError(
+            f"{path}: in PEFT's layout, {', '.join(parts)} are a folder each; name a new folder for them to lie in"
+        )
+    if adapter.extras:
+        _LOG.warning("peft: %d extra tensors have no place in this layout", len(adapter.extras))
+    with writing(path) as staged:
+        for part in parts:
+            write_adapter(adapter.only(part), staged / part, dialect="peft", dtype=dtype)
+    return path

@@ -25,7 +25,7 @@ def choose_kinds(layers: Mapping[LayerName, Layer]) -> frozenset[str]:
 def explain_refusal(name: LayerName, layer: Layer, layers: Mapping[LayerName, Layer]) -> str:
     """Why a product of this adapter can be neither kept nor expanded."""
     kinds = sorted({type(other).__name__ for other in layers.values()})
-    way = "write it as 'kohya', or extract a low-rank approximation first"
+    way = "write it as 'kohya', or make it low rank first: texforce-hub resize --rank N"
     if len(kinds) > 1:
         mixed = f"a folder holds one kind of change, this adapter {', '.join(kinds)}"
         return f"peft: {mixed}, and {name}, a {type(layer).__name__}, is not low rank; {way}"
@@ -54,7 +54,8 @@ def describe_folder(layers: Mapping[LayerName, Layer], adapter: Adapter) -> dict
     """
     if len(adapter.parts) > 1:
         raise DialectError(
-            f"peft: a folder holds one part, the adapter has {', '.join(adapter.parts)}; choose one: only()"
+            f"peft: a folder holds one part, the adapter has {', '.join(adapter.parts)}; "
+            "write_adapter makes a folder for each, Adapter.only() chooses one"
         )
     base = adapter.metadata.get("texforce_hub.base")
     inside = {name.partition(".")[2]: layer for name, layer in layers.items()}

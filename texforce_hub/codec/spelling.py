@@ -76,7 +76,7 @@ class Spelling:
             raise DialectError(peft.explain_refusal(name, layer, self.outline))
         raise DialectError(
             f"{self.layout.name}: {name} is a {kind} change, which readers of this layout do not know; "
-            "write it as 'kohya', or extract a low-rank approximation first"
+            "write it as 'kohya', or make it low rank first: texforce-hub resize --rank N"
         )
 
 
