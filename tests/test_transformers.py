@@ -10,7 +10,6 @@ from texforce_hub.adapter import Adapter
 from texforce_hub.apply import apply_adapter
 from texforce_hub.codec import decode, encode
 from texforce_hub.dialects import plan
-from texforce_hub.errors import TexForceHubError
 
 T5 = {"sd3": "text_encoder_3", "flux": "text_encoder_2", "pixart": "text_encoder"}
 
@@ -63,19 +62,6 @@ def test_a_transformer_s_adapter_is_applied_as_diffusers_applies_it(family, tmp_
     expected = dict(theirs.transformer.named_parameters())
     for name, parameter in ours.transformer.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["kohya-sd3", "kohya-flux"])
-def test_fused_layers_of_the_authors_own_code_are_refused_by_name(name):
-    header = listing(name)
-    stem = next(key for key in header.tensors if "attn_qkv" in key).partition(".")[0]
-    shapes = {key: info.shape for key, info in header.tensors.items() if key.startswith(f"{stem}.")}
-    tensors = {key: torch.ones(shape) for key, shape in shapes.items()}
-    adapter = decode(plan(header_of(tensors)), tensors)
-    assert len(adapter.layers) == 1
-    pipe = tiny_pipeline(name.removeprefix("kohya-"))
-    with pytest.raises(TexForceHubError, match=r"attn\.qkv"):
-        apply_adapter(pipe, adapter)
 
 
 def test_an_adapter_of_all_parts_of_sd3_reaches_all_of_them():

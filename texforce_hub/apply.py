@@ -11,18 +11,23 @@ from typing import Any, Literal, Self
 
 from torch import nn
 
-from texforce_hub.adapter import LayerName, LowRank
+from texforce_hub.adapter import LayerName, LowRank, take_rows
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.lowrank import concat
 from texforce_hub.matching import (
+    Contribution,
+    Contributions,
     Decision,
     Matched,
+    Place,
     Unmatched,
     WrongShape,
     check_ready,
     match,
+    matches,
     parts_of,
     plain,
+    sort_places,
     why_dead,
 )
 from texforce_hub.patch import (
@@ -45,12 +50,6 @@ from texforce_hub.rounding import Loss, Term, seed_for, total_loss
 from texforce_hub.stack import Entry, Item, Weight, read_stack, reweighted
 
 logger = logging.getLogger("texforce_hub")
-
-Place = tuple[str, str, str]
-"""Part, path of the module in it, parameter."""
-
-Contributions = dict[Place, list[tuple[int, LayerName]]]
-"""For each place, the stack's layers that change it: index of the entry, name of the layer."""
 
 
 def apply_adapter(
@@ -89,7 +88,7 @@ def apply_adapter(
     for entry in entries:
         _check_fit(entry, decisions[entry.label], strict=strict)
     roots = {part: plain(module) for part, module in parts_of(pipe).items()}
-    riding, written = _sorted_out(entries, decisions)
+    riding, written = sort_places(decisions[entry.label] for entry in entries)
     for part in dict.fromkeys(place[0] for place in (*riding, *written)):
         check_ready(part, parts_of(pipe)[part], attaching=any(place[0] == part for place in riding))
     name = free_name(list(roots.values()))
@@ -122,23 +121,9 @@ def _check_fit(entry: Entry, decisions: Mapping[LayerName, Decision], *, strict:
         logger.warning("%s: %s, e.g. %s", entry.label, left_out, unmatched[0].reason)
 
 
-def _sorted_out(
-    entries: Sequence[Entry], decisions: Mapping[str, Mapping[LayerName, Decision]]
-) -> tuple[Contributions, Contributions]:
-    riding: Contributions = {}
-    written: Contributions = {}
-    for index, entry in enumerate(entries):
-        for name, decision in decisions[entry.label].items():
-            if isinstance(decision, Matched):
-                place = (decision.part, decision.path, decision.parameter)
-                home = riding if decision.how == "attached" else written
-                home.setdefault(place, []).append((index, name))
-    return riding, written
-
-
 def _say_notes(decisions: Mapping[str, Mapping[LayerName, Decision]]) -> None:
     for label, of_layers in decisions.items():
-        notes = dict.fromkeys(d.note for d in of_layers.values() if isinstance(d, Matched) and d.note)
+        notes = dict.fromkeys(m.note for decision in of_layers.values() for m in matches(decision) if m.note)
         for note in notes:
             logger.info("%s: %s", label, note)
 
@@ -266,18 +251,20 @@ class Applied:
         self.rounding_losses = {name: loss for name, loss in found.items() if loss is not None}
 
     def _terms(self, place: Place) -> list[Term]:
-        found = [(self.entries[index], name) for index, name in self._written[place]]
-        return [(entry.adapter.layers[name], entry.weight.weight_of(name)) for entry, name in found]
+        return [self._term(found) for found in self._written[place]]
+
+    def _term(self, contribution: Contribution) -> Term:
+        index, name, rows = contribution
+        entry = self.entries[index]
+        layer = entry.adapter.layers[name]
+        return (layer if rows is None else take_rows(layer, rows)), entry.weight.weight_of(name)
 
     def _pair(self, place: Place) -> LowRank:
-        found = [(self.entries[index], name) for index, name in self._riding[place]]
+        terms = [self._term(found) for found in self._riding[place]]
         part, path, parameter = place
         device = unwrapped(self.roots[part].get_submodule(path)).get_parameter(parameter).device
-        layers = [entry.adapter.layers[name].map(lambda half: half.to(device)) for entry, name in found]
-        return concat(
-            [layer for layer in layers if isinstance(layer, LowRank)],
-            [entry.weight.weight_of(name) for entry, name in found],
-        )
+        layers = [layer.map(lambda half: half.to(device)) for layer, _ in terms]
+        return concat([layer for layer in layers if isinstance(layer, LowRank)], [weight for _, weight in terms])
 
     def _put_on(self) -> None:
         for place, contributions in self._written.items():

@@ -1,18 +1,19 @@
 """Which layer of a model each layer of an adapter changes; nothing is touched here.
 
-Every layer gets a decision: :class:`Matched`, :class:`Unmatched` or :class:`WrongShape`.
+Every layer gets a decision: :class:`Matched`, :class:`Divided`, :class:`Unmatched` or :class:`WrongShape`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector
-from texforce_hub.errors import MatchError
+from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector, take_rows
+from texforce_hub.errors import AdapterError, FamilyError, MatchError
 from texforce_hub.families import live_name
+from texforce_hub.families.originals import Ranges, Rows, find_rows
 from texforce_hub.patch import TunerLayer, can_attach, unwrapped
 
 PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
@@ -23,7 +24,7 @@ class Matched:
     """The layer changes this parameter. ``how``: ``attached`` beside it, or ``written`` into it.
 
     ``part`` and ``path`` name the module in the model, ``parameter`` the tensor in it; ``note`` says what is
-    out of the ordinary.
+    out of the ordinary. ``rows`` are the layer's rows that go there, ``None`` for all of them as they are.
     """
 
     part: str
@@ -31,6 +32,14 @@ class Matched:
     parameter: str
     how: str
     note: str = ""
+    rows: Ranges | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Divided:
+    """The layer is several layers of the model, as queries, keys and values are in the authors' own code."""
+
+    pieces: tuple[Matched, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,34 @@ class WrongShape:
     reason: str
 
 
-Decision = Matched | Unmatched | WrongShape
+Decision = Matched | Divided | Unmatched | WrongShape
+
+Place = tuple[str, str, str]
+"""Part, path of the module in it, parameter."""
+
+Contribution = tuple[int, LayerName, Ranges | None]
+"""Index of the adapter in the stack, name of its layer, and the rows of it that go to a place."""
+
+Contributions = dict[Place, list[Contribution]]
+"""For each place, what changes it."""
+
+
+def matches(decision: Decision) -> tuple[Matched, ...]:
+    """Where the layer goes; nowhere if it does not fit."""
+    if isinstance(decision, Divided):
+        return decision.pieces
+    return (decision,) if isinstance(decision, Matched) else ()
+
+
+def sort_places(stack: Iterable[Mapping[LayerName, Decision]]) -> tuple[Contributions, Contributions]:
+    """The places that adapters with these decisions change, those to attach beside and those to write into."""
+    homes: dict[str, Contributions] = {"attached": {}, "written": {}}
+    for index, decisions in enumerate(stack):
+        for name, decision in decisions.items():
+            for found in matches(decision):
+                place = (found.part, found.path, found.parameter)
+                homes[found.how].setdefault(place, []).append((index, name, found.rows))
+    return homes["attached"], homes["written"]
 
 
 def parts_of(target: Any) -> dict[str, nn.Module]:
@@ -109,7 +145,7 @@ def _match_part(
     part: str, layers: Mapping[LayerName, Layer], modules: Mapping[str, nn.Module], *, attaching: bool
 ) -> dict[LayerName, Decision]:
     own = _match_in(part, layers, modules[part], attaching=attaching) if part in modules else {}
-    if any(isinstance(decision, Matched) for decision in own.values()):
+    if any(matches(decision) for decision in own.values()):
         return own
     others = [other for other in modules if other != part and other[:4] == part[:4] == "text"]
     fits = []
@@ -154,17 +190,41 @@ def _child(root: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _decide(
-    part: str, root: nn.Module, prefix: str, name: LayerName, layer: Layer, *, attaching: bool
-) -> Matched | Unmatched | WrongShape:
+def _decide(part: str, root: nn.Module, prefix: str, name: LayerName, layer: Layer, *, attaching: bool) -> Decision:
     home = _child(root, prefix.rstrip(".")) if prefix else root
-    path = prefix + live_name(name.partition(".")[2], hasattr(home, "text_model"))
-    parameter = "weight"
-    if isinstance(layer, Vector):
-        path, _, parameter = path.rpartition(".")
+    inside = name.partition(".")[2]
+    path = prefix + live_name(inside, hasattr(home, "text_model"))
+    whole = _find(part, root, path, layer, attaching=attaching)
+    if whole is not None:
+        return whole
+    try:
+        rows = find_rows(inside, layer.shape) if part == "transformer" else ()
+        return _divide(part, root, layer, rows, attaching=attaching) or Unmatched(f"{part} has no layer {path}")
+    except (FamilyError, AdapterError) as error:
+        return Unmatched(f"{part}.{path}: {error}")
+
+
+def _divide(part: str, root: nn.Module, layer: Layer, rows: Sequence[Rows], *, attaching: bool) -> Decision | None:
+    """The decision for a layer named as the authors' code does, each of whose pieces must fit."""
+    outline = layer.map(lambda tensor: tensor.detach().to("meta"))
+    pieces: list[Matched] = []
+    for found in rows:
+        piece = take_rows(outline, found.ranges)
+        decision = _find(part, root, found.path, piece, attaching=attaching)
+        if not isinstance(decision, Matched):
+            return decision or Unmatched(f"{part} has no layer {found.path}")
+        pieces.append(replace(decision, rows=found.ranges))
+    return pieces[0] if len(pieces) == 1 else Divided(tuple(pieces)) if pieces else None
+
+
+def _find(
+    part: str, root: nn.Module, path: str, layer: Layer, *, attaching: bool
+) -> Matched | Unmatched | WrongShape | None:
+    """The decision for a layer that is named as the model's is; ``None`` if the model has no such layer."""
+    path, parameter = path.rpartition(".")[::2] if isinstance(layer, Vector) else (path, "weight")
     found = _child(root, path)
     if found is None:
-        return Unmatched(f"{part} has no layer {path}")
+        return None
     module = unwrapped(found)
     tensor = getattr(module, parameter, None)
     if (refusal := _unusable(module, parameter, tensor)) is not None:

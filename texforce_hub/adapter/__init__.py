@@ -10,6 +10,7 @@ from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.stored import Dense, Vector
 from texforce_hub.adapter.tensors import narrow, wide
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
@@ -25,5 +26,6 @@ __all__ = [
     "LowRank",
     "Vector",
     "narrow",
+    "take_rows",
     "wide",
 ]

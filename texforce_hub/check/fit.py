@@ -8,7 +8,8 @@ from typing import Any
 from texforce_hub.bundles import plan_bundle
 from texforce_hub.check.base import Base, Shape, read_base
 from texforce_hub.dialects import LayerPlan, Plan
-from texforce_hub.errors import DialectError
+from texforce_hub.errors import DialectError, FamilyError
+from texforce_hub.families.originals import find_rows
 from texforce_hub.locate import find_bundle
 from texforce_hub.refs import AdapterRef
 
@@ -41,6 +42,7 @@ class _Sorted:
     misshapen: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    renamed: list[str] = field(default_factory=list)
 
 
 def check_adapter(ref: str | Path | AdapterRef, base: str | Path | Base) -> Fit:
@@ -62,35 +64,67 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | Base) -> Fit:
     found.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
     for part, layers in _by_part(planned.layers.values()).items():
         _sort_part(part, layers, base, found)
+    if found.renamed:
+        found.notes.append(
+            f"{len(found.renamed)} layers have the names of the authors' own code, e.g. {found.renamed[0]}: "
+            "applied under diffusers' names, fused ones divided by rows"
+        )
     fits = bool(found.matched) and not (found.unmatched or found.misshapen or planned.faults)
     verdict = _verdict(planned, base, found, fits=fits)
     wrong = (found.unmatched, found.misshapen, found.unreadable)
     return Fit(fits, verdict, tuple(found.matched), *wrong, tuple(found.notes))
 
 
-def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, Shape]]:
-    """The shapes of the layers that can be read."""
-    parts: dict[str, dict[str, Shape]] = {}
+def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:
+    """The layers that can be read."""
+    parts: dict[str, dict[str, LayerPlan]] = {}
     for layer in layers:
         if not layer.faults:
-            parts.setdefault(layer.name.partition(".")[0], {})[layer.name] = layer.shape
+            parts.setdefault(layer.name.partition(".")[0], {})[layer.name] = layer
     return parts
 
 
-def _sort_part(part: str, layers: Mapping[str, Shape], base: Base, found: _Sorted) -> None:
-    home = _home(part, layers, base)
+def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: Base, found: _Sorted) -> None:
+    home = _home(part, {name: layer.shape for name, layer in layers.items()}, base)
     if home != part:
         found.notes.append(f"named {part} in the adapter, fits only {home}")
-    for name, shape in layers.items():
+    for name in layers:
         place = home + name.removeprefix(part)
-        have = base.shape_of(place)
-        if have is None:
-            missing = f"the base has no {part}" if home not in base.parts else f"the base has no layer {place}"
-            found.unmatched[name] = missing
-        elif tuple(have) != shape:
-            found.misshapen[name] = f"the adapter changes {shape}, the base's layer is {tuple(have)}"
+        if home not in base.parts:
+            found.unmatched[name] = f"the base has no {part}"
+        elif base.shape_of(place) is None:
+            _sort_original(name, layers[name], base, found)
+        elif misfit := _misfit(place, layers[name].shape, base):
+            found.misshapen[name] = misfit
         else:
             found.matched.append(name)
+
+
+def _misfit(place: str, shape: Shape, base: Base) -> str | None:
+    have = base.shape_of(place)
+    return None if have == shape else f"the adapter changes {shape}, the base's layer is {have}"
+
+
+def _sort_original(name: str, layer: LayerPlan, base: Base, found: _Sorted) -> None:
+    """A layer that the base does not have, unless it is one of the authors' own names for what it has."""
+    part, _, path = name.partition(".")
+    try:
+        rows = find_rows(path, layer.shape) if part == "transformer" else ()
+    except FamilyError as error:
+        found.unmatched[name] = str(error)
+        return
+    places = [(f"{part}.{row.path}", (row.count, *layer.shape[1:])) for row in rows]
+    missing = [place for place, _ in places if base.shape_of(place) is None]
+    misfits = [misfit for place, shape in places if (misfit := _misfit(place, shape, base))]
+    if missing or not places:
+        found.unmatched[name] = f"the base has no layer {(missing or [name])[0]}"
+    elif misfits:
+        found.misshapen[name] = misfits[0]
+    elif layer.decomposed == "in" and len(places) > 1:
+        found.unmatched[name] = "DoRA normed along its inputs cannot be divided between the base's layers"
+    else:
+        found.matched.append(name)
+        found.renamed.append(name)
 
 
 def _home(part: str, layers: Mapping[str, Shape], base: Base) -> str:

@@ -9,6 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from texforce_hub.errors import FamilyError
+from texforce_hub.families.originals import FLUX, SD3, templates
 from texforce_hub.families.shape import Shape
 from texforce_hub.families.text import ClipEncoder, T5Encoder
 from texforce_hub.families.transformer import Transformer
@@ -52,20 +53,6 @@ _CLIP_L = ClipEncoder(768, 12)
 _CLIP_L_PROJECTED = ClipEncoder(768, 12, projection=768)
 _CLIP_G = ClipEncoder(1280, 32, projection=1280)
 _SD_CHANNELS = (320, 640, 1280, 1280)
-
-_FLUX_ORIGINALS = (
-    *(f"double_blocks.#.{stream}_attn.{layer}" for stream in ("img", "txt") for layer in ("qkv", "proj")),
-    *(f"double_blocks.#.{stream}_mlp.#" for stream in ("img", "txt")),
-    *(f"double_blocks.#.{stream}_mod.lin" for stream in ("img", "txt")),
-    *(f"single_blocks.#.{layer}" for layer in ("linear1", "linear2", "modulation.lin")),
-    *(f"{layer}.{end}" for layer in ("time_in", "vector_in", "guidance_in") for end in ("in_layer", "out_layer")),
-    *("img_in", "txt_in", "final_layer.linear", "final_layer.adaLN_modulation.#"),
-)
-_SD3_ORIGINALS = tuple(
-    f"joint_blocks.#.{stream}_block.{layer}"
-    for stream in ("context", "x")
-    for layer in ("attn.qkv", "attn.proj", "attn2.qkv", "attn2.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.#")
-)
 
 _ROWS = (
     Family(
@@ -132,7 +119,7 @@ _ROWS = (
             "text_encoder": _CLIP_L_PROJECTED,
             "text_encoder_2": _CLIP_G,
             "text_encoder_3": T5Encoder(),
-            "transformer": Transformer("sd3", 1536, 24, context=4096, originals=_SD3_ORIGINALS),
+            "transformer": Transformer("sd3", 1536, 24, context=4096, originals=templates(SD3)),
         },
         kohya={
             "text_encoder": "lora_te1",
@@ -152,7 +139,7 @@ _ROWS = (
         parts={
             "text_encoder": _CLIP_L,
             "text_encoder_2": T5Encoder(),
-            "transformer": Transformer("flux", 3072, 19, context=4096, singles=38, originals=_FLUX_ORIGINALS),
+            "transformer": Transformer("flux", 3072, 19, context=4096, singles=38, originals=templates(FLUX)),
         },
         kohya={"text_encoder": "lora_te1", "text_encoder_2": "lora_te3", "transformer": "lora_unet"},
         comfy={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},

@@ -15,7 +15,7 @@ class Transformer:
     """A diffusion transformer; ``singles`` counts Flux's blocks of one stream.
 
     ``originals`` are the layer names of the authors' own code, numbers written ``#``: files that spell them so
-    are read under those names and written back unchanged, since their fused layers are no single layer here.
+    are read under those names and written back unchanged. What they are here: ``families.originals``.
     """
 
     layout: Literal["sd3", "flux", "pixart"]
