@@ -20,10 +20,10 @@ KNOWN_LAYOUTS = {
     "patterns": "p1 p2 p3 p4 p5 p6 p7 full ldm",
     "native": "t-a t-b",
     "reading": "diffusers diffusers-flat diffusers-mid diffusers-017 diffusers-016 lora-down-text kohya kohya-te1 peft "
-    "peft-part default unprefixed comfy pickles metadata-old-names metadata-odd",
+    "peft-part default unprefixed comfy comfy-lora kohya-lora pickles metadata-old-names metadata-odd",
     "families": "sd1 sd2 sdxl sd3 flux pixart t5",
-    "lycoris": "loha lokr locon dora diff glora dylora simpletuner ai-toolkit onetrainer omi comfy-unet kohya-ldm "
-    "cloneofsimo-pt cloneofsimo embedding mixed",
+    "lycoris": "loha lokr locon dora diff glora dylora simpletuner ai-toolkit ai-toolkit-dora onetrainer omi "
+    "comfy-unet kohya-ldm cloneofsimo-pt cloneofsimo embedding mixed",
 }
 Q = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
 
@@ -62,6 +62,7 @@ def test_a_row_is_what_it_says(name):
         assert planned.layers.keys() == row["layers"].keys()
     for layer, kind in row.get("kinds", {}).items():
         assert planned.layers[layer].kind == kind
+    assert {name for name, layer in planned.layers.items() if layer.decomposed} >= set(row.get("decomposed", []))
     assert set(row.get("extras", [])) == set(planned.extras)
     assert row.get("notes", "") in " ".join(planned.notes)
 
@@ -196,6 +197,48 @@ def test_a_kind_that_cannot_be_read_is_refused_by_name_even_beside_readable_laye
 )
 def test_a_fault_is_named_with_the_layer_it_is_in(shapes, fault):
     assert any(fault in line for line in plan(header(**shapes)).faults)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        Q.replace(".0.", ".00."),
+        f"base_model.model.{Q.partition('.')[2]}".replace(".0.", ".03."),
+        "lora_te_text_model_encoder_layers_03_self_attn_q_proj",
+        "lora_unet_input_blocks_01_1_transformer_blocks_0_attn1_to_q",
+        "diffusion_model.input_blocks.01.1.transformer_blocks.0.attn1.to_q",
+    ],
+)
+def test_a_block_whose_number_begins_with_a_nought_is_no_other_layer(stem):
+    beside = {f"{Q}.lora_A.weight": (2, 8), f"{Q}.lora_B.weight": (6, 2)}
+    found = plan(header(**beside, **{f"{stem}.lora_A.weight": (2, 8), f"{stem}.lora_B.weight": (6, 2)}))
+    assert list(found.layers) == [Q]
+    assert any("name no known layer" in fault for fault in found.faults)
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        Q,
+        Q.removeprefix("text_encoder."),
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    ],
+)
+def test_magnitudes_of_ai_toolkit_make_dora_and_are_never_lost(stem):
+    layer = plan(
+        header(**{f"{stem}.lora_A.weight": (2, 8), f"{stem}.lora_B.weight": (6, 2), f"{stem}.magnitude": (6,)})
+    )
+    assert layer.faults == ()
+    assert layer.layers[Q].decomposed == "out"
+    alone = plan(header(**{f"{stem}.lora_A.weight": (2, 8), f"{stem}.lora_B.weight": (6, 2), "x.magnitude": (6,)}))
+    assert any("name no known layer" in fault for fault in alone.faults)
+
+
+def test_generic_ends_under_a_part_and_a_flat_stem_name_the_layer():
+    stem = "unet.lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    found = plan(header(**{f"{stem}.lora.down.weight": (2, 8), f"{stem}.lora.up.weight": (6, 2)}))
+    assert list(found.layers) == ["unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"]
 
 
 def test_oddities_are_noted_and_do_not_stop_the_reading():
