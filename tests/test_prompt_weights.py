@@ -148,6 +148,25 @@ def test_a_long_prompt_is_read_to_its_end_and_its_negative_is_as_long(family):
     assert torch.allclose(found["negative_prompt_embeds"][:1], away, atol=1e-6)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_transformers_does_not_say_that_a_long_prompt_will_fail(caplog, whole):
+    pipe = tiny_pipeline("sd1")
+    heard = logging.getLogger("transformers")
+    caplog.set_level(logging.WARNING, logger="transformers")
+    heard.addHandler(caplog.handler)
+    pipe.tokenizer.deprecation_warnings.clear()  # it says so once
+    try:
+        pipe.tokenizer(LONG)
+        assert "indexing errors" in caplog.text
+        caplog.clear()
+        pipe.tokenizer.deprecation_warnings.clear()
+        encode_prompts(pipe, [LONG], [None], long_prompts=whole)
+    finally:
+        heard.removeHandler(caplog.handler)
+    assert "indexing errors" not in caplog.text
+    assert ("not read" in caplog.text) == (not whole)
+
+
 def test_without_a_negative_prompt_a_long_one_has_the_pipelines_own():
     for family, zeros in (("sd1", False), ("sdxl", True)):
         found = encode_prompts(shared_pipeline(family), [LONG], [None], long_prompts=True)

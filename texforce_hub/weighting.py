@@ -7,7 +7,8 @@ other. A1111 has another arithmetic for the same syntax: pictures are alike, not
 
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,8 @@ class ClipReader:
     def count_chunks(self, emphasis: Emphasis) -> int:
         """Chunks that a prompt takes, at least 1."""
         texts, weights = _as_compel(emphasis)
-        ids, _, _ = _provider(self, whole=True).get_token_ids_and_expand_weights(texts, weights, device="cpu")
+        with lengths_unsaid():
+            ids, _, _ = _provider(self, whole=True).get_token_ids_and_expand_weights(texts, weights, device="cpu")
         return int(ids.shape[0]) // self.limit
 
     def encode(self, emphasis: Emphasis, *, chunks: int = 1) -> Tensor:
@@ -68,12 +70,25 @@ class ClipReader:
         provider = _provider(self, whole=chunks > 1)
         texts, weights = _as_compel(emphasis)
         try:
-            found = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=self.device)[0]
+            with lengths_unsaid():
+                found = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=self.device)[0]
         except RuntimeError as error:  # its search for the words below 1 can lose its place behind padding
             reason = (str(error).splitlines() or ["?"])[0]
             raise PromptError(f"{str(emphasis)!r}: compel cannot place its weights: {reason}") from error
         missing = chunks - found.shape[0] // self.limit
         return torch.cat([found, *[provider.empty_z[0].to(found)] * missing])
+
+
+@contextmanager
+def lengths_unsaid() -> Iterator[None]:
+    """No word from transformers that a text longer than the model will fail: no model gets one, it is cut or split."""
+    heard = logging.getLogger("transformers.tokenization_utils_base")
+    before = heard.level
+    heard.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        heard.setLevel(before)
 
 
 def clip_readers(pipe: Any, *, clip_skip: int | None = None) -> list[ClipReader]:
@@ -123,7 +138,11 @@ def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = Non
         return
     limit, tokenizer = max(limits, key=lambda pair: pair[0])
     for prompt in dict.fromkeys(prompts) if limit else ():
-        ids = [i for text, _ in prompt.fragments for i in tokenizer(text, add_special_tokens=False).input_ids]
+        ids = [
+            i
+            for text, _ in prompt.fragments
+            for i in tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ]
         if cut := ids[limit - tokenizer.num_special_tokens_to_add() :]:
             shown = prompt.text, limit, tokenizer.decode(cut).strip()
             _LOG.warning("%r is longer than the text encoder's %d tokens; not read: %r; %s", *shown, _way_out(pipe))
