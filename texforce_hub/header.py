@@ -184,9 +184,10 @@ def regular_size(path: Path) -> int:
     """
     try:
         status = os.stat(path)  # noqa: PTH116  # a path with a NUL byte raises ValueError here alone
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"{str(path)!r}: cannot be read: {reason}") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileError(f"{str(path)!r}: cannot be read: {error}") from error
     if stat.S_ISDIR(status.st_mode):
         raise FileError(f"{path}: is a folder; name the file in it")
     if not stat.S_ISREG(status.st_mode):

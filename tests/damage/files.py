@@ -75,20 +75,28 @@ def write_peft_twin(path: Path, rng: Random, kind: str = "lora") -> Tensors:
     """A whole PEFT adapter: LoRA, and the configuration beside it."""
     tensors = make_tensors(rng, "lora", "peft")
     save_file(tensors, path)
-    write_config(path, {})
+    write_config(path, {"r": rank_of(tensors)})
     return tensors
 
 
 def write_config(path: Path, changes: dict[str, Any]) -> None:
-    """A PEFT configuration beside a file, good but for the changes."""
-    good = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    (path.parent / "adapter_config.json").write_text(json.dumps(good | changes))
+    """A PEFT configuration beside a file: the one that is there or a good one, but for the changes."""
+    config = path.parent / "adapter_config.json"
+    good = {"peft_type": "LORA", "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    before = json.loads(config.read_text()) if config.exists() else good
+    config.write_text(json.dumps(before | changes))
+
+
+def rank_of(tensors: Tensors) -> int:
+    """The one rank of a LoRA's halves."""
+    return next(tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight"))
 
 
 def write_diffusers_twin(path: Path, rng: Random, kind: str = "lora") -> Tensors:
     """A whole file of ``diffusers``, with its settings in the header."""
     tensors = make_tensors(rng, "lora", "diffusers")
-    save_file(tensors, path, metadata={"lora_adapter_metadata": '{"text_encoder.r": 4, "text_encoder.lora_alpha": 8}'})
+    settings = {"text_encoder.r": rank_of(tensors), "text_encoder.lora_alpha": 8}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": json.dumps(settings)})
     return tensors
 
 

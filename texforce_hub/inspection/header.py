@@ -1,5 +1,6 @@
 """What a file says by its header alone, and its hash: layout, family, parts, ranks, alphas, problems."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +19,16 @@ from texforce_hub.sidecars import Sidecar, find_contradictions, find_sidecars
 if TYPE_CHECKING:
     from texforce_hub.hub import RemoteFile
 
+_LOG = logging.getLogger("texforce_hub")
+
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
     """The facts of one file. With ``error`` set it is no readable adapter, and only what is known is filled in.
 
     ``families`` are the candidates, ``verdict`` says them in words, ``evidence`` why. ``parts``, ``ranks``,
-    ``alphas``, ``kinds`` and ``dtypes`` count layers; an alpha of ``None`` means that the file stores none.
-    ``problems`` are one line each. ``sidecars`` are what lies beside it. An adapter in several files has ``files``,
+    ``alphas``, ``kinds`` and ``dtypes`` count layers; an alpha of ``None`` means that the file stores none,
+    ``alphas`` of ``None`` that they stayed on the Hub. ``problems`` are one line each, ``notes`` what was not looked at. ``sidecars`` are what lies beside it. An adapter in several files has ``files``,
     their names inside ``path`` or beside it with each one's SHA-256, and no hash of its own.
     """
 
@@ -39,12 +42,13 @@ class Inspection:
     evidence: tuple[str, ...] = ()
     parts: Mapping[str, int] = field(default_factory=dict)
     ranks: Mapping[int | None, int] = field(default_factory=dict)
-    alphas: Mapping[float | None, int] = field(default_factory=dict)
+    alphas: Mapping[float | None, int] | None = field(default_factory=dict)
     kinds: Mapping[str, int] = field(default_factory=dict)
     dtypes: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     sidecars: tuple[Sidecar, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     error: str | None = None
@@ -101,19 +105,22 @@ def inspect_files(
     Files on the Hub stay there. ``hashed`` as in :func:`inspect_file`; ``workers`` threads hash as many files at once.
     """
     with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(partial(_inspect_safely, hashed=hashed), sources)
+        yield from pool.map(partial(_inspect_safely, hashed=hashed, alone=len(sources) == 1), sources)
 
 
-def _inspect_safely(source: "Path | Bundle | RemoteFile", *, hashed: bool) -> Inspection:
+def _inspect_safely(source: "Path | Bundle | RemoteFile", *, hashed: bool, alone: bool) -> Inspection:
     if not isinstance(source, Path | Bundle):
         from texforce_hub.inspection.remote import inspect_remote_file
 
-        return inspect_remote_file(source)
+        return inspect_remote_file(source, alone=alone)
     bundle = bundle_file(source) if isinstance(source, Path) else source
     try:
         return inspect_bundle(bundle, hashed=hashed)
     except TexForceHubError as error:
         return with_error(Inspection(bundle.path), str(error))
+    except Exception as error:  # noqa: BLE001  # whatever one file does, the hundreds beside it are looked at
+        _LOG.debug("%s", bundle.path, exc_info=True)
+        return with_error(Inspection(bundle.path), f"unexpected {type(error).__name__}: {error}")
 
 
 def with_error(known: Inspection, error: str) -> Inspection:
