@@ -255,6 +255,15 @@ def test_kohya_names_and_metadata_follow_the_family():
     assert keys == {"lora_te1", "lora_te2", "lora_unet_input_blocks_4_1"}
 
 
+@pytest.mark.parametrize(("scale", "alpha"), [(0.75, "3"), (1.0, "4"), (-0.1, "0.400000006")])
+def test_kohya_s_header_says_the_alpha_that_lies_beside_the_layers(scale, alpha):
+    layer = LowRank(torch.randn(4, 768), torch.randn(768, 4), scale)
+    encoded = encode(Adapter({Q: layer, Q.replace("q_proj", "out_proj"): layer}), "kohya")
+    assert (encoded.metadata["ss_network_dim"], encoded.metadata["ss_network_alpha"]) == ("4", alpha)
+    stored = {float(tensor) for key, tensor in encoded.tensors.items() if key.endswith(".alpha")}
+    assert stored == {float(torch.tensor(float(alpha)))}
+
+
 def test_stale_metadata_is_not_written_and_facts_are_kept():
     metadata = {"ss_network_alpha": "1", "sshs_model_hash": "x", "ss_output_name": "cat", "lora_adapter_metadata": "{}"}
     adapter = Adapter(sized(768).layers, metadata)

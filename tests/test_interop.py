@@ -1,5 +1,7 @@
 """Other libraries load what we write, exactly: diffusers and PEFT as oracles."""
 
+from random import Random
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -52,6 +54,54 @@ def test_diffusers_loads_a_subset_without_output_projections(tmp_path):
     after = weights(pipe, full.layers)
     assert_changed_by(adapter, before, {name: after[name] for name in adapter.layers})
     assert all(torch.equal(after[name], before[name]) for name in full.layers.keys() - adapter.layers.keys())
+
+
+def chosen_layers(pipe, parts, seed):
+    """A random third of the layers, of random ranks and scales; an output projection in each text encoder."""
+    full = varied(random_adapter(pipe, parts=parts))
+    random = Random(seed)
+    kept = {name for name in full.layers if random.random() < 0.3}
+    for part in parts:
+        if part != "unet":
+            kept.add(random.choice([n for n in full.layers if n.startswith(f"{part}.") and n.endswith(".out_proj")]))
+    return Adapter({name: layer for name, layer in full.layers.items() if name in kept}), full
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dialect", ["diffusers", "kohya"])
+@pytest.mark.parametrize(("family", "parts"), PIPELINES)
+def test_diffusers_loads_random_subsets_exactly(family, parts, dialect, seed, caplog):
+    pipe = tiny_pipeline(family)
+    adapter, full = chosen_layers(pipe, parts, seed)
+    before = weights(pipe, full.layers)
+    pipe.load_lora_weights(dict(encode(adapter, dialect).tensors))
+    pipe.fuse_lora(components=parts)
+    pipe.unload_lora_weights()
+    after = weights(pipe, full.layers)
+    assert_changed_by(adapter, before, {name: after[name] for name in adapter.layers})
+    assert all(torch.equal(after[name], before[name]) for name in full.layers.keys() - adapter.layers.keys())
+    assert "no out_proj" not in caplog.text
+
+
+@pytest.mark.parametrize("others", [(), ("fc1", "fc2")])
+def test_what_diffusers_cannot_load_of_kohya_s_layout_is_said(others, caplog):
+    """Without an output projection, diffusers refuses a text encoder's q, k and v, or leaves them out."""
+    pipe = tiny_pipeline("sd1")
+    full = random_adapter(pipe, parts=["text_encoder"])
+    ends = ("q_proj", "v_proj", *others)
+    adapter = Adapter({name: layer for name, layer in full.layers.items() if name.endswith(ends)})
+    tensors = dict(encode(adapter, "kohya").tensors)
+    assert "no out_proj in text_encoder" in caplog.text
+    before = weights(pipe, adapter.layers)
+    if not others:
+        with pytest.raises(ValueError, match="infer state dict type"):
+            pipe.load_lora_weights(tensors)
+        return
+    pipe.load_lora_weights(tensors)
+    pipe.fuse_lora(components=["text_encoder"])
+    pipe.unload_lora_weights()
+    after = weights(pipe, adapter.layers)
+    assert all(torch.equal(after[name], before[name]) == (".mlp." not in name) for name in adapter.layers)
 
 
 @pytest.mark.parametrize("projected", [False, True])

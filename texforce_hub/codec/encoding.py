@@ -52,8 +52,9 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     layers = {name: spelling.fit_layer(name, layer) for name, layer in outline.layers.items()}
     config = describe_folder(layers, adapter) if dialect == "peft" else None
     metadata = keep_metadata(adapter.metadata) | _provenance(verdict.family)
-    if layout.stores_alpha:
-        metadata |= describe_training(_ranks(layers), _kinds(layers), verdict.family)
+    if spelling.alpha is not None:
+        _warn_of_diffusers(layers)
+        metadata |= describe_training(_ranks(layers), _kinds(layers), verdict.family, spelling.alpha)
     tensors = _spell_layers(adapter.layers, spelling)
     extras = dict(adapter.extras) if layout.carries_extras else {}
     left_out = tuple(name for name in adapter.extras if name not in extras)
@@ -102,6 +103,21 @@ def _spell_layers(layers: Mapping[LayerName, Layer], spelling: Spelling) -> dict
                 )
             tensors[key] = tensor
     return tensors
+
+
+def _warn_of_diffusers(layers: Mapping[LayerName, Layer]) -> None:
+    """Say what ``diffusers`` would not: it takes a text encoder's q, k and v from kohya's names beside an out only."""
+    attention = [name.partition(".self_attn.") for name in layers if name.startswith("text_encoder")]
+    lasts: dict[str, set[str]] = {}
+    for head, _, last in attention:
+        lasts.setdefault(head.partition(".")[0], set()).add(last)
+    for part, found in lasts.items():
+        if found & {"q_proj", "k_proj", "v_proj"} and "out_proj" not in found:
+            logger.warning(
+                "kohya: no out_proj in %s: diffusers leaves out q_proj, k_proj and v_proj of such a file, or refuses "
+                "it; for diffusers write it as 'diffusers'",
+                part,
+            )
 
 
 def _ranks(layers: Mapping[LayerName, Layer]) -> list[int]:

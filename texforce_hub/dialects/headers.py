@@ -20,14 +20,14 @@ def keep_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if not key.startswith(_STALE)}
 
 
-def describe_training(ranks: Sequence[int], kinds: Collection[str], family: str | None) -> dict[str, str]:
-    """The ``ss_*`` and ``modelspec.*`` keys that A1111 and its kin show and sort by."""
+def describe_training(ranks: Sequence[int], kinds: Collection[str], family: str | None, alpha: float) -> dict[str, str]:
+    """The ``ss_*`` and ``modelspec.*`` keys that A1111 and its kin show and sort by; every layer has this ``alpha``."""
     plain = set(kinds) <= {"LowRank"}
     dim = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
     found = {
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": dim,
-        "ss_network_alpha": dim,
+        "ss_network_alpha": f"{alpha:.9g}",
         "ss_network_args": "{}",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
