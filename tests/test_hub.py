@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from tests.hub_session import KOHYA, LAYER, adapter_bytes, find_file, kohya_bytes
 from texforce_hub.errors import FileError, HubError, RefError
-from texforce_hub.hub import fetch_file, open_repository, read_remote_header
+from texforce_hub.hub import fetch_file, open_repository, ranges, read_remote_header
 
 REFUSALS = [
     (404, {"X-Error-Code": "RepoNotFound"}, r"no such repository on the Hub, or a private one.*hf auth login"),
@@ -64,6 +64,19 @@ def test_a_silent_or_absent_hub_ends_in_one_line(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match=r"me/x: http://127\.0\.0\.1:9 cannot be reached .*check the network"):
         find_file("hf://me/x")
+
+
+def test_a_password_in_the_endpoint_is_in_no_error(hub, monkeypatch, caplog):
+    hub.commit("me/x", {"a.safetensors": adapter_bytes()})
+    hub.fault("/api/", 503)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url.replace("://", "://somebody:word@"))
+    with pytest.raises(HubError, match="answers 503") as caught:
+        find_file("hf://me/x")
+    monkeypatch.setenv("HF_ENDPOINT", "http://somebody:word@127.0.0.1:9")
+    with pytest.raises(HubError, match=r"http://\*\*\*@127\.0\.0\.1:9 cannot be reached") as unreachable:
+        find_file("hf://me/x")
+    for text in (str(caught.value), str(unreachable.value), caplog.text):
+        assert "word@" not in text
 
 
 def test_private_repositories_open_with_the_token_which_goes_to_the_hub_alone(hub, monkeypatch):
@@ -149,31 +162,51 @@ def test_a_header_costs_little_however_large_the_file(hub, tmp_path):
         file.write(len(head).to_bytes(8, "little") + head)
         file.truncate(8 + len(head) + rows * 768 * 4)
     hub.commit("me/big", {"big.safetensors": big})
-    header = read_remote_header(open_repository("me/big").file("big.safetensors"))
+    header = read_remote_header(open_repository("me/big").file("big.safetensors")).header
     assert header.tensors[f"{LAYER.format(0)}.lora_A.weight"].shape == (rows, 768)
     assert [request.method for request in hub.log] == ["GET", "HEAD", "GET"]
     assert hub.sent < 1_000_000
     assert not (tmp_path / "cache").exists()
 
 
-def test_scattered_numbers_are_collected_by_ranges(hub):
-    content = kohya_bytes(12)
+def open_kohya(hub, layers=12, **flags):
+    content = kohya_bytes(layers)
     hub.commit("me/kohya", {"a.safetensors": content})
-    header = read_remote_header(open_repository("me/kohya").file("a.safetensors"))
-    assert header.scalars == {f"{KOHYA.format(i)}.alpha": 4.0 for i in range(12)}
-    assert hub.sent < len(content) / 2
     hub.log.clear()
-    assert not read_remote_header(open_repository("me/kohya").file("a.safetensors"), numbers=False).scalars
-    assert len(hub.log) == 2
+    return read_remote_header(open_repository("me/kohya").file("a.safetensors"), **flags), content
 
 
-@pytest.mark.parametrize("limit", ["_MOST", "_MOST_BYTES"])
-def test_numbers_that_would_cost_more_than_the_file_are_not_collected(hub, monkeypatch, limit):
-    hub.commit("me/kohya", {"a.safetensors": kohya_bytes(12)})
-    monkeypatch.setattr(f"texforce_hub.hub.ranges.{limit}", 3)
-    with pytest.raises(HubError, match=r"its 12 single numbers .* lie scattered over the file, .* fetch it"):
-        read_remote_header(open_repository("me/kohya").file("a.safetensors"))
-    assert not any(request.sent > 101_000 for request in hub.log)
+def test_a_small_file_is_read_in_one_request(hub):
+    found, _ = open_kohya(hub)
+    assert found.header.scalars == {f"{KOHYA.format(i)}.alpha": 4.0 for i in range(12)}
+    assert (found.read, found.unread) == (12, 0)
+    assert [request.method for request in hub.log] == ["GET", "HEAD", "GET"]
+
+
+def test_scattered_numbers_are_collected_by_ranges(hub, monkeypatch):
+    monkeypatch.setattr(ranges, "_WHOLE", 0)
+    found, content = open_kohya(hub)
+    assert found.header.scalars == {f"{KOHYA.format(i)}.alpha": 4.0 for i in range(12)}
+    assert hub.sent < len(content) / 2
+
+
+def test_numbers_are_left_alone_that_nobody_wants(hub):
+    found, _ = open_kohya(hub, numbers=False)
+    assert (len(hub.log), found.read + found.unread) == (3, 12)
+    assert found.unread > 0
+    assert len(found.header.tensors) == 36 - found.unread
+    assert hub.sent < 110_000
+
+
+@pytest.mark.parametrize("bytes_allowed", [3, 500_000, 8_000_000])
+def test_numbers_that_lie_scattered_cost_few_requests(hub, monkeypatch, bytes_allowed):
+    for name, value in {"_WHOLE": 0, "_MOST": 4, "_MOST_BYTES": bytes_allowed}.items():
+        monkeypatch.setattr(ranges, name, value)
+    found, content = open_kohya(hub, layers=40)
+    assert 0 < found.read <= 40
+    assert (found.unread == 0) == (bytes_allowed > len(content))
+    assert len(hub.log) <= 2 + 1 + 4
+    assert set(found.header.scalars.values()) == {4.0}
 
 
 def test_a_hub_without_ranges_is_not_asked_for_whole_files(hub):

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from typer.testing import CliRunner
 
-from tests.hub_session import adapter_bytes, forget, kohya_bytes, peft_files, pickle_bytes
+from tests.hub_session import adapter_bytes, find_file, forget, kohya_bytes, peft_files, pickle_bytes
 from texforce_hub import cli
 from texforce_hub.errors import RecipeError, TexForceHubError
 from texforce_hub.merge.replay import read_recipe, verify_merge
@@ -60,6 +61,101 @@ def test_the_table_of_a_repository_is_sorted_filtered_and_json(hub):
     assert status == 2
     left = json.loads(output.partition("error:")[0])["files"]
     assert [one["path"].rpartition("/")[2] for one in left] == ["broken.safetensors"]
+
+
+def test_a_table_of_a_repository_costs_two_requests_a_file_and_says_what_it_left(hub):
+    hub.commit("me/zoo", {f"{i}.safetensors": kohya_bytes(12, rank=16) for i in range(5)})
+    status, output = run("inspect", "me/zoo", "--json")
+    assert (status, len(hub.log)) == (0, 1 + 2 * 5)
+    assert hub.sent < 5 * 110_000
+    for one in json.loads(output)["files"]:
+        assert set(one["alphas"]) == {"4.0"}
+        assert one["notes"] == [
+            "alphas not fetched, or few of them; inspect one file alone for more, or with --weights for all"
+        ]
+    hub.log.clear()
+    assert "5 of 5 files: alphas not fetched" in run("inspect", "me/zoo")[1]
+    alone = json.loads(run("inspect", "me/zoo/3.safetensors", "--json")[1])["files"][0]
+    assert (alone["alphas"], alone["notes"]) == ({"4.0": 12}, [])
+
+
+def test_alphas_that_nobody_looked_at_are_unknown_and_not_missing(hub, monkeypatch):
+    monkeypatch.setattr("texforce_hub.hub.ranges._FIRST", 3_000)
+    late = {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1": (8, 768, 3072) for i in range(2)}
+    tensors = {}
+    for layer, (rank, columns, rows) in late.items():
+        tensors[f"{layer}.lora_down.weight"] = torch.zeros(rank, columns)
+        tensors[f"{layer}.lora_up.weight"] = torch.zeros(rows, rank)
+        tensors[f"{layer}.alpha"] = torch.tensor(4.0, dtype=torch.bfloat16)  # behind all that is wider
+    hub.commit("me/late", {f"{i}.safetensors": save(tensors) for i in range(2)})
+    assert [one["alphas"] for one in json.loads(run("inspect", "me/late", "--json")[1])["files"]] == [None, None]
+    assert "8 / ?" in run("inspect", "me/late")[1]
+    monkeypatch.setattr("texforce_hub.hub.ranges._WHOLE", 0)
+    monkeypatch.setattr("texforce_hub.hub.ranges._MOST", 1)
+    monkeypatch.setattr("texforce_hub.hub.ranges._MOST_BYTES", 1)
+    _, output = run("inspect", "me/late/1.safetensors", "--json")
+    (one,) = json.loads(output)["files"]
+    assert (one["alphas"], one["problems"]) == ({"4.0": 1}, [])
+    assert "not fetched but for 1 of 2;" in one["notes"][0]
+
+
+def test_a_damaged_file_is_named_alike_whether_it_is_cached_or_not(hub):
+    hub.commit("me/bad", {"a.safetensors": adapter_bytes(1), "b.safetensors": adapter_bytes(2)[:-1]})
+    before = json.loads(run("inspect", "me/bad", "--json")[1].partition("error:")[0])["files"]
+    for name in ("a", "b"):
+        find_file(f"me/bad/{name}.safetensors")
+    after = json.loads(run("inspect", "me/bad", "--json")[1].partition("error:")[0])["files"]
+    assert [one["error"] for one in before] == [one["error"] for one in after]
+    assert before[1]["error"].startswith("truncated")
+
+
+SIDECARS = {
+    "l/000.json": json.dumps({"activation text": "a red cube", "sd version": "SD1"}).encode(),
+    "l/000.civitai.info": b"[",
+    "l/000.preview.png": b"\x89PNG\r\n\x1a\n" + bytes(40),
+    "l/other.json": b"{}",
+}
+
+
+def test_sidecars_on_the_hub_are_listed_by_name_and_read_where_one_file_is_meant(hub, tmp_path):
+    hub.commit("me/zoo", {"l/000.safetensors": adapter_bytes(1), "l/001.safetensors": adapter_bytes(2), **SIDECARS})
+    _, output = run("inspect", "me/zoo", "--json")
+    beside = [[one["ending"] for one in file["sidecars"]] for file in json.loads(output)["files"]]
+    assert beside == [[".json", ".civitai.info", ".preview.png"], []]
+    assert not (tmp_path / "cache").exists()
+    _, output = run("inspect", "me/zoo/l/000.safetensors", "--json")
+    (one,) = json.loads(output)["files"]
+    text, broken, picture = one["sidecars"]
+    assert text["trigger_words"] == ["a red cube"]
+    assert text["path"].endswith("/l/000.json")
+    assert text["path"].startswith("me/zoo@")
+    assert ("JSON" in broken["problem"] or "Expecting" in broken["problem"], "problem" in picture) == (True, False)
+
+
+def test_convert_carries_the_sidecars_from_the_hub(hub, tmp_path):
+    hub.commit("me/zoo", {"l/000.safetensors": adapter_bytes(1), "l/001.safetensors": adapter_bytes(2), **SIDECARS})
+    assert run("convert", "me/zoo/l/000.safetensors", "--output", "new.safetensors", "--no-sidecars")[0] == 0
+    assert not list(tmp_path.glob("new.*n*o"))
+    hub.log.clear()
+    status, _ = run("convert", "me/zoo/l/000.safetensors", "--output", tmp_path / "out" / "new.safetensors")
+    assert status == 0
+    for name, content in SIDECARS.items():
+        if name.startswith("l/000"):
+            assert (tmp_path / "out" / name.replace("l/000", "new")).read_bytes() == content
+    status, _ = run("convert", "me/zoo", "--output", tmp_path / "all", "--dialect", "kohya")
+    assert status == 0
+    assert (tmp_path / "all" / "l" / "000.json").read_bytes() == SIDECARS["l/000.json"]
+
+
+def test_a_sidecar_that_cannot_be_fetched_is_a_note_and_stops_nothing(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("texforce_hub.remote._LONGEST_SIDECAR", 45)
+    hub.commit("me/zoo", {"l/000.safetensors": adapter_bytes(1), **SIDECARS})
+    hub.fault(r"/resolve/.*civitai", 403)
+    status, output = run("convert", "me/zoo/l/000.safetensors", "--output", "new.safetensors", "--json")
+    assert status == 0
+    notes = json.loads(output[: output.rindex("}") + 1])["files"][0]["notes"]
+    assert sum("left on the Hub" in note for note in notes) == 3
+    assert (tmp_path / "new.safetensors").is_file()
 
 
 def test_what_is_on_the_hub_and_here_is_shown_in_one_table(hub, tmp_path):

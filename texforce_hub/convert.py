@@ -16,7 +16,7 @@ from texforce_hub.choose import is_safetensors
 from texforce_hub.dialects import DIALECTS
 from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHubError
 from texforce_hub.files import writing
-from texforce_hub.locate import find_bundle, find_bundles, find_place
+from texforce_hub.locate import find_bundle, find_bundles, find_place, hub_id_of
 from texforce_hub.refs import WHOLE, AdapterRef
 from texforce_hub.sidecars import Sidecar, find_sidecars, leads_away
 from texforce_hub.sources import open_bundle, write_adapter
@@ -115,12 +115,22 @@ def convert_bundle(
     if any(place.samefile(file) for place in places for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
-    return Conversion(bundle.path, written, notes=carry_sidecars(bundle.place, _place_of(written)) if sidecars else ())
+    return Conversion(bundle.path, written, notes=_bring_sidecars(bundle.place, _place_of(written)) if sidecars else ())
 
 
 def _place_of(written: Path) -> Path:
     """The file after which what lies beside an adapter is named: its only one, or where that would lie."""
     return find_bundle(written).place
+
+
+def _bring_sidecars(source: Path, target: Path) -> tuple[str, ...]:
+    """As :func:`carry_sidecars`, also of an adapter from the Hub: the cache holds only what was asked for."""
+    origin = hub_id_of(source)
+    if origin is None:
+        return carry_sidecars(source, target)
+    from texforce_hub.remote import fetch_sidecars
+
+    return (*fetch_sidecars(origin), *carry_sidecars(source, target))
 
 
 def carry_sidecars(source: Path, target: Path) -> tuple[str, ...]:

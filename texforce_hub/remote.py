@@ -1,18 +1,29 @@
 """From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from texforce_hub.bundles import lies_in_pieces, shard_names
 from texforce_hub.catalog import Entry
-from texforce_hub.choose import choose_name, is_candidate, list_names
+from texforce_hub.choose import SUFFIXES, choose_name, is_candidate, list_names
 from texforce_hub.container import open_header
 from texforce_hub.dialects import plan
 from texforce_hub.errors import DialectError, FileError, HubError, RefError
-from texforce_hub.header import Header
-from texforce_hub.hub import RemoteFile, Repository, fetch_file, find_cached, open_repository, read_remote_header
+from texforce_hub.hub import (
+    RemoteFile,
+    RemoteHeader,
+    Repository,
+    fetch_file,
+    find_cached,
+    open_repository,
+    read_remote_header,
+)
 from texforce_hub.refs import HubId
+from texforce_hub.sidecars import ENDINGS, Sidecar, read_sidecar
+
+_LONGEST_SIDECAR = 20_000_000  # bytes; previews can be short films
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +96,13 @@ def pick_remote_file(place: RemotePlace) -> RemoteFile:
 
 def _holds_adapter(file: RemoteFile) -> bool:
     try:
-        plan(open_remote_header(file, numbers=False))
+        plan(open_remote_header(file, numbers=False).header)
     except (FileError, DialectError):
         return False
     return True
 
 
-def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
+def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> RemoteHeader:
     """A file's header: from the cache if it lies there, else by byte ranges, with its single numbers or without.
 
     Raises:
@@ -99,9 +110,59 @@ def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> Header:
         HubError: the Hub cannot be asked.
     """
     path = find_cached(file)
-    if path is not None:
-        return open_header(path)
-    return read_remote_header(file, numbers=numbers)
+    if path is None:
+        return read_remote_header(file, numbers=numbers)
+    try:
+        header = open_header(path)
+    except FileError as error:
+        raise FileError(str(error).replace(str(path), str(file))) from error
+    return RemoteHeader(header, len(header.scalars))
+
+
+def find_remote_sidecars(file: RemoteFile, *, read: bool) -> tuple[Sidecar, ...]:
+    """What lies beside a file on the Hub, by its name; if ``read``, its texts are fetched and say what they say."""
+    return tuple(_find_sidecar(file, ending, read=read) for ending in _list_endings(file.repository, file.path))
+
+
+def _find_sidecar(file: RemoteFile, ending: str, *, read: bool) -> Sidecar:
+    beside = file.repository.file(_stem(file.path) + ending)
+    known = Sidecar(ENDINGS[ending], Path(beside.name), ending)
+    if not read or known.kind == "preview" or beside.blob.size > _LONGEST_SIDECAR:
+        return known
+    try:
+        said = read_sidecar(fetch_file(beside), ending)
+    except HubError as error:
+        return replace(known, problem=str(error).removeprefix(f"{beside}: "))
+    return replace(said, path=known.path)
+
+
+def fetch_sidecars(source: HubId) -> Iterator[str]:
+    """Fetch what lies beside a file of a repository into the cache, beside the file there; gives what was not fetched.
+
+    ``source`` need not be a file itself: an adapter in several has its sidecars where an only file would.
+    """
+    try:
+        repository = open_repository(source.repo, source.revision)
+    except HubError as error:
+        yield f"hf://{source}: what lies beside it on the Hub is not known: {error}"
+        return
+    for ending in _list_endings(repository, source.file or ""):
+        beside = repository.file(_stem(source.file or "") + ending)
+        if beside.blob.size > _LONGEST_SIDECAR:
+            yield f"{beside}: {beside.blob.size} bytes long, left on the Hub"
+            continue
+        try:
+            fetch_file(beside)
+        except HubError as error:
+            yield f"{beside}: left on the Hub: {str(error).removeprefix(f'{beside}: ')}"
+
+
+def _list_endings(repository: Repository, path: str) -> list[str]:
+    return [ending for ending in ENDINGS if _stem(path) + ending in repository.blobs]
+
+
+def _stem(path: str) -> str:
+    return path[: path.rindex(".")] if path.lower().endswith(SUFFIXES) else path
 
 
 def list_remote_files(place: RemotePlace) -> list[RemoteFile]:

@@ -100,7 +100,7 @@ def find_sidecars(path: str | Path) -> tuple[Sidecar, ...]:
     path = Path(path)
     stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in SUFFIXES else path.name
     places = ((path.with_name(stem + ending), ending) for ending in ENDINGS)
-    return tuple(_read_sidecar(place, ending) for place, ending in places if place.is_file())
+    return tuple(read_sidecar(place, ending) for place, ending in places if place.is_file())
 
 
 def leads_away(path: Path) -> bool:
@@ -123,7 +123,8 @@ def find_contradictions(sidecar: Sidecar, families: Sequence[str], sha256: str) 
         yield f"is about a file of SHA-256 {sidecar.sha256[0][:12]}…, this one is {sha256[:12]}…"
 
 
-def _read_sidecar(path: Path, ending: str) -> Sidecar:
+def read_sidecar(path: Path, ending: str) -> Sidecar:
+    """One sidecar, read as far as it can be; ``ending``, one of :data:`ENDINGS`, says of what kind it is."""
     found = Sidecar(ENDINGS[ending], path, ending)
     if leads_away(path):
         return replace(found, problem=_ELSEWHERE)

@@ -1,6 +1,7 @@
 """``texforce-hub inspect``: what a file, a folder or many files hold."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,7 +119,8 @@ def _as_dict(one: "Inspection", measured: "Mapping[Path, list[LayerFacts]]") -> 
     values |= {name: values[name] or None for name in ("sha256", "autov2")}
     values["files"] = {name: sha256 or None for name, sha256 in one.files.items()}
     for name in ("ranks", "alphas", "kinds", "dtypes"):
-        values[name] = {str(key): count for key, count in values[name].items()}
+        counted = values[name]
+        values[name] = None if counted is None else {str(key): count for key, count in counted.items()}
     if one.path in measured:
         values["weights"] = [layer.as_dict() for layer in measured[one.path]]
     return values
@@ -139,10 +141,11 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ["parts", _counts(one.parts)],
         ["kinds", _counts(one.kinds)],
         ["ranks", _counts(one.ranks)],
-        ["alphas", _counts(one.alphas, missing=_unstored(one))],
+        ["alphas", "not fetched" if one.alphas is None else _counts(one.alphas, missing=_unstored(one))],
         ["dtypes", _counts(one.dtypes)],
         ["extras", _few_names(one.extras)],
         *(["problem", line] for line in _problems(one)),
+        *(["note", line] for line in one.notes),
         *_sidecar_rows(one),
         *([_clipped(key), _clipped(value)] for key, value in one.metadata.items()),
     ]
@@ -172,6 +175,8 @@ def _put_many(found: "list[Inspection]") -> None:
     for path, lines in problems.items():
         for line in lines:
             put(f"{path}: {line}")
+    for note, count in Counter(note for one in found for note in one.notes).items():
+        put(f"{count} of {len(found)} files: {note}")
 
 
 def _common_folder(paths: list[Path]) -> Path:
@@ -204,8 +209,10 @@ def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
     ]
 
 
-def _few(counted: Mapping[Any, int]) -> str:
-    """The commonest three; a dash where there is none."""
+def _few(counted: Mapping[Any, int] | None) -> str:
+    """The commonest three; a dash where there is none, a question mark where nobody looked."""
+    if counted is None:
+        return "?"
     named = ["–" if value is None else f"{value:g}" for value in counted]
     return ", ".join(named[:3]) + (" …" if len(named) > 3 else "")
 

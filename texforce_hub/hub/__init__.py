@@ -6,11 +6,12 @@ whose cache this is. Whatever goes wrong is one ``HubError`` of one line.
 
 from texforce_hub.hub.client import find_endpoint, mask_secrets
 from texforce_hub.hub.fetch import fetch_file, find_cached
-from texforce_hub.hub.ranges import read_remote_header
+from texforce_hub.hub.ranges import RemoteHeader, read_remote_header
 from texforce_hub.hub.repository import RemoteFile, Repository, open_repository
 
 __all__ = [
     "RemoteFile",
+    "RemoteHeader",
     "Repository",
     "fetch_file",
     "find_cached",

@@ -28,8 +28,9 @@ class Inspection:
 
     ``families`` are the candidates, ``verdict`` says them in words, ``evidence`` why. ``parts``, ``ranks``,
     ``alphas``, ``kinds`` and ``dtypes`` count layers; an alpha of ``None`` means that the file stores none,
-    ``alphas`` of ``None`` that they stayed on the Hub. ``problems`` are one line each, ``notes`` what was not looked at. ``sidecars`` are what lies beside it. An adapter in several files has ``files``,
-    their names inside ``path`` or beside it with each one's SHA-256, and no hash of its own.
+    ``None`` for all ``alphas`` that they stayed on the Hub. ``problems`` are one line each, ``notes`` say what was
+    not looked at. ``sidecars`` are what lies beside it. An adapter in several files has ``files``, their names
+    inside ``path`` or beside it with each one's SHA-256, and no hash of its own.
     """
 
     path: Path
