@@ -13,13 +13,16 @@ from tests.pipelines_tiny import tiny_pipeline
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, LowRank, Vector, take_rows
 from texforce_hub.apply import apply_adapter
 from texforce_hub.check import check_adapter
-from texforce_hub.codec import decode, encode
+from texforce_hub.codec import decode, encode, share_names
+from texforce_hub.compare import compare_adapters
 from texforce_hub.convert import convert_adapter
 from texforce_hub.dialects import plan
-from texforce_hub.errors import AdapterError, DialectError, FamilyError, MatchError
+from texforce_hub.errors import AdapterError, DialectError, FamilyError, MatchError, MergeError
 from texforce_hub.families import FAMILIES
 from texforce_hub.families.originals import FLUX, SD3, find_rows
-from texforce_hub.sources import read_adapter
+from texforce_hub.merge import merge_adapters
+from texforce_hub.merge.replay import verify_merge
+from texforce_hub.sources import open_adapter, read_adapter, write_adapter
 
 TABLES = {"flux": FLUX, "sd3": SD3}
 
@@ -313,3 +316,38 @@ def test_a_dora_layer_around_a_full_kronecker_product_is_not_cut():
     layer = Decomposed(LAYERS["kronecker across the rows"], torch.rand(12))
     with pytest.raises(AdapterError, match="full Kronecker"):
         take_rows(layer, ((0, 4),))
+
+
+def test_two_spellings_of_one_change_compare_and_merge_as_one(tmp_path):
+    original = read({k: t for k, t in tiny_originals("flux", tiny_pipeline("flux")).items() if "_blocks_" in k})
+    plain = read(dict(encode(original, "diffusers").tensors))
+    for name, adapter, dialect in (("original", original, "kohya"), ("plain", plain, "diffusers")):
+        save_file(dict(encode(adapter, dialect).tensors), tmp_path / f"{name}.safetensors")
+    files = [tmp_path / "original.safetensors", tmp_path / "plain.safetensors"]
+    for one, two in ((original, plain), (open_adapter(files[0]), open_adapter(files[1]))):
+        found = compare_adapters(one, two)
+        assert found.missing == ((), ())
+        assert found.cosine == pytest.approx(1.0)
+    merged = merge_adapters([(str(file), 0.5) for file in files], "cat").adapter
+    assert merged.layers.keys() == plain.layers.keys()
+    for name in merged.layers:
+        torch.testing.assert_close(merged.delta(name), plain.delta(name))
+    with pytest.raises(MergeError, match="in diffusers' names"):
+        merge_adapters([(original, {"transformer.double_blocks.*": 0.5}), (plain, 1.0)], "cat")
+
+
+def test_a_merge_of_original_names_keeps_them_and_is_verified_under_either(tmp_path):
+    tensors = {k: t for k, t in tiny_originals("flux", tiny_pipeline("flux")).items() if "_blocks_" in k}
+    save_file(tensors, tmp_path / "a.safetensors")
+    source = str(tmp_path / "a.safetensors")
+    merged = merge_adapters([(source, 0.5), (source, 0.25)], "cat").adapter
+    assert merged.layers.keys() == read(tensors).layers.keys()
+    for dialect in ("kohya", "diffusers"):
+        assert verify_merge(write_adapter(merged, tmp_path / dialect, dialect=dialect)).same
+
+
+def test_what_cannot_be_divided_stands_in_no_way_where_nothing_is():
+    name = "transformer.double_blocks.0.img_attn.qkv"
+    layer = LowRank(torch.randn(2, 8), torch.randn(25, 2))
+    adapters = [Adapter({name: layer}), Adapter({name: layer.scaled(2.0)})]
+    assert share_names(adapters) == adapters

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Decomposed, Layer, LayerName, LowRank, Vector
-from texforce_hub.codec import StoredAdapter
+from texforce_hub.codec import StoredAdapter, share_names
 from texforce_hub.errors import MergeError
 from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Mergeable
@@ -64,7 +64,9 @@ def compare_adapters(a: Adapter | StoredAdapter, b: Adapter | StoredAdapter, *, 
 
     Raises:
         MergeError: no layer in common, layers of different shapes, or a DoRA layer without ``base``.
+        DialectError: one names a transformer's layers as the authors' code does, and they cannot be divided.
     """
+    a, b = share_names([a, b])
     shared = [name for name in a.layers if name in b.layers]
     if not shared:
         raise MergeError(f"no layer in common: one has {next(iter(a.layers), None)!r}, the other {_first(b)!r}")

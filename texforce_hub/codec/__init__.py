@@ -6,6 +6,7 @@
 from texforce_hub.codec.decoding import check_plan, decode, decode_layer
 from texforce_hub.codec.encoding import Encoded, encode, encode_stored
 from texforce_hub.codec.joining import join_outlines, join_stored
+from texforce_hub.codec.originals import share_names
 from texforce_hub.codec.stored import StoredAdapter, decode_stored
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "encode_stored",
     "join_outlines",
     "join_stored",
+    "share_names",
 ]

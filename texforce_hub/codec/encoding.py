@@ -10,7 +10,7 @@ from torch import Tensor
 
 from texforce_hub import __version__
 from texforce_hub.adapter import Adapter, Layer, LayerName
-from texforce_hub.codec.originals import rename_originals, rename_stored
+from texforce_hub.codec.originals import fit_names
 from texforce_hub.codec.peft import describe_folder
 from texforce_hub.codec.spelling import Spelling, choose_spelling
 from texforce_hub.codec.stored import StoredAdapter, outline_adapter
@@ -44,7 +44,7 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
         DialectError: no such dialect, one that is only read, or a layer that it has no spelling for.
         AdapterError: a value that the dtype cannot hold.
     """
-    adapter = rename_originals(adapter, dialect)
+    adapter = fit_names(adapter, dialect)
     outline = outline_adapter(adapter)
     verdict = outline.family_verdict
     spelling = _spell(outline, dialect, verdict, dtype)
@@ -76,7 +76,7 @@ def encode_stored(
     Raises:
         DialectError, AdapterError: as :func:`encode`; what only the numbers tell, while they come.
     """
-    adapter = rename_stored(adapter, dialect)
+    adapter = fit_names(adapter, dialect)
     spelling = _spell(adapter.outline, dialect, adapter.outline.family_verdict, dtype)
 
     def stream() -> Iterator[tuple[str, Tensor]]:

@@ -3,8 +3,10 @@
 Files of kohya's layout keep the original names; readers of the libraries' own layouts know ``diffusers``' only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from texforce_hub.adapter import Adapter, Dense, Kronecker, Layer, LayerName, take_rows
 from texforce_hub.codec.stored import StoredAdapter
@@ -15,10 +17,12 @@ from texforce_hub.lazy import LazyMapping
 _LIBRARIES = ("diffusers", "diffusers-layers", "peft")
 """The layouts whose readers know no other names than ``diffusers``'."""
 
+Either = TypeVar("Either", bound=Adapter | StoredAdapter)
+
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """What a layer is written from: a layer of the adapter, and which of its rows (``None``: it, as it is)."""
+    """What a layer is made of: a layer of the adapter, and which of its rows (``None``: it, as it is)."""
 
     source: LayerName
     ranges: Ranges | None = None
@@ -30,55 +34,90 @@ class _Piece:
         return take_rows(layer, self.ranges).map(lambda tensor: tensor.clone())  # no file holds one tensor twice
 
 
-def rename_originals(adapter: Adapter, dialect: str) -> Adapter:
+def fit_names(adapter: Either, dialect: str) -> Either:
     """The same changes under names that this layout's readers know.
 
     Raises:
         DialectError: a layer that cannot be renamed or divided exactly.
     """
-    pieces = _find_pieces(adapter.layers, dialect)
-    if not any(piece.ranges for piece in pieces.values()):
+    if dialect not in _LIBRARIES:
         return adapter
-    return replace(adapter, layers={name: _checked(piece, adapter.layers, dialect) for name, piece in pieces.items()})
+    try:
+        return rename_originals(adapter)
+    except DialectError as error:
+        raise DialectError(f"{dialect}: {error}; write it as 'kohya'") from error
 
 
-def rename_stored(adapter: StoredAdapter, dialect: str) -> StoredAdapter:
-    """As :func:`rename_originals`, of an adapter that stays in its file.
+def share_names(adapters: Sequence[Adapter | StoredAdapter]) -> list[Adapter | StoredAdapter]:
+    """The same adapters, in which a layer has one name: ``diffusers``', where some have it and some the original.
 
     Raises:
-        DialectError: as :func:`rename_originals`.
+        DialectError: a layer that cannot be renamed or divided exactly.
     """
-    outline = rename_originals(adapter.outline, dialect)
-    if outline is adapter.outline:
+    plain = {name for adapter in adapters for name in adapter.layers}
+    originals = [_library_names(_outline(adapter).layers) for adapter in adapters]
+    mixed = any(names & plain for names in originals)
+    return [rename_originals(adapter) if mixed and names else adapter for adapter, names in zip(adapters, originals)]
+
+
+def _library_names(layers: Mapping[LayerName, Layer]) -> set[LayerName]:
+    """What ``diffusers`` calls the layers that have other names here, as far as it can be told."""
+    found: set[LayerName] = set()
+    for name, layer in layers.items():
+        with suppress(FamilyError):
+            found |= {target for target, _ in _find_homes(name, layer)}
+    return found
+
+
+def rename_originals(adapter: Either) -> Either:
+    """The same changes under ``diffusers``' names; the adapter itself if it has no others.
+
+    Raises:
+        DialectError: a layer that cannot be renamed or divided exactly.
+    """
+    outline = _outline(adapter)
+    pieces = _find_pieces(outline.layers)
+    if not any(piece.ranges for piece in pieces.values()):
         return adapter
-    pieces = _find_pieces(adapter.outline.layers, dialect)
-    return replace(adapter, outline=outline, layers=LazyMapping(pieces, lambda name: pieces[name].take(adapter.layers)))
+    layers = {name: _take(piece, outline.layers) for name, piece in pieces.items()}
+    if isinstance(adapter, Adapter):
+        return replace(adapter, layers=layers)
+    contents = LazyMapping(pieces, lambda name: pieces[name].take(adapter.layers))
+    return replace(adapter, outline=replace(outline, layers=layers), layers=contents)
 
 
-def _find_pieces(layers: Mapping[LayerName, Layer], dialect: str) -> dict[LayerName, _Piece]:
+def _outline(adapter: Adapter | StoredAdapter) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else adapter.outline
+
+
+def _find_pieces(layers: Mapping[LayerName, Layer]) -> dict[LayerName, _Piece]:
     pieces: dict[LayerName, _Piece] = {}
     for source, layer in layers.items():
-        part, _, path = source.partition(".")
         try:
-            is_library = dialect in _LIBRARIES and part == "transformer"
-            rows = find_rows(path, layer.shape) if is_library else ()
+            named = {name: _Piece(source, ranges) for name, ranges in _find_homes(source, layer)}
         except FamilyError as error:
-            raise DialectError(f"{dialect}: {error}; write it as 'kohya'") from error
-        named = {f"{part}.{found.path}": _Piece(source, found.ranges) for found in rows} or {source: _Piece(source)}
+            raise DialectError(str(error)) from error
+        named = named or {source: _Piece(source)}
         if twice := named.keys() & pieces.keys():
-            raise DialectError(f"{dialect}: {pieces[min(twice)].source} and {source} are both {min(twice)} there")
+            raise DialectError(f"{pieces[min(twice)].source} and {source} are both {min(twice)} in diffusers' names")
         pieces |= named
     return pieces
 
 
-def _checked(piece: _Piece, layers: Mapping[LayerName, Layer], dialect: str) -> Layer:
+def _find_homes(name: LayerName, layer: Layer) -> list[tuple[LayerName, Ranges]]:
+    """Other names of a layer, and which of its rows each has; none where it has no other."""
+    part, _, path = name.partition(".")
+    rows = find_rows(path, layer.shape) if part == "transformer" else ()
+    return [(f"{part}.{found.path}", found.ranges) for found in rows]
+
+
+def _take(piece: _Piece, layers: Mapping[LayerName, Layer]) -> Layer:
     try:
         found = piece.take(layers)
     except AdapterError as error:
-        raise DialectError(f"{dialect}: {piece.source}: {error}; write it as 'kohya'") from error
+        raise DialectError(f"{piece.source}: {error}") from error
     if isinstance(found, Dense) and isinstance(layers[piece.source], Kronecker):
         raise DialectError(
-            f"{dialect}: {piece.source} is a full Kronecker product whose factors do not divide as its rows do; "
-            "write it as 'kohya', or extract a low-rank approximation first"
+            f"{piece.source} is a full Kronecker product whose factors do not divide as diffusers divides its rows"
         )
     return found

@@ -3,13 +3,13 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from texforce_hub.adapter import Adapter, Decomposed, LayerName
-from texforce_hub.codec import StoredAdapter
+from texforce_hub.codec import StoredAdapter, share_names
 from texforce_hub.errors import ConfigError, MergeError, RefError
 from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Context, Mergeable, Method
@@ -102,6 +102,8 @@ def gather(
     Raises:
         MergeError: no source, a malformed one, too many for the method, different families or shapes, a pattern
             that covers no layer.
+        DialectError: some sources name a transformer's layers as the authors' code does, others as ``diffusers``
+            does, and the former cannot be divided.
     """
     items = _checked_items(sources)
     stored: dict[int, StoredAdapter] = {}
@@ -113,14 +115,16 @@ def gather(
         stored[id(found.outline)] = found
         return found.outline
 
-    entries = read_stack(items, read=outline)
+    read_entries = read_stack(items, read=outline)
+    contents = share_names([stored.get(id(entry.adapter), entry.adapter) for entry in read_entries])
+    entries = [_renamed(entry, content) for entry, content in zip(read_entries, contents, strict=True)]
     if method.most is not None and len(entries) > method.most:
         raise MergeError(f"{method.name} of {len(entries)} adapters; it is defined for at most {method.most}")
     _check_families(entries)
     _check_shapes(entries)
     gathered = Gathered(
         entries=tuple(entries),
-        contents=tuple(stored.get(id(entry.adapter), entry.adapter) for entry in entries),
+        contents=tuple(contents),
         sources=tuple(_source_of(item) for item in items),
         part_weights=_pattern_weights("part_weights", part_weights),
         layer_weights=_pattern_weights("layer_weights", layer_weights),
@@ -131,6 +135,14 @@ def gather(
     for label, ref in (("part_weights", gathered.part_weights), ("layer_weights", gathered.layer_weights)):
         _check_patterns(label, ref, gathered.names)
     return gathered
+
+
+def _renamed(entry: Entry, content: Adapter | StoredAdapter) -> Entry:
+    """The entry of an adapter whose layers may have got the names that the others' have."""
+    adapter = content if isinstance(content, Adapter) else content.outline
+    if adapter is not entry.adapter:
+        _check_patterns(f"weights of {entry.label}, in diffusers' names", entry.weight, list(adapter.layers))
+    return replace(entry, adapter=adapter)
 
 
 def _source_of(item: Any) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from texforce_hub.adapter import Adapter, Layer, LayerName, wide
 from texforce_hub.bundles import hash_files
+from texforce_hub.codec import share_names
 from texforce_hub.device import choose_dtype
 from texforce_hub.errors import RecipeError
 from texforce_hub.locate import find_bundle
@@ -130,13 +131,14 @@ def verify_merge(
     Raises:
         RecipeError: the file carries no recipe, or a source is not what it was.
     """
-    stored = open_adapter(path, device=device)
-    again = run_recipe(recipe_of(stored.outline, str(path)), base=base, device=device).adapter
+    read = open_adapter(path, device=device)
+    result = run_recipe(recipe_of(read.outline, str(path)), base=base, device=device).adapter
+    stored, again = share_names([read, result])
     distances = {
         name: _distance(stored.layers[name], layer) for name, layer in again.layers.items() if name in stored.layers
     }
     worst = max(distances, key=lambda name: distances[name], default="")
-    tolerance = max(map(_rounding, stored.outline.layers.values()), default=0.0)
+    tolerance = max(map(_rounding, read.outline.layers.values()), default=0.0)
     missing = tuple(name for name in again.layers if name not in stored.layers)
     extra = tuple(name for name in stored.layers if name not in again.layers)
     difference = distances.get(worst, 0.0)
