@@ -104,6 +104,22 @@ def test_what_diffusers_cannot_load_of_kohya_s_layout_is_said(others, caplog):
     assert all(torch.equal(after[name], before[name]) == (".mlp." not in name) for name in adapter.layers)
 
 
+def test_a_text_encoder_without_attention_layers_is_loaded_from_kohya_s_layout_only(caplog):
+    pipe = tiny_pipeline("sd1")
+    full = random_adapter(pipe, parts=["text_encoder"])
+    adapter = Adapter({name: layer for name, layer in full.layers.items() if ".mlp." in name})
+    tensors = dict(encode(adapter, "diffusers").tensors)
+    assert "no attention layer in text_encoder: diffusers refuses such a file; write it as 'kohya'" in caplog.text
+    with pytest.raises(ValueError, match="infer state dict type"):
+        pipe.load_lora_weights(tensors)
+    before = weights(pipe, full.layers)
+    pipe.load_lora_weights(dict(encode(adapter, "kohya").tensors))
+    pipe.fuse_lora(components=["text_encoder"])
+    pipe.unload_lora_weights()
+    after = weights(pipe, full.layers)
+    assert_changed_by(adapter, before, {name: after[name] for name in adapter.layers})
+
+
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("shape", ["uniform", "varied", "subset"])
 def test_peft_loads_our_folder_exactly(projected, shape, tmp_path):

@@ -52,8 +52,8 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     layers = {name: spelling.fit_layer(name, layer) for name, layer in outline.layers.items()}
     config = describe_folder(layers, adapter) if dialect == "peft" else None
     metadata = keep_metadata(adapter.metadata) | _provenance(verdict.family)
+    _warn_of_diffusers(dialect, layers)
     if spelling.alpha is not None:
-        _warn_of_diffusers(layers)
         metadata |= describe_training(_ranks(layers), _kinds(layers), verdict.family, spelling.alpha)
     tensors = _spell_layers(adapter.layers, spelling)
     extras = dict(adapter.extras) if layout.carries_extras else {}
@@ -105,19 +105,19 @@ def _spell_layers(layers: Mapping[LayerName, Layer], spelling: Spelling) -> dict
     return tensors
 
 
-def _warn_of_diffusers(layers: Mapping[LayerName, Layer]) -> None:
-    """Say what ``diffusers`` would not: it takes a text encoder's q, k and v from kohya's names beside an out only."""
-    attention = [name.partition(".self_attn.") for name in layers if name.startswith("text_encoder")]
-    lasts: dict[str, set[str]] = {}
-    for head, _, last in attention:
-        lasts.setdefault(head.partition(".")[0], set()).add(last)
-    for part, found in lasts.items():
-        if found & {"q_proj", "k_proj", "v_proj"} and "out_proj" not in found:
-            logger.warning(
-                "kohya: no out_proj in %s: diffusers leaves out q_proj, k_proj and v_proj of such a file, or refuses "
-                "it; for diffusers write it as 'diffusers'",
-                part,
-            )
+def _warn_of_diffusers(dialect: str, layers: Mapping[LayerName, Layer]) -> None:
+    """Say where ``diffusers`` cannot load a text encoder's layers from a layout that it otherwise reads."""
+    for part in ("text_encoder", "text_encoder_2"):
+        found = {name.rpartition(".")[2] for name in layers if name.startswith(f"{part}.")}
+        attention = found & {"q_proj", "k_proj", "v_proj", "out_proj"}
+        if dialect == "kohya" and attention and "out_proj" not in attention:
+            lost, other = "leaves out q_proj, k_proj and v_proj of such a file, or refuses it", "diffusers"
+        elif dialect == "diffusers" and found & {"fc1", "fc2"} and not attention:
+            lost, other = "refuses such a file", "kohya"
+        else:
+            continue
+        missing = "out_proj" if attention else "attention layer"
+        logger.warning("%s: no %s in %s: diffusers %s; write it as %r for it", dialect, missing, part, lost, other)
 
 
 def _ranks(layers: Mapping[LayerName, Layer]) -> list[int]:
