@@ -23,7 +23,7 @@ from texforce_hub.doctor.cache import examine_cache, examine_endpoint, examine_t
 from texforce_hub.doctor.device import examine_device
 from texforce_hub.doctor.imports import Attempt, try_imports
 from texforce_hub.doctor.libraries import examine_extra, examine_library, examine_torchvision, examine_vocabulary
-from texforce_hub.errors import PipelineError
+from texforce_hub.errors import ConfigError, PipelineError
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"
 ROOT = Path(doctor.__file__).parents[2]
@@ -204,7 +204,7 @@ def test_a_base_in_the_cache_is_found_and_its_links_to_nowhere_are_no_files(cach
 
 @pytest.mark.parametrize("base", ["x y/z", "a--b/c", "/no/where", "x" * 5_000])
 def test_an_odd_base_is_one_problem_with_advice(cache, base):
-    (found,) = doctor.watch(f"base {base}", lambda: doctor._examine_bases([base], ""))
+    (found,) = doctor._examine_bases([base], "")
     assert (found.state, bool(found.advice)) == ("problem", True)
 
 
@@ -273,6 +273,16 @@ def test_a_library_that_cannot_be_imported_is_a_problem_and_one_that_needs_it_a_
 def test_an_examination_that_fails_is_a_problem_and_the_others_are_made():
     found = list(doctor.watch("some", lambda: [1 / 0]))
     assert [(one.name, one.state, "ZeroDivisionError" in one.found) for one in found] == [("some", "problem", True)]
+
+
+def test_a_broken_catalogue_hides_no_other_finding(monkeypatch):
+    def fail():
+        raise ConfigError("catalogue entry a.toml: no TOML")
+
+    monkeypatch.setattr(doctor, "read_catalog", fail)
+    monkeypatch.setattr(doctor, "import_all", dict)
+    found = {one.name: one for one in doctor.examine(device="cpu")}
+    assert (found["catalogue"].state, found["base shapes"].state) == ("problem", "ok")
 
 
 @pytest.mark.parametrize(

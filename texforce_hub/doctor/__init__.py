@@ -37,8 +37,8 @@ def examine(bases: Sequence[str] = (), *, device: str | None = None) -> Iterator
     yield from broken
     obstacle = broken[0].found if broken else _find_obstacle("huggingface_hub", attempts)
     yield from _unless(obstacle, "cache and token", _examine_hub)
-    for base in dict.fromkeys(("shapes", *_list_catalogue(), *bases)):
-        yield from watch(f"base {base}", partial(_examine_bases, [base], obstacle))
+    yield from watch("catalogue", lambda: _examine_bases(_list_catalogue(), obstacle))
+    yield from _examine_bases(["shapes", *bases], obstacle)
 
 
 def _try_imports(attempts: dict[str, Attempt]) -> Iterable[Finding]:
@@ -75,7 +75,12 @@ def _examine_hub() -> Iterator[Finding]:
 
 
 def _examine_bases(bases: Sequence[str], obstacle: str) -> Iterator[Finding]:
-    return (examine_base(base, obstacle=obstacle) for base in bases)
+    for base in dict.fromkeys(bases):
+        yield from watch(f"base {base}", partial(_examine_known, base, obstacle))
+
+
+def _examine_known(base: str, obstacle: str) -> list[Finding]:
+    return [examine_base(base, obstacle=obstacle)]
 
 
 def _list_catalogue() -> list[str]:
