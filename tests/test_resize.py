@@ -2,11 +2,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from tests.reference import truncated
+from texforce_hub import cli
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Layer, LowRank, Vector
 from texforce_hub.errors import MergeError
 from texforce_hub.resize import resize_adapter
+from texforce_hub.sources import read_adapter, write_adapter
 
 PREFIX = "text_encoder.text_model.encoder.layers"
 
@@ -102,3 +105,29 @@ def test_dora_is_refused_because_its_change_depends_on_a_base():
     dora = Adapter({f"{PREFIX}.0.mlp.fc1": Decomposed(low(0), torch.ones(12))})
     with pytest.raises(MergeError, match="give base="):
         resize_adapter(dora, rank=1)
+
+
+def test_dora_becomes_low_rank_on_the_base_that_it_is_for():
+    name = f"{PREFIX}.0.mlp.fc1"
+    weight = torch.randn(12, 10, generator=torch.Generator().manual_seed(7))
+    dora = Decomposed(low(0), torch.linspace(0.5, 2, 12))
+    resized = resize_adapter(Adapter({name: dora}), rank=3, base={f"{name}.weight": weight})
+    best = truncated(dora.delta(weight).double(), 3)
+    assert isinstance(resized.adapter.layers[name], LowRank)
+    assert distance(resized.adapter.delta(name), best) < 1e-5
+    with pytest.raises(MergeError, match="the base has no weight for"):
+        resize_adapter(Adapter({name: dora}), rank=1, base={"unet.a": weight})
+
+
+def test_the_command_takes_the_base_of_dora(tmp_path):
+    name = f"{PREFIX}.0.self_attn.q_proj"
+    dora = Adapter({name: Decomposed(low(0, out=96, width=96), torch.ones(96))})
+    path = write_adapter(dora, tmp_path / "dora.safetensors", dialect="kohya")
+    output = tmp_path / "low.safetensors"
+    command = ["resize", str(path), "--rank", "2", "--output", str(output)]
+    refused = CliRunner().invoke(cli.app, command)
+    assert "--base" in str(refused.exception)
+    assert not output.exists()
+    done = CliRunner().invoke(cli.app, [*command, "--base", "shapes"])
+    assert done.exit_code == 0, done.output
+    assert read_adapter(output).ranks == {name: 2}

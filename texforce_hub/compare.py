@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Decomposed, Layer, LayerName, LowRank, Vector
+from texforce_hub.bases import Base, find_weight
 from texforce_hub.codec import StoredAdapter, share_names
 from texforce_hub.errors import MergeError
-from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Mergeable
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.methods.linear import products

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter import Adapter, Layer, LayerName, LowRank, Vector
+from texforce_hub.adapter import Adapter, Decomposed, Layer, LayerName, LowRank, Vector
+from texforce_hub.bases import Base, find_weight
 from texforce_hub.codec import StoredAdapter
 from texforce_hub.errors import MergeError
 from texforce_hub.lowrank import count_for, singular_values, truncate
@@ -126,10 +127,11 @@ def resize_adapter(
     energy: float | None = None,
     ratio: float | None = None,
     max_total_rank: int | None = None,
+    base: Base | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Resized:
-    """The adapter with smaller ranks; LoHa, LoKr and dense layers become low rank, vectors stay as they are.
+    """The adapter with smaller ranks; LoHa, LoKr, DoRA and dense layers become low rank, vectors stay as they are.
 
     A few layers are in hand at a time, so that of a stored adapter only the result is ever whole in memory.
 
@@ -138,11 +140,12 @@ def resize_adapter(
         energy: the smallest rank that keeps this share of a layer's squared norm, in (0, 1].
         ratio: keep singular values within this factor of the largest.
         max_total_rank: the sum of all ranks, spent where it keeps the most.
+        base: pipeline, model or mapping of weights; only DoRA layers need it, whose change depends on it.
         device: where to compute; the adapter's own by default.
         dtype: of the result; float32 by default.
 
     Raises:
-        MergeError: no limit, one outside its range, or a DoRA layer (its change depends on a base).
+        MergeError: no limit, one outside its range, or a DoRA layer and no base that has its weight.
     """
     limits = Limits(rank, energy, ratio, max_total_rank)
     if not limits.any:
@@ -153,7 +156,7 @@ def resize_adapter(
 
     def factors() -> Iterator[tuple[LayerName, LowRank]]:
         for name, layer in adapter.layers.items():
-            resolved = resolve(name, move(layer))
+            resolved = resolve(name, move(layer), find_weight(base, name) if isinstance(layer, Decomposed) else None)
             if not isinstance(resolved, Vector):
                 yield name, as_low_rank(resolved)
 

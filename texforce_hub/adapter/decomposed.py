@@ -57,7 +57,7 @@ class Decomposed:
             AdapterError: no base weight was given, or one of another shape.
         """
         if base is None:
-            raise AdapterError("a DoRA layer's change depends on the base's weight: give base=, or convert it first")
+            raise AdapterError("a DoRA layer's change depends on the base's weight: give base= (--base)")
         if tuple(base.shape) != self.shape:
             raise AdapterError(f"DoRA layer for a weight {self.shape}, given a base weight {tuple(base.shape)}")
         base = wide(base).to(self.magnitude.device)

@@ -25,6 +25,7 @@ def resize(
     max_total_rank: Annotated[
         int | None, typer.Option("--max-total-rank", help="Sum of all ranks, spent where it keeps most.")
     ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
     dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
@@ -32,6 +33,7 @@ def resize(
 ) -> None:
     """Give an adapter smaller ranks, and say what share is kept."""
     from texforce_hub.device import choose_device, choose_dtype
+    from texforce_hub.pipelines import load_pipeline
     from texforce_hub.resize import resize_adapter
     from texforce_hub.sources import open_adapter, write_adapter
 
@@ -41,6 +43,7 @@ def resize(
         energy=energy,
         ratio=ratio,
         max_total_rank=max_total_rank,
+        base=None if base is None else load_pipeline(base, device="cpu"),
         dtype=None if dtype is None else choose_dtype(dtype),
     )
     path = write_adapter(resized.adapter, output, dialect=dialect)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter import Adapter
+from texforce_hub.bases import Base
 from texforce_hub.errors import MergeError
-from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import Gathered, gather
 from texforce_hub.merge.record import record_merge
 from texforce_hub.merge.report import LayerReport, MergeReport

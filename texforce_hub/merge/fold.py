@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter import Adapter, LayerName, Vector, wide
+from texforce_hub.bases import Base, find_weight
 from texforce_hub.errors import MergeError
-from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.rounding import Loss, measure_loss, round_to, seed_for, total_loss
 
 

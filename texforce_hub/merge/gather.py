@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter import Adapter, Decomposed, LayerName
+from texforce_hub.bases import Base, find_weight
 from texforce_hub.codec import StoredAdapter, share_names
 from texforce_hub.errors import ConfigError, MergeError, RefError
-from texforce_hub.merge.bases import Base, find_weight
 from texforce_hub.methods import Context, Mergeable, Method
 from texforce_hub.methods.kinds import resolve
 from texforce_hub.refs import AdapterRef, Stack

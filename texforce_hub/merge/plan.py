@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter import LayerName, LowRank
+from texforce_hub.bases import Base
 from texforce_hub.locate import find_bundle
-from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
 from texforce_hub.methods import Method, find_method
 from texforce_hub.refs import AdapterRef

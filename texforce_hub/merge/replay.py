@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter import Adapter, Layer, LayerName, wide
+from texforce_hub.bases import Base
 from texforce_hub.bundles import hash_files
 from texforce_hub.codec import share_names
 from texforce_hub.device import choose_dtype
 from texforce_hub.errors import RecipeError
 from texforce_hub.locate import find_bundle
 from texforce_hub.merge import Merged, merge_adapters
-from texforce_hub.merge.bases import Base
 from texforce_hub.merge.gather import IN_MEMORY
 from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
 from texforce_hub.refs import AdapterRef

@@ -19,7 +19,7 @@ def resolve(name: str, layer: Layer, base: Tensor | None = None) -> Mergeable:
         return layer
     if isinstance(layer, Decomposed):
         if base is None:
-            raise MergeError(f"{name} is a DoRA layer, its change depends on the base's weight: give base=")
+            raise MergeError(f"{name} is a DoRA layer, its change depends on the base's weight: give base= (--base)")
         return Dense(layer.delta(base))
     return _expanded(layer)
 
