@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from texforce_hub.cli.bases import load_base
 from texforce_hub.cli.console import put, put_json, put_table
 
 
@@ -24,14 +25,13 @@ def compare(
     """Compare two adapters: cosine, principal angles and interference of every layer."""
     from texforce_hub.compare import compare_adapters
     from texforce_hub.device import choose_device
-    from texforce_hub.pipelines import load_pipeline
     from texforce_hub.sources import open_adapter
 
     place = choose_device(device)
     found = compare_adapters(
         open_adapter(first, device=place),
         open_adapter(second, device=place),
-        base=None if base is None else load_pipeline(base, device=place),
+        base=load_base(base, device=place),
     )
     if json:
         put_json(found.as_dict())

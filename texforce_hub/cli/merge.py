@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from texforce_hub.cli.bases import load_base
 from texforce_hub.cli.console import put, put_json, put_table, say
 from texforce_hub.cli.merge_methods import METHODS
 from texforce_hub.errors import MergeError, RecipeError
@@ -64,7 +65,7 @@ def merge(
         request = {"sources": adapters, "method": method, "seed": seed, **given}
     else:
         request = _read_request(recipe, given)
-    request["base"] = _load_base(base)
+    request["base"] = load_base(base)
     if dry_run:
         _print_plan(request, json=json)
         return
@@ -115,14 +116,6 @@ def _check_apart(sources: list[Any], output: Path) -> None:
         bundle = find_bundle(source if isinstance(source, AdapterRef) else AdapterRef.parse(source))
         if output.resolve() in [file.resolve() for file in bundle.files]:
             raise MergeError(f"--output {output} is a source of the merge; name another file")
-
-
-def _load_base(base: str | None) -> Any:
-    if base is None:
-        return None
-    from texforce_hub.pipelines import load_pipeline
-
-    return load_pipeline(base)
 
 
 def _print_methods(*, json: bool) -> None:

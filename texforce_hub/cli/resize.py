@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from texforce_hub.cli.bases import load_base
 from texforce_hub.cli.console import put, put_json, put_table
 
 
@@ -33,7 +34,6 @@ def resize(
 ) -> None:
     """Give an adapter smaller ranks, and say what share is kept."""
     from texforce_hub.device import choose_device, choose_dtype
-    from texforce_hub.pipelines import load_pipeline
     from texforce_hub.resize import resize_adapter
     from texforce_hub.sources import open_adapter, write_adapter
 
@@ -43,7 +43,7 @@ def resize(
         energy=energy,
         ratio=ratio,
         max_total_rank=max_total_rank,
-        base=None if base is None else load_pipeline(base, device="cpu"),
+        base=load_base(base, device="cpu"),
         dtype=None if dtype is None else choose_dtype(dtype),
     )
     path = write_adapter(resized.adapter, output, dialect=dialect)
