@@ -351,3 +351,13 @@ def test_what_cannot_be_divided_stands_in_no_way_where_nothing_is():
     layer = LowRank(torch.randn(2, 8), torch.randn(25, 2))
     adapters = [Adapter({name: layer}), Adapter({name: layer.scaled(2.0)})]
     assert share_names(adapters) == adapters
+
+
+def test_layers_of_other_models_that_are_named_alike_are_left_alone_or_refused():
+    layer = LowRank(torch.randn(2, 8), torch.randn(8, 2))
+    names = ["transformer.transformer_blocks.0.attn.to_q", "transformer.img_in"]  # Qwen-Image's, in diffusers
+    back = read(dict(encode(Adapter(dict.fromkeys(names, layer)), "diffusers").tensors))
+    assert list(back.layers) == names
+    gated = LowRank(torch.randn(2, 8), torch.randn(72, 2))  # Flux.2's single blocks have nine rows for a column
+    with pytest.raises(DialectError, match=r"linear1 changes a weight \(72, 8\), whose rows do not divide"):
+        encode(Adapter({"transformer.single_blocks.0.linear1": gated}), "diffusers")

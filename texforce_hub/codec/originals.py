@@ -17,6 +17,8 @@ from texforce_hub.lazy import LazyMapping
 _LIBRARIES = ("diffusers", "diffusers-layers", "peft")
 """The layouts whose readers know no other names than ``diffusers``'."""
 
+_BLOCKS = ("transformer.transformer_blocks.", "transformer.single_transformer_blocks.")
+
 Either = TypeVar("Either", bound=Adapter | StoredAdapter)
 
 
@@ -63,9 +65,9 @@ def share_names(adapters: Sequence[Adapter | StoredAdapter]) -> list[Adapter | S
 def _library_names(layers: Mapping[LayerName, Layer]) -> set[LayerName]:
     """What ``diffusers`` calls the layers that have other names here, as far as it can be told."""
     found: set[LayerName] = set()
-    for name, layer in layers.items():
+    for name in layers:
         with suppress(FamilyError):
-            found |= {target for target, _ in _find_homes(name, layer)}
+            found |= {target for target, _ in _find_homes(name, layers)}
     return found
 
 
@@ -92,9 +94,9 @@ def _outline(adapter: Adapter | StoredAdapter) -> Adapter:
 
 def _find_pieces(layers: Mapping[LayerName, Layer]) -> dict[LayerName, _Piece]:
     pieces: dict[LayerName, _Piece] = {}
-    for source, layer in layers.items():
+    for source in layers:
         try:
-            named = {name: _Piece(source, ranges) for name, ranges in _find_homes(source, layer)}
+            named = {name: _Piece(source, ranges) for name, ranges in _find_homes(source, layers)}
         except FamilyError as error:
             raise DialectError(str(error)) from error
         named = named or {source: _Piece(source)}
@@ -104,11 +106,12 @@ def _find_pieces(layers: Mapping[LayerName, Layer]) -> dict[LayerName, _Piece]:
     return pieces
 
 
-def _find_homes(name: LayerName, layer: Layer) -> list[tuple[LayerName, Ranges]]:
+def _find_homes(name: LayerName, layers: Mapping[LayerName, Layer]) -> list[tuple[LayerName, Ranges]]:
     """Other names of a layer, and which of its rows each has; none where it has no other."""
     part, _, path = name.partition(".")
-    rows = find_rows(path, layer.shape) if part == "transformer" else ()
-    return [(f"{part}.{found.path}", found.ranges) for found in rows]
+    if part != "transformer" or ("blocks." not in path and any(other.startswith(_BLOCKS) for other in layers)):
+        return []  # img_in beside diffusers' blocks is a layer of a model that diffusers names so
+    return [(f"{part}.{found.path}", found.ranges) for found in find_rows(path, layers[name].shape)]
 
 
 def _take(piece: _Piece, layers: Mapping[LayerName, Layer]) -> Layer:

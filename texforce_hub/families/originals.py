@@ -5,9 +5,9 @@ weight's rows. Where a norm's scale and shift come out of one layer, the two are
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from texforce_hub.errors import FamilyError
 from texforce_hub.families.shape import Shape
@@ -40,7 +40,7 @@ class _Stream:
 
 
 _Homes = tuple[tuple[str, int], ...]
-"""``diffusers``' layers in the order of their rows, each with its share of them."""
+"""``diffusers``' layers in the order of their rows, and how many rows each has for one column; 0: any number."""
 
 _IMAGE = _Stream(("to_q", "to_k", "to_v"), "to_out.0", "ff", "norm1")
 _TEXT = _Stream(("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_context", "norm1_context")
@@ -51,8 +51,8 @@ _LAST_NORM = "final_layer.adaLN_modulation.1"
 _CONTEXT_NORM = "joint_blocks.#.context_block.adaLN_modulation.1"
 
 
-def _whole(name: str) -> _Homes:
-    return ((name, 1),)
+def _whole(name: str, times: int = 0) -> _Homes:
+    return ((name, times),)
 
 
 def _heads(attention: str, stream: _Stream) -> _Homes:
@@ -63,10 +63,10 @@ def _flux_stream(name: str, stream: _Stream) -> dict[str, _Homes]:
     block = f"double_blocks.#.{name}"
     return {
         f"{block}_attn.qkv": _heads(f"{_BLOCK}.attn", stream),
-        f"{block}_attn.proj": _whole(f"{_BLOCK}.attn.{stream.out}"),
-        f"{block}_mlp.0": _whole(f"{_BLOCK}.{stream.feed_forward}.net.0.proj"),
+        f"{block}_attn.proj": _whole(f"{_BLOCK}.attn.{stream.out}", 1),
+        f"{block}_mlp.0": _whole(f"{_BLOCK}.{stream.feed_forward}.net.0.proj", 4),
         f"{block}_mlp.2": _whole(f"{_BLOCK}.{stream.feed_forward}.net.2"),
-        f"{block}_mod.lin": _whole(f"{_BLOCK}.{stream.norm}.linear"),
+        f"{block}_mod.lin": _whole(f"{_BLOCK}.{stream.norm}.linear", 6),
     }
 
 
@@ -74,8 +74,8 @@ def _sd3_stream(name: str, stream: _Stream) -> dict[str, _Homes]:
     block = f"joint_blocks.#.{name}_block"
     return {
         f"{block}.attn.qkv": _heads(f"{_BLOCK}.attn", stream),
-        f"{block}.attn.proj": _whole(f"{_BLOCK}.attn.{stream.out}"),
-        f"{block}.mlp.fc1": _whole(f"{_BLOCK}.{stream.feed_forward}.net.0.proj"),
+        f"{block}.attn.proj": _whole(f"{_BLOCK}.attn.{stream.out}", 1),
+        f"{block}.mlp.fc1": _whole(f"{_BLOCK}.{stream.feed_forward}.net.0.proj", 4),
         f"{block}.mlp.fc2": _whole(f"{_BLOCK}.{stream.feed_forward}.net.2"),
         f"{block}.adaLN_modulation.1": _whole(f"{_BLOCK}.{stream.norm}.linear"),
     }
@@ -94,7 +94,7 @@ FLUX: Mapping[str, _Homes] = {
     **_flux_stream("txt", _TEXT),
     "single_blocks.#.linear1": (*_heads(f"{_SINGLE}.attn", _IMAGE), (f"{_SINGLE}.proj_mlp", 4)),
     "single_blocks.#.linear2": _whole(f"{_SINGLE}.proj_out"),
-    "single_blocks.#.modulation.lin": _whole(f"{_SINGLE}.norm.linear"),
+    "single_blocks.#.modulation.lin": _whole(f"{_SINGLE}.norm.linear", 3),
     **_embedder("time_in", _ENDS, "timestep"),
     **_embedder("vector_in", _ENDS, "text"),
     **_embedder("guidance_in", _ENDS, "guidance"),
@@ -143,23 +143,27 @@ def find_rows(path: str, shape: Shape) -> tuple[Rows, ...]:
         return ()
     index = "" if number is None else number[0]
     names = [home.replace("#", index) + dot + parameter for home, _ in homes]
-    total = sum(share for _, share in homes)
     swapped = _is_swapped(template, path, shape)
-    if not shape[0] or shape[0] % (2 if swapped else total):
-        raise FamilyError(f"{path} changes {shape[0]} rows, which do not divide into {', '.join(names)}")
-    if swapped:
-        half = shape[0] // 2
-        return (Rows(names[0], ((half, shape[0]), (0, half))),)
-    bounds = pairwise(_bounds(homes, shape[0] // total))
-    return tuple(Rows(name, (found,)) for name, found in zip(names, bounds, strict=True))
+    if not _divides(homes, shape, swapped=swapped):
+        raise FamilyError(f"{path} changes a weight {shape}, whose rows do not divide into {', '.join(names)}")
+    half = shape[0] // 2
+    ranges = [((half, shape[0]), (0, half))] if swapped else _split(homes, shape[0])
+    return tuple(Rows(name, found) for name, found in zip(names, ranges, strict=True))
 
 
-def _bounds(homes: _Homes, rows: int) -> Iterator[int]:
-    at = 0
-    yield at
-    for _, share in homes:
-        at += share * rows
-        yield at
+def _divides(homes: _Homes, shape: Shape, *, swapped: bool) -> bool:
+    """Whether a layer has as many rows as in Flux and SD3; other models have layers of the same names."""
+    total = sum(times for _, times in homes)
+    if swapped or len(shape) == 1:
+        return shape[0] % (2 if swapped else total or 1) == 0
+    return total == 0 or shape[0] == total * shape[1]
+
+
+def _split(homes: _Homes, rows: int) -> list[Ranges]:
+    if len(homes) == 1:
+        return [((0, rows),)]
+    unit = rows // sum(times for _, times in homes)
+    return [(bounds,) for bounds in pairwise(accumulate((times * unit for _, times in homes), initial=0))]
 
 
 def _is_swapped(template: str, path: str, shape: Shape) -> bool:
