@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.check import check_adapter
+from texforce_hub.claims import MOST_TENSORS
 from texforce_hub.codec import encode
 from texforce_hub.dialects import plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
@@ -230,8 +231,8 @@ def test_a_layer_of_an_absurd_number_is_read_and_said_not_to_fit(tmp_path):
     assert not check_adapter(path, "sd1").fits
 
 
-def test_a_hundred_thousand_tensors_are_planned_in_seconds():
-    half, layers = TensorInfo((2, 8), "F32"), 50_000
+def test_as_many_tensors_as_a_file_may_hold_are_planned_in_seconds():
+    half, layers = TensorInfo((2, 8), "F32"), MOST_TENSORS // 2
     names = [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(layers)]
     tensors = {f"{name}.lora_{which}.weight": TensorInfo((6, 2), "F32") if which == "B" else half
                for name in names for which in "AB"}  # fmt: skip
@@ -241,12 +242,12 @@ def test_a_hundred_thousand_tensors_are_planned_in_seconds():
     }
     start = time.process_time()
     planned = plan(Header(tensors, metadata))
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 3
     assert [planned.layers[name].scale for name in names[:4]] == [2.0, 1.0, 2.0, 1.0]
     bare = {name.removeprefix("text_encoder."): info for name, info in tensors.items()}
     start = time.process_time()
     assert len(plan(Header(bare)).layers) == layers
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 3
 
 
 @pytest.mark.parametrize(("key", "kind"), [("ia3_l", "IA3"), ("vera_lambda_b", "VeRA")])

@@ -6,8 +6,11 @@ from typing import Any
 
 from texforce_hub.errors import FileError
 
-MOST_TENSORS = 50_000
-"""Of one file; adapters have a few thousand at most, and whole models too."""
+MOST_TENSORS = 20_000
+"""Of one file; the largest adapters have some six thousand, whole pipelines in one file fewer."""
+
+LONGEST_CONFIG = 10_000_000
+"""Bytes of a PEFT config; real ones have a few thousand."""
 
 MOST_DIMENSIONS = 8
 """Of one tensor; a three-dimensional convolution's weight has five."""

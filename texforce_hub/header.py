@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from texforce_hub.claims import check_count, check_shape, check_words, is_count
+from texforce_hub.claims import LONGEST_CONFIG, check_count, check_shape, check_words, is_count
 from texforce_hub.errors import FileError
 from texforce_hub.scalars import decode_scalar
 
@@ -29,9 +29,6 @@ LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself refuses longer ones."""
 
 CONFIG_NAME = "adapter_config.json"
-
-LONGEST_CONFIG = 10_000_000
-"""Bytes of a PEFT config; real ones have a few thousand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +119,9 @@ def parse_layout(read: Reader, size: int, *, name: str) -> Layout:
         FileError: the bytes are no safetensors file, or the header does not fit them.
     """
     length = _header_length(read(0, 8), size, name)
-    entries = _parse_json(read_fully(read, 8, length, name), name)
+    text = read_fully(read, 8, length, name)
+    check_count(text.count(b'"data_offsets"'), name)  # before millions of names become objects
+    entries = _parse_json(text, name)
     metadata = _check_metadata(entries.pop("__metadata__", {}), name)
     check_count(len(entries), name)
     check_words((*entries, *metadata, *metadata.values()), name)

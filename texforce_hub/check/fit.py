@@ -88,9 +88,10 @@ def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: Base, found: _S
     home = _home(part, {name: layer.shape for name, layer in layers.items()}, base)
     if home != part:
         found.notes.append(f"named {part} in the adapter, fits only {home}")
+    lacks_part = home not in base.parts
     for name in layers:
         place = home + name.removeprefix(part)
-        if home not in base.parts:
+        if lacks_part:
             found.unmatched[name] = f"the base has no {part}"
         elif base.shape_of(place) is None:
             _sort_original(name, layers[name], base, found)

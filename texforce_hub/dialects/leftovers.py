@@ -89,4 +89,4 @@ def sort_leftovers(keys: Iterable[str]) -> Leftovers:
 
 
 def _count(keys: list[str]) -> str:
-    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''}, e.g. {keys[0]!r}," if keys else "no tensors"
+    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''}, e.g. {keys[0]!r:.100}," if keys else "no tensors"

@@ -153,9 +153,9 @@ def _nothing_read(header: Header, dialects: Mapping[str, Dialect]) -> str:
     model = describe_model(header.tensors)
     if model is not None:
         return f"this is {model}"
-    example = next(iter(header.tensors))
+    example = f"{next(iter(header.tensors))!r:.100}"
     return (
-        f"none of {len(header.tensors)} tensors is an adapter's, e.g. {example!r}; known layouts: {', '.join(dialects)}"
+        f"none of {len(header.tensors)} tensors is an adapter's, e.g. {example}; known layouts: {', '.join(dialects)}"
     )
 
 

@@ -41,6 +41,8 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
+_PATTERNS = tuple((kind, re.compile(pattern), reason) for kind, pattern, reason in _KINDS)
+
 _MODELS: tuple[tuple[str, str], ...] = (
     (r"^model\.diffusion_model\.", "a whole checkpoint; use it as the base, or its U-Net: --unet"),
     (r"^(cond_stage_model|conditioner|first_stage_model)\.", "a whole checkpoint; use it as the base"),
@@ -54,8 +56,8 @@ _MODELS: tuple[tuple[str, str], ...] = (
 def find_refused(keys: Iterable[str]) -> tuple[str, str, str] | None:
     """``(kind, reason, example)`` of the first tensor that belongs to a kind that is not read."""
     for key in keys:
-        for kind, pattern, reason in _KINDS:
-            if re.search(pattern, key):
+        for kind, pattern, reason in _PATTERNS:
+            if pattern.search(key):
                 return kind, reason, key
     return None
 

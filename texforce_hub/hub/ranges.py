@@ -7,8 +7,9 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
+from texforce_hub.claims import LONGEST_CONFIG
 from texforce_hub.errors import HubError
-from texforce_hub.header import BITS, LONGEST_CONFIG, Header, Span, parse_config, parse_layout
+from texforce_hub.header import BITS, Header, Span, parse_config, parse_layout
 from texforce_hub.hub.client import find_endpoint, make_headers, open_range
 from texforce_hub.hub.faults import explained
 from texforce_hub.hub.repository import RemoteFile
