@@ -63,7 +63,19 @@ def test_the_json_is_complete(forty):
     files = json.loads(run("inspect", folder, "--json").stdout)["files"]
     names = {
         *("path", "size", "sha256", "autov2", "container", "dialects", "families", "verdict", "evidence", "parts"),
-        *("ranks", "alphas", "kinds", "dtypes", "metadata", "extras", "problems", "sidecars", "files", "error"),
+        *(
+            "ranks",
+            "alphas",
+            "kinds",
+            "dtypes",
+            "metadata",
+            "extras",
+            "problems",
+            "notes",
+            "sidecars",
+            "files",
+            "error",
+        ),
         "layers",
     }
     assert all(set(one) == names for one in files)
