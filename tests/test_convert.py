@@ -72,7 +72,9 @@ def test_the_command_converts_one_and_says_where(tmp_path):
     ("options", "error", "phrase"),
     [
         ({"dtype": "float7"}, ConfigError, "no dtype 'float7'"),
-        ({"dialect": "klingon"}, DialectError, "no dialect 'klingon'"),
+        ({"dialect": "klingon"}, DialectError, r"no dialect 'klingon' to write; known: diffusers, [^o][^;]*$"),
+        ({"dialect": "omi"}, DialectError, "no dialect 'omi' to write; known: diffusers, "),
+        ({"output": "y.bin"}, FileError, "pickles are not written"),
         ({"dialect": "peft", "output": "x.safetensors"}, FileError, "name a folder"),
         ({"dtype": "float8_e5m2", "scaled": 1e12}, AdapterError, "do not fit"),
     ],
@@ -108,6 +110,15 @@ def test_one_names_several_files_are_told_apart_and_stop_nobody(tmp_path):
     ]
     same(read_adapter(output / "cat.pt.safetensors"), read_adapter(output / "style.safetensors"))
     same(read_adapter(output / "cat.safetensors"), read_adapter(PEFT))
+
+
+@pytest.mark.parametrize("name", ["out.bin", "out.safetensors"])
+def test_several_adapters_do_not_go_into_a_folder_that_is_named_as_a_file(tmp_path, name):
+    sources = [str(write_adapter(read_adapter(PEFT), tmp_path / f"{i}.safetensors")) for i in "ab"]
+    run = CliRunner().invoke(cli.app, ["convert", *sources, "--output", str(tmp_path / name)])
+    assert isinstance(run.exception, FileError)
+    assert "several adapters are written into a folder" in str(run.exception)
+    assert not (tmp_path / name).exists()
 
 
 def scaled(adapter, weight_of):

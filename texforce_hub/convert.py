@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from texforce_hub.bundles import Bundle
-from texforce_hub.choose import is_safetensors
-from texforce_hub.dialects import DIALECTS
-from texforce_hub.errors import ConfigError, DialectError, FileError, TexForceHubError
+from texforce_hub.choose import SUFFIXES, is_safetensors
+from texforce_hub.codec import find_writable
+from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 from texforce_hub.files import writing
 from texforce_hub.locate import find_bundle, find_bundles, find_place, hub_id_of
 from texforce_hub.refs import WHOLE, AdapterRef
@@ -105,22 +105,24 @@ def convert_bundle(
         ConfigError, FileError, DialectError, AdapterError: as :func:`convert_adapter`.
     """
     chosen = _dtype(dtype)
-    if dialect not in DIALECTS:
-        raise DialectError(f"no dialect {dialect!r}; known: {', '.join(DIALECTS)}")
+    filename = find_writable(dialect).filename
     adapter = open_bundle(bundle, alpha=alpha, allow_pickle=allow_pickle)
     if weights is not None:
         check_patterns(weights.label, adapter.outline, weights)
         adapter = adapter.weighted(weights.weight_of)
-    places = [place for place in (output, output / DIALECTS[dialect].filename) if place.exists()]
+    places = [place for place in (output, output / filename) if place.exists()]
     if any(place.samefile(file) for place in places for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
-    return Conversion(bundle.path, written, notes=_bring_sidecars(bundle.place, _place_of(written)) if sidecars else ())
+    place = _place_of(written, filename)
+    return Conversion(bundle.path, written, notes=_bring_sidecars(bundle.place, place) if sidecars else ())
 
 
-def _place_of(written: Path) -> Path:
-    """The file after which what lies beside an adapter is named: its only one, or where that would lie."""
-    return find_bundle(written).place
+def _place_of(written: Path, filename: str) -> Path:
+    """The file after which what lies beside an adapter is named: its only one, or one beside a folder of folders."""
+    if not written.is_dir() or (written / filename).is_file():
+        return written / filename if written.is_dir() else written
+    return Bundle(written, ()).place
 
 
 def _bring_sidecars(source: Path, target: Path) -> tuple[str, ...]:
@@ -189,7 +191,10 @@ def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> 
     Raises:
         RefError: a reference means nothing.
         ConfigError: a reference has a window.
+        FileError: ``output`` is named as a file is.
     """
+    if output.suffix.lower() in SUFFIXES and not output.is_dir():
+        raise FileError(f"{output}: names a file; several adapters are written into a folder, name one")
     jobs = list(dict.fromkeys(job for ref in refs for job in _jobs(ref, output, dialect)))
     wanted = Counter(_as_one(job.target) for job in jobs)
     return [

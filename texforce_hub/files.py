@@ -6,7 +6,7 @@ import os
 import pickle
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -60,6 +60,8 @@ def writing(path: str | Path) -> Iterator[Path]:
         FileError: the place cannot be written, is full, or ``path`` is a folder that exists.
     """
     path = Path(path)
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r}: a null character cannot be in a path; name another place")
     part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
     missing = [folder for folder in path.parents if not folder.exists()]
     try:
@@ -232,10 +234,13 @@ def write_stream(
     outline: Mapping[str, Tensor],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str] | None = None,
+    *,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """As :func:`write_tensors`, from tensors that come one by one in any order; none is kept.
 
-    ``outline`` has each one's shape and dtype beforehand (tensors on the ``meta`` device will do).
+    ``outline`` has each one's shape and dtype beforehand (tensors on the ``meta`` device will do). ``check`` looks
+    at the whole file before it takes its place, and may refuse it.
 
     Raises:
         FileError: as :func:`write_tensors`, or the tensors are not those of the outline.
@@ -257,6 +262,8 @@ def write_stream(
             raise FileError(f"{path}: cannot be written ({needed} bytes are needed): {reason}") from error
         if ready:
             raise FileError(f"{path}: {len(ready)} tensors never came, e.g. {next(iter(ready))!r}; nothing is written")
+        if check is not None:
+            check(part)
     return Path(path)
 
 
@@ -268,6 +275,7 @@ def _check_announced(name: str, tensor: Tensor, announced: Tensor | None) -> Non
 
 def _render_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """The header's JSON, padded so that the tensors begin at a multiple of eight bytes."""
+    _check_text(metadata)
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name, tensor in tensors.items():
@@ -278,3 +286,9 @@ def _render_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -
     check_words((*table, *metadata, *metadata.values()), "the file to write")
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     return text + b" " * (-len(text) % 8)
+
+
+def _check_text(metadata: Mapping[Any, Any]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise FileError(f"metadata {key!r:.80} is {value!r:.80}; expected text as key and as value")

@@ -6,13 +6,16 @@ import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from texforce_hub.choose import is_candidate, list_names
-from texforce_hub.codec import Encoded
-from texforce_hub.errors import FileError
+from texforce_hub.codec import Encoded, check_plan
+from texforce_hub.container import open_header
+from texforce_hub.dialects import plan
+from texforce_hub.errors import DialectError, FileError
 from texforce_hub.files import write_stream, writing
 from texforce_hub.header import CONFIG_NAME
 
@@ -28,6 +31,7 @@ def write_folder(encoded: Encoded, tensors: Iterable[tuple[str, Tensor]], path: 
     Raises:
         FileError: the place cannot be written, is a file, or holds other weights, to which the new configuration
             would seem to belong.
+        DialectError: what would be written could not be read again.
     """
     if not path.exists():
         return _write_new_folder(encoded, tensors, path)
@@ -47,8 +51,25 @@ def _write_new_folder(encoded: Encoded, tensors: Iterable[tuple[str, Tensor]], p
     with writing(path) as part:
         part.mkdir()
         (part / CONFIG_NAME).write_text(json.dumps(dict(encoded.config or {}), indent=2, sort_keys=True), "utf-8")
-        write_stream(part / encoded.filename, encoded.tensors, tensors, encoded.metadata)
+        weights = part / encoded.filename
+        write_stream(
+            weights, encoded.tensors, tensors, encoded.metadata, check=partial(check_readable, owns_config=True)
+        )
     return path
+
+
+def check_readable(path: Path, *, owns_config: bool = False) -> None:
+    """Refuse a file, before it takes its place, that could not be read again: what it says is no adapter's.
+
+    Raises:
+        DialectError: says why not.
+    """
+    try:
+        header = open_header(path)
+        check_plan(plan(header, owns_config=owns_config), header.tensors)
+    except (FileError, DialectError) as error:
+        reason = str(error).replace(f"{path}: ", "")
+        raise DialectError(f"it could not be read again: {reason}; nothing is written") from error
 
 
 def _refuse_other_weights(path: Path, filename: str) -> None:

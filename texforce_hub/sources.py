@@ -11,7 +11,7 @@ from torch import Tensor
 
 from texforce_hub.adapter import Adapter, Layer
 from texforce_hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece, owns_config
-from texforce_hub.choose import is_safetensors
+from texforce_hub.choose import SUFFIXES, is_safetensors
 from texforce_hub.codec import (
     StoredAdapter,
     decode_stored,
@@ -24,7 +24,7 @@ from texforce_hub.container import sniff
 from texforce_hub.dialects import Plan, join_plans, plan
 from texforce_hub.errors import AdapterError, DialectError, FileError
 from texforce_hub.files import DTYPES, stream_tensors, write_stream, writing
-from texforce_hub.folders import write_folder
+from texforce_hub.folders import check_readable, write_folder
 from texforce_hub.header import Header, TensorInfo
 from texforce_hub.lazy import LazyMapping
 from texforce_hub.locate import find_bundle
@@ -242,11 +242,16 @@ def write_adapter(
     each of them (``text_encoder``, ``unet`` …), which is read as one adapter again.
 
     Raises:
-        DialectError: the layout is unknown, or cannot hold some layer.
-        FileError: the place cannot be written, a PEFT adapter shall be a file, or one of several parts lie in a
-            folder that exists.
+        DialectError: the layout is unknown, or cannot hold some layer, or what would be written could not be read.
+        AdapterError: NaN or infinity, or numbers that the dtype cannot hold.
+        FileError: the place cannot be written or names a pickle, a PEFT adapter shall be a file, or one of several
+            parts lie in a folder that exists.
     """
     path = Path(path)
+    if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not path.is_dir():
+        raise FileError(f"{path}: pickles are not written; name a .safetensors file, or a folder")
+    if isinstance(adapter, Adapter):
+        check_finite(adapter)
     if dialect == "peft" and len(_outline_of(adapter).parts) > 1:
         return _write_parts(adapter, path, dtype)
     if isinstance(adapter, StoredAdapter):
@@ -260,7 +265,7 @@ def write_adapter(
             raise FileError(f"{path}: PEFT's layout is a folder of two files; name a folder")
         return write_folder(encoded, tensors, path)
     file = path if names_file else path / encoded.filename
-    return write_stream(file, encoded.tensors, tensors, encoded.metadata)
+    return write_stream(file, encoded.tensors, tensors, encoded.metadata, check=check_readable)
 
 
 def _outline_of(adapter: Adapter | StoredAdapter) -> Adapter:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ class Adapter:
     embeddings). Python cannot freeze a tensor's contents: treat them as read-only.
 
     Raises:
-        AdapterError: a name without a part (``text_encoder.`` …), or something that is no layer.
+        AdapterError: a name without a part (``text_encoder.`` …), something that is no layer, or metadata that is
+            no text.
     """
 
     layers: Mapping[LayerName, Layer]
@@ -43,6 +45,7 @@ class Adapter:
                 raise AdapterError(f"layer {name!r} is a {type(layer).__name__}; expected one of {_kinds()}")
             if "." not in name:
                 raise AdapterError(f"layer name {name!r} names no part; expected e.g. 'text_encoder.{name}'")
+        _check_text(self.metadata)
         for attribute in ("layers", "metadata", "extras"):
             object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
 
@@ -116,3 +119,9 @@ class Adapter:
 
 def _kinds() -> str:
     return ", ".join(kind.__name__ for kind in (LowRank, Dense, Vector, Hadamard, Kronecker, Decomposed))
+
+
+def _check_text(metadata: Mapping[Any, Any]) -> None:
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise AdapterError(f"metadata {key!r:.80} is {value!r:.80}; expected text as key and as value")

@@ -7,6 +7,7 @@ from texforce_hub.codec.decoding import check_plan, decode, decode_layer
 from texforce_hub.codec.encoding import Encoded, encode, encode_stored
 from texforce_hub.codec.joining import join_outlines, join_stored
 from texforce_hub.codec.originals import share_names
+from texforce_hub.codec.spelling import find_writable
 from texforce_hub.codec.stored import StoredAdapter, decode_stored
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "decode_stored",
     "encode",
     "encode_stored",
+    "find_writable",
     "join_outlines",
     "join_stored",
     "share_names",

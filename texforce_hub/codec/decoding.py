@@ -78,8 +78,8 @@ def equal_layers(one: Layer, other: Layer) -> bool:
 
 
 def _decode_one(plan: LayerPlan, tensors: Mapping[str, Tensor], alpha: float | None) -> Layer:
-    if alpha is not None and not math.isfinite(alpha):
-        raise AdapterError(f"alpha {alpha}; expected a finite number")
+    if alpha is not None and not _is_finite(alpha):
+        raise AdapterError(f"alpha {alpha!r:.80}; expected a finite number")
     parts = {role: tensors[key] for role, key in plan.keys.items()}
     scale = alpha / plan.divisor if alpha is not None and plan.alpha is None and plan.divisor else plan.scale
     match plan.kind:
@@ -97,6 +97,10 @@ def _decode_one(plan: LayerPlan, tensors: Mapping[str, Tensor], alpha: float | N
         return layer
     assert isinstance(layer, LowRank | Hadamard | Kronecker)
     return Decomposed(layer, parts["magnitude" if "magnitude" in parts else "dora"], plan.decomposed)
+
+
+def _is_finite(number: Any) -> bool:
+    return isinstance(number, int | float) and math.isfinite(number)
 
 
 def _decode_low_rank(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float) -> LowRank:

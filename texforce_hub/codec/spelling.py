@@ -86,7 +86,7 @@ def choose_spelling(adapter: Adapter, dialect: str, family: str | None, dtype: t
     Raises:
         DialectError: no such dialect, one that is only read, or layers that it has no spelling for.
     """
-    layout = _writable(dialect)
+    layout = find_writable(dialect)
     if not adapter.layers:
         raise DialectError(f"{dialect}: the adapter has no layers; a file without any cannot be read again")
     kinds = peft.choose_kinds(adapter.layers) if dialect == "peft" else layout.kinds
@@ -99,7 +99,12 @@ def choose_spelling(adapter: Adapter, dialect: str, family: str | None, dtype: t
     )
 
 
-def _writable(dialect: str) -> Dialect:
+def find_writable(dialect: str) -> Dialect:
+    """The layout of this name.
+
+    Raises:
+        DialectError: there is none, or it is only read; the message lists those that are written.
+    """
     layout = DIALECTS.get(dialect)
     if layout is None or layout.write_name is None:
         known = ", ".join(name for name, other in DIALECTS.items() if other.write_name is not None)

@@ -11,6 +11,9 @@ from texforce_hub.adapter import narrow, wide
 from texforce_hub.codec.halves import Part
 from texforce_hub.errors import AdapterError
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Those with a sign and a fraction that files can have."""
+
 _OWN = ("dora", "magnitude")
 """Roles that no other tensor's factor can move into."""
 
@@ -22,8 +25,8 @@ def store(parts: Sequence[Part], dtype: torch.dtype | None, name: str) -> Iterat
     is are brought to one size by powers of two, which round nothing themselves.
 
     Raises:
-        AdapterError: a finite value that is too large for its dtype, or more than the dtype's ``eps`` of the change
-            would be lost to underflow; everything, at worst.
+        AdapterError: a dtype that a layer's numbers cannot have, a finite value that is too large for it, or more
+            than the dtype's ``eps`` of the change would be lost to underflow; everything, at worst.
     """
     product = [part for part in parts if part[0] not in (*_OWN, "alpha")]
     yield from _store_product(product, dtype, name).items()
@@ -56,6 +59,9 @@ def _round(parts: Sequence[Part], dtype: torch.dtype | None, name: str) -> dict[
 
 
 def _multiply(tensor: Tensor, factor: float, dtype: torch.dtype, name: str) -> Tensor:
+    if dtype not in _DTYPES:
+        known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
+        raise AdapterError(f"{name}: cannot be written as {dtype}; expected one of {known}")
     product = tensor.detach() if factor == 1.0 else factor * wide(tensor.detach())
     if not tensor.is_meta and factor != 1.0 and not torch.equal(torch.isfinite(product), torch.isfinite(wide(tensor))):
         raise AdapterError(f"{name}: values times {factor:g} do not fit {product.dtype}; make the scale smaller")

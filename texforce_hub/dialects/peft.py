@@ -43,7 +43,7 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     module, end = spelt
     path = module.partition(".")[2]
     if infer_part(path) is None:
-        raise DialectError(f"peft: no reader could tell which part {name} belongs to; write it as 'diffusers'")
+        raise DialectError(f"peft: no reader could tell which part {name!r:.100} belongs to; write it as 'diffusers'")
     return f"{_WRAPPER}{path}{end}"
 
 
