@@ -250,6 +250,18 @@ def test_as_many_tensors_as_a_file_may_hold_are_planned_in_seconds():
     assert time.process_time() - start < 3
 
 
+@pytest.mark.parametrize("word", ["lora.", "to_q_lora.", "a.", "_0_", "lora_A.default.", ".diff.", "1"])
+def test_long_names_take_no_time(word):
+    names = [(word * 1000)[:990] + f"{i}" for i in range(500)]
+    tensors = header({name: ones(2, 8) for name in names} | ab()).tensors
+    start = time.process_time()
+    try:
+        plan(Header(tensors))
+    except DialectError as error:
+        assert len(str(error)) < 1300  # noqa: PT017
+    assert time.process_time() - start < 0.4
+
+
 @pytest.mark.parametrize(("key", "kind"), [("ia3_l", "IA3"), ("vera_lambda_b", "VeRA")])
 def test_another_kind_beside_a_lora_is_refused_by_name(key, kind):
     stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"

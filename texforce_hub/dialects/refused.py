@@ -14,7 +14,7 @@ _KINDS: tuple[tuple[str, str, str], ...] = (
     ("OFT or BOFT", r"\.(oft_blocks|oft_diag|oft_r|oft_R|oft_s|boft_R)(\.|$)|^oft_", "it rotates weights"),
     (
         "a scaled fp8 file",
-        r"^scaled_fp8$|(lora|hada_|lokr_|\.diff).*(scale_weight|weight_scale(_inv)?|scale_input|input_scale|comfy_quant)$",
+        r"^scaled_fp8$|^(?=.*(lora|hada_|lokr_|\.diff)).*(scale_weight|weight_scale(_inv)?|scale_input|input_scale|comfy_quant)$",
         "its numbers count only times scales beside them, for which adapters have no common layout; "
         "save it as fp16 or bf16",
     ),
