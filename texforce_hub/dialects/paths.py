@@ -20,7 +20,8 @@ _OWN_MODULES = {
     ),
     "transformer": (
         *("transformer_blocks.", "single_transformer_blocks.", "double_blocks.", "single_blocks.", "joint_blocks."),
-        *("context_embedder", "x_embedder", "norm_out.", "time_text_embed."),
+        *("context_embedder", "x_embedder", "norm_out.", "time_text_embed.", "proj_out", "pos_embed."),
+        *("img_in", "txt_in", "time_in.", "vector_in.", "guidance_in.", "final_layer.", "t_embedder.", "y_embedder."),
     ),
 }
 
