@@ -356,3 +356,13 @@ def test_a_sidecar_that_cannot_be_copied_is_said_and_leaves_nothing_half_written
     assert len(notes) == 4
     assert all("not copied" in note and "No space left" in note for note in notes)
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_in_a_folder_with_another_adapter_they_go_beside_the_new_one(tmp_path):
+    path = write_file(tmp_path / "in" / "cat.safetensors")
+    write_sidecars(path)
+    write_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    shown = run("convert", path, "--dialect", "peft", "--output", tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    assert len(find_sidecars(tmp_path / "out" / "adapter_model.safetensors")) == 4
+    assert find_sidecars(tmp_path / "out" / "pytorch_lora_weights.safetensors") == ()

@@ -120,9 +120,10 @@ def convert_bundle(
 
 def _place_of(written: Path, filename: str) -> Path:
     """The file after which what lies beside an adapter is named: its only one, or one beside a folder of folders."""
-    if not written.is_dir() or (written / filename).is_file():
-        return written / filename if written.is_dir() else written
-    return Bundle(written, ()).place
+    if not written.is_dir():
+        return written
+    tensors = written / filename
+    return tensors if tensors.is_file() else Bundle(written, ()).place
 
 
 def _bring_sidecars(source: Path, target: Path) -> tuple[str, ...]:
