@@ -208,6 +208,13 @@ def test_a_checkpoint_s_weights_are_left_out_aloud(tmp_path, caplog):
     assert "of a whole model left out" in caplog.text
 
 
+@pytest.mark.parametrize("end", ["scale", "network_alpha", "lora.scale", "rank"])
+def test_whatever_else_lies_beside_a_layer_s_halves_is_not_taken_for_an_extra(end, tmp_path):
+    path = saved(tmp_path / "adapter.safetensors", halves(Q) | {f"{Q}.{end}": torch.tensor(3.0)})
+    with pytest.raises(DialectError, match="belong to an adapter and name no known layer"):
+        read_adapter(path)
+
+
 def test_what_a_configuration_promises_and_the_file_lacks_is_said():
     config = {"r": 2, "lora_alpha": 4, "bias": "lora_only", "modules_to_save": ["final_layer_norm"]}
     assert any("modules trained whole and trained biases" in note for note in planned(halves(), config).notes)

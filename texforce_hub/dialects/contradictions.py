@@ -74,7 +74,7 @@ def find_contradictions(layer: LayerPlan, settings: Settings) -> Iterator[str]:
     expected = _KINDS.get(config.kind)
     if layer.kind in _KINDS.values() and layer.kind != expected:
         yield f"{layer.name}: its tensors make a {layer.kind}, the configuration says peft_type {config.kind!r:.80}"
-    rank = settings.rank()
+    rank = settings.rank
     if layer.kind == "LowRank" and expected == "LowRank" and rank is not None and rank != layer.divisor:
         yield (
             f"{layer.name}: its halves have rank {layer.divisor}, the configuration says {rank!r:.80}; "

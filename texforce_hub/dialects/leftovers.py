@@ -54,20 +54,26 @@ def _is_weight(key: str) -> bool:
 
 def _module(key: str) -> str | None:
     """Our name of the module whose weight it is."""
-    if not key.endswith(".weight"):
-        return None
-    part, path = unwrap(key.removesuffix(".weight").removesuffix(".base_layer"))
+    return _owner(key) if key.endswith(".weight") else None
+
+
+def _owner(key: str) -> str | None:
+    """Our name of the module that something is called after."""
+    part, path = unwrap(key.rpartition(".")[0].removesuffix(".base_layer"))
     part = part or infer_part(path)
     return None if part is None else publish(part, path)
 
 
-def sort_leftovers(keys: Iterable[str]) -> Leftovers:
-    """Extras are kept; a checkpoint's plain weights are named and left out; an adapter's tensors must not be lost."""
+def sort_leftovers(keys: Iterable[str], layers: Collection[str] = ()) -> Leftovers:
+    """Extras are kept; a checkpoint's plain weights are named and left out; an adapter's tensors must not be lost.
+
+    Whatever else lies beside the halves of one of ``layers`` may be its scale, or anything.
+    """
     lost: list[str] = []
     weights: list[str] = []
     extras: list[str] = []
     for key in keys:
-        if _is_lost(key):
+        if _is_lost(key) or (not _is_weight(key) and _owner(key) in layers):
             lost.append(key)
         elif _EMBEDDINGS.fullmatch(key) or not _WEIGHTS.fullmatch(key):
             extras.append(key)

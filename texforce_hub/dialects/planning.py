@@ -93,7 +93,7 @@ def plan_header(
     trained = find_trained(found.unread, layers)
     if trained is not None:
         raise DialectError("this is {}: {!r}, {}; it cannot be read".format(*trained))
-    left = sort_leftovers(found.unread)
+    left = sort_leftovers(found.unread, layers)
     family = recognize_family({name: layer.shape for name, layer in layers.items() if layer.shape}, header)
     layers = {name: _fold(layer, family) for name, layer in layers.items()}
     return Plan(

@@ -61,34 +61,21 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What configurations say of one layer: ``path`` is its module's name in the model that was trained.
+    """What a configuration says of one layer: the alpha it states, and its rank; ``None`` where it says nothing."""
 
-    ``layers`` is about how many the file has.
-    """
-
-    path: str
-    config: Config | None
-    layers: int
+    config: Config | None = None
+    stated: Any = None
+    rank: Any = None
 
     @property
     def assumes_alpha(self) -> bool:
-        """Whether the alpha is PEFT's own, for want of another."""
-        return self.config is not None and self._value(self.config.alphas, self.config.alpha) is None
+        """Whether the alpha is PEFT's own, for want of a stated one."""
+        return self.config is not None and self.stated is None
 
+    @property
     def alpha(self) -> Any:
-        """The module's alpha, ``None`` without a configuration."""
-        if self.config is None:
-            return None
-        value = self._value(self.config.alphas, self.config.alpha)
-        return DEFAULT_ALPHA if value is None else value
-
-    def rank(self) -> Any:
-        """The module's rank, ``None`` where no configuration says one."""
-        return None if self.config is None else self._value(self.config.ranks, self.config.rank)
-
-    def _value(self, patterns: Patterns, otherwise: Any) -> Any:
-        found = patterns.find(self.path, self.layers)
-        return otherwise if found is None else found
+        """What counts as the layer's alpha; ``None`` without a configuration."""
+        return DEFAULT_ALPHA if self.assumes_alpha else self.stated
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +92,14 @@ class Configs:
     def of(self, name: str, stem: str, *, in_folder: bool) -> Settings:
         """What counts for the layer ``name`` that the file spells ``stem``; ``in_folder``: PEFT's config is for it."""
         part, _, path = name.partition(".")
-        _, spelt = unwrap(stem.partition(" (")[0])
-        path = spelt if publish(part, spelt) == name else path
         config = self.folder if in_folder else None
         config = config or self.collated.get(part) or self.collated.get(None)
-        return Settings(path, config, self.layers)
+        if config is None:
+            return Settings()
+        _, spelt = unwrap(stem.partition(" (")[0])
+        path = spelt if publish(part, spelt) == name else path
+        stated, rank = config.alphas.find(path, self.layers), config.ranks.find(path, self.layers)
+        return Settings(config, config.alpha if stated is None else stated, config.rank if rank is None else rank)
 
 
 def read_configs(header: Header) -> Configs:
@@ -134,8 +124,7 @@ def find_alpha(name: str, stored: float | None, settings: Settings) -> Alpha:
     """
     if stored is not None:
         return Alpha(stored)
-    value = settings.alpha()
-    return Alpha(None) if value is None or settings.config is None else _read_alpha(name, value, settings)
+    return Alpha(None) if settings.config is None else _read_alpha(name, settings.alpha, settings.config, settings.rank)
 
 
 def _by_part(collated: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
@@ -175,14 +164,12 @@ def _read_config(config: Mapping[str, Any]) -> Config:
     )
 
 
-def _read_alpha(name: str, value: Any, settings: Settings) -> Alpha:
-    config = settings.config
-    assert config is not None
+def _read_alpha(name: str, value: Any, config: Config, rank: Any) -> Alpha:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise DialectError(f"lora_alpha of {name} is {value!r:.80}; expected a number: mend the configuration")
     if not isinstance(config.rooted, (bool, NoneType)):
         raise DialectError(f"use_rslora is {config.rooted!r:.80}; expected true or false: mend the configuration")
-    rank = settings.rank() if config.is_product else None
+    rank = rank if config.is_product else None
     if rank is not None and (type(rank) is not int or rank < 1):
         raise DialectError(f"the rank of {name} is {rank!r:.80}; expected a whole number from 1: mend it")
     return Alpha(_as_float(value), bool(config.rooted), rank)
