@@ -12,6 +12,7 @@ from tests.keys import header_of, listing
 from tests.pipelines_tiny import tiny_pipeline
 from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, LowRank, Vector, take_rows
 from texforce_hub.apply import apply_adapter
+from texforce_hub.bases import find_weight
 from texforce_hub.check import check_adapter
 from texforce_hub.codec import decode, encode, share_names
 from texforce_hub.compare import compare_adapters
@@ -22,6 +23,7 @@ from texforce_hub.families import FAMILIES
 from texforce_hub.families.originals import FLUX, SD3, find_rows
 from texforce_hub.merge import merge_adapters
 from texforce_hub.merge.replay import verify_merge
+from texforce_hub.resize import resize_adapter
 from texforce_hub.sources import open_adapter, read_adapter, write_adapter
 
 TABLES = {"flux": FLUX, "sd3": SD3}
@@ -360,3 +362,25 @@ def test_layers_of_other_models_that_are_named_alike_are_left_alone_or_refused()
     gated = LowRank(torch.randn(2, 8), torch.randn(72, 2))  # Flux.2's single blocks have nine rows for a column
     with pytest.raises(DialectError, match=r"linear1 changes a weight \(72, 8\), whose rows do not divide"):
         encode(Adapter({"transformer.single_blocks.0.linear1": gated}), "diffusers")
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_the_base_s_weight_of_an_original_layer_is_put_together_from_diffusers_layers(family):
+    pipe = tiny_pipeline(family)
+    adapter = read(tiny_originals(family, pipe))
+    for name, layer in adapter.layers.items():
+        before = find_weight(pipe, name, layer.shape).clone()
+        with apply_adapter(pipe, Adapter({name: layer}), mode="fuse"):
+            torch.testing.assert_close(find_weight(pipe, name, layer.shape), before + layer.delta())
+    with pytest.raises(MergeError, match="no weight for"):
+        find_weight(pipe, "transformer.double_blocks.9.img_attn.qkv", (96, 32))
+    with pytest.raises(MergeError, match="no weight for"):
+        find_weight(pipe, next(iter(adapter.layers)), (97, 32))
+
+
+def test_dora_of_an_original_layer_is_resized_on_the_base_that_it_is_for():
+    pipe, name = tiny_pipeline("flux"), "transformer.single_blocks.0.linear1"
+    inner = LowRank(torch.randn(2, 32), torch.randn(224, 2))
+    adapter = Adapter({name: Decomposed(inner, torch.rand(32) + 0.5, "in")})
+    whole = resize_adapter(adapter, rank=32, base=pipe).adapter
+    torch.testing.assert_close(whole.delta(name), adapter.delta(name, find_weight(pipe, name, (224, 32))))

@@ -1,13 +1,17 @@
 """The base's weights, for layers whose change depends on them (DoRA)."""
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from texforce_hub.adapter import LayerName
-from texforce_hub.errors import MergeError
+from texforce_hub.errors import FamilyError, MergeError
 from texforce_hub.families import live_name
+from texforce_hub.families.originals import find_rows
+from texforce_hub.families.shape import Shape
 from texforce_hub.matching import parts_of, plain
 from texforce_hub.patch import unwrapped
 
@@ -15,19 +19,46 @@ Base = Any
 """A pipeline, a bare model, or a mapping from layer names to weights."""
 
 
-def find_weight(base: Base | None, name: LayerName) -> Tensor | None:
-    """The base's weight under a layer's name; ``None`` without a base.
+def find_weight(base: Base | None, name: LayerName, shape: Shape) -> Tensor | None:
+    """The base's weight under a layer's name, which changes one of this shape; ``None`` without a base.
+
+    Where the name is the authors' own and the base has ``diffusers``' layers, the weight is put together from theirs.
 
     Raises:
         MergeError: the base has no such layer.
     """
     if base is None:
         return None
-    mapped = isinstance(base, Mapping)
-    weight = base.get(name, base.get(f"{name}.weight")) if mapped else _live_weight(base, name)
-    if not isinstance(weight, Tensor):
+    weight = _weight(base, name)
+    if weight is None:
+        weight = _join(base, name, shape)
+    if weight is None:
         raise MergeError(f"the base has no weight for {name}; expected the model the adapter was made for")
     return weight.detach()
+
+
+def _weight(base: Base, name: LayerName) -> Tensor | None:
+    mapped = isinstance(base, Mapping)
+    weight = base.get(name, base.get(f"{name}.weight")) if mapped else _live_weight(base, name)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _join(base: Base, name: LayerName, shape: Shape) -> Tensor | None:
+    """The weight of an original layer whose rows ``diffusers`` has in other layers; ``None`` if they do not fit."""
+    part, _, path = name.partition(".")
+    try:
+        found = find_rows(path, shape) if part == "transformer" else ()
+    except FamilyError:
+        return None
+    weights = [(rows, _weight(base, f"{part}.{rows.path}")) for rows in found]
+    pieces: dict[int, Tensor] = {}
+    for rows, weight in weights:
+        if weight is None or tuple(weight.shape) != (rows.count, *shape[1:]):
+            return None
+        ends = accumulate(end - start for start, end in rows.ranges)
+        for (start, end), stop in zip(rows.ranges, ends, strict=True):
+            pieces[start] = weight[stop - (end - start) : stop]
+    return torch.cat([pieces[start] for start in sorted(pieces)]) if pieces else None
 
 
 def _live_weight(base: Base, name: LayerName) -> Any:

@@ -98,7 +98,7 @@ def _compare_layer(name: LayerName, a: Layer, b: Layer, base: Base | None) -> Co
 
 
 def _resolved(name: LayerName, layer: Layer, base: Base | None) -> Mergeable:
-    return resolve(name, layer, find_weight(base, name) if isinstance(layer, Decomposed) else None)
+    return resolve(name, layer, find_weight(base, name, layer.shape) if isinstance(layer, Decomposed) else None)
 
 
 def _cosine(inner: float, first: float, second: float) -> float:

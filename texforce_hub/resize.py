@@ -156,7 +156,9 @@ def resize_adapter(
 
     def factors() -> Iterator[tuple[LayerName, LowRank]]:
         for name, layer in adapter.layers.items():
-            resolved = resolve(name, move(layer), find_weight(base, name) if isinstance(layer, Decomposed) else None)
+            resolved = resolve(
+                name, move(layer), find_weight(base, name, layer.shape) if isinstance(layer, Decomposed) else None
+            )
             if not isinstance(resolved, Vector):
                 yield name, as_low_rank(resolved)
 

@@ -49,7 +49,7 @@ def measure_fold(
     """
     losses: dict[LayerName, Loss] = {}
     for name, layer in adapter.layers.items():
-        weight = find_weight(base, name)
+        weight = find_weight(base, name, layer.shape)
         if weight is None or tuple(weight.shape) != layer.shape:
             raise MergeError(f"{name}: the adapter changes {layer.shape}; the base has {_shape(weight)}")
         stored = weight.to(dtype)

@@ -81,7 +81,9 @@ class Gathered:
         if self.device is not None:
             layer = layer.map(lambda tensor: tensor.to(self.device))
         try:
-            return resolve(name, layer, find_weight(self.base, name) if isinstance(layer, Decomposed) else None)
+            return resolve(
+                name, layer, find_weight(self.base, name, layer.shape) if isinstance(layer, Decomposed) else None
+            )
         except MergeError as error:
             raise MergeError(f"{self.entries[index].label}: {error}") from error
 
