@@ -8,9 +8,12 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from texforce_hub import cli
+from texforce_hub.adapter import Adapter, LowRank
 from texforce_hub.cli.console import accept_any_text, put, put_table
+from texforce_hub.codec import encode
 
 
 def printed(monkeypatch, encoding, print_all):
@@ -89,3 +92,38 @@ def test_an_error_of_ours_stays_one(monkeypatch):
     monkeypatch.setattr(cli, "app", fail)
     with pytest.raises(RuntimeError, match="multiplied"):
         cli.main()
+
+
+def test_thousands_of_names_are_a_few_and_a_count(tmp_path):
+    stem = "lora_te_text_model_encoder_layers_{}_self_attn_q_proj"
+    halves = {f"{stem.format(i)}.lora_down.weight": torch.ones(2, 8) for i in range(1000)}
+    whole = {
+        f"{stem.format(0)}.lora_down.weight": torch.ones(2, 8),
+        f"{stem.format(0)}.lora_up.weight": torch.ones(8, 2),
+    }
+    many = {f"<{'word' * 20}{i}>": torch.ones(1) for i in range(1000)}
+    save_file(halves, tmp_path / "faults.safetensors")
+    save_file(whole | many, tmp_path / "extras.safetensors")
+
+    def said(*arguments):
+        run = CliRunner().invoke(cli.app, [*map(str, arguments)])
+        return run.stdout + run.stderr + str(run.exception)
+
+    assert said("inspect", tmp_path / "faults.safetensors").count("up half") < 30
+    assert said("inspect", tmp_path).count("up half") < 30
+    noted = said("check", tmp_path / "faults.safetensors", "--base", "sd1").split("note: ")
+    assert len(noted) < 30
+    assert "and 980 more" in noted[-1]
+    assert "1000 in all" in said("inspect", tmp_path / "extras.safetensors")
+    for command in (["inspect"], ["check", "--base", "sd1"], ["convert", "--output", tmp_path / "x.safetensors"]):
+        assert len(said(*command, tmp_path / "extras.safetensors")) < 6000
+        assert len(said(*command, tmp_path / "faults.safetensors")) < 300_000  # check's table has every layer
+
+
+def test_a_layout_without_room_for_extras_names_a_few(caplog):
+    extras = {f"<{'word' * 100}{i}>": torch.ones(1) for i in range(1000)}
+    layers = {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj": LowRank(torch.ones(2, 8), torch.ones(8, 2))}
+    encode(Adapter(layers, extras=extras), "diffusers")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "1000 extra tensors" in message
+    assert len(message) < 500

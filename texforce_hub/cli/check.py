@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli.console import first_of, put, put_json, put_table, say
 
 
 def register(app: typer.Typer) -> None:
@@ -33,6 +33,6 @@ def check(
         wrong = {**fit.unmatched, **fit.misshapen, **fit.unreadable}
         if wrong:
             put_table(["layer", "why not"], [[name, reason] for name, reason in wrong.items()])
-        for note in fit.notes:
+        for note in first_of(fit.notes):
             say(f"note: {note}")
     raise typer.Exit(0 if fit.fits else 1)

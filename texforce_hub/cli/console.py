@@ -5,7 +5,7 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
@@ -48,6 +48,12 @@ def say(text: str) -> None:
 def put(text: str) -> None:
     """A line of the result (stdout)."""
     typer.echo(printable(text))
+
+
+def first_of(lines: Sequence[str], most: int = 20) -> list[str]:
+    """The first lines, and one that says how many more there are; --json has them all."""
+    more = len(lines) - most
+    return [*lines[:most], *([f"… and {more} more; --json has them all"] if more > 0 else [])]
 
 
 def put_json(value: Any) -> None:

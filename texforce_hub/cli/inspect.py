@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table
+from texforce_hub.cli.console import first_of, put, put_json, put_table
 from texforce_hub.cli.progress import track
 from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 
@@ -144,7 +144,7 @@ def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
         ["alphas", "not fetched" if one.alphas is None else _counts(one.alphas, missing=_unstored(one))],
         ["dtypes", _counts(one.dtypes)],
         ["extras", _few_names(one.extras)],
-        *(["problem", line] for line in _problems(one)),
+        *(["problem", line] for line in first_of(_problems(one))),
         *(["note", line] for line in one.notes),
         *_sidecar_rows(one),
         *([_clipped(key), _clipped(value)] for key, value in one.metadata.items()),
@@ -173,7 +173,7 @@ def _put_many(found: "list[Inspection]") -> None:
         columns, *rows = [[*cells[:place], *cells[place + 1 :]] for cells in (columns, *rows)]
     put_table(columns, rows, title=str(root), whole=("MB", "AutoV2", "state"), widths={"file": 22})
     for path, lines in problems.items():
-        for line in lines:
+        for line in first_of(lines):
             put(f"{path}: {line}")
     for note, count in Counter(note for one in found for note in one.notes).items():
         put(f"{count} of {len(found)} files: {note}")
