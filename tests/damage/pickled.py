@@ -57,7 +57,8 @@ class Rebuilt:
     """Pickles as a tensor of one storage with whatever size and stride."""
 
     def __init__(self, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.storage, self.rest = torch.ones(4).untyped_storage(), (offset, size, stride, False, OrderedDict())
+        self.storage = torch.ones(4).untyped_storage()
+        self.rest: tuple[Any, ...] = (offset, size, stride, False, OrderedDict())
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         storage = torch.storage.TypedStorage(wrap_storage=self.storage, dtype=torch.float32, _internal=True)
