@@ -183,6 +183,17 @@ def test_a_small_file_is_read_in_one_request(hub):
     assert [request.method for request in hub.log] == ["GET", "HEAD", "GET"]
 
 
+def test_of_a_header_longer_than_the_first_request_only_the_rest_is_asked_for(hub, monkeypatch):
+    monkeypatch.setattr(ranges, "_FIRST", 500)
+    found, content = open_kohya(hub, numbers=False)
+    header = 8 + int.from_bytes(content[:8], "little")
+    assert len(found.header.tensors) == 36 - found.unread
+    assert [request.sent for request in hub.log if "/large/" in request.path and request.method == "GET"] == [
+        500,
+        header - 500,
+    ]
+
+
 def test_scattered_numbers_are_collected_by_ranges(hub, monkeypatch):
     monkeypatch.setattr(ranges, "_WHOLE", 0)
     found, content = open_kohya(hub)

@@ -129,6 +129,8 @@ def test_sidecars_on_the_hub_are_listed_by_name_and_read_where_one_file_is_meant
     assert text["trigger_words"] == ["a red cube"]
     assert text["path"].endswith("/l/000.json")
     assert text["path"].startswith("me/zoo@")
+    _, output = run("inspect", "me/zoo/l/000.safetensors", "--weights", "--json")
+    assert [one["ending"] for one in json.loads(output)["files"][0]["sidecars"]] == beside[0]
     assert ("JSON" in broken["problem"] or "Expecting" in broken["problem"], "problem" in picture) == (True, False)
 
 

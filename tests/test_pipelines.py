@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from tests.pipelines_saved import load, original_topology, saved, text_out, write_partner
 from tests.pipelines_tiny import random_adapter, tiny_pipeline
@@ -40,6 +40,15 @@ def test_what_is_no_base_is_named(tmp_path):
     write_tensors(tmp_path / "x.safetensors", {"conv_in.weight": torch.zeros(2, 2)})
     with pytest.raises(PipelineError, match="--unet"):
         load(tmp_path / "x.safetensors")
+
+
+def test_a_password_in_the_endpoint_is_in_no_error_of_a_base(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("We couldn't connect to 'http://me:word@host' to load the files")
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", fail)
+    with pytest.raises(PipelineError, match=r"'http://\*\*\*@host'"):
+        load("some/base")
 
 
 def test_the_embedded_base_loads_by_name():

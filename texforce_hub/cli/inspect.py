@@ -2,18 +2,19 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import first_of, put, put_json, put_table
+from texforce_hub.cli.console import first_of, put, put_json, put_table, say
 from texforce_hub.cli.progress import track
 from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 
 if TYPE_CHECKING:
     from texforce_hub.bundles import Bundle
+    from texforce_hub.hub import RemoteFile
     from texforce_hub.inspection import Inspection
     from texforce_hub.inspection.weights import LayerFacts
 
@@ -49,6 +50,8 @@ def inspect(
     _check_choices(family, sort)
     look = find_bundles if weights else list_adapters  # a header on the Hub is read there, numbers must be fetched
     adapters = list(dict.fromkeys(adapter for ref in refs for adapter in look(ref)))
+    if weights:
+        _bring_sidecars(adapters)
     found = list(track(inspect_files(adapters, hashed=not no_hash), total=len(adapters), what="inspecting"))
     found = _chosen(found, family, sort)
     measured: dict[Path, list[LayerFacts]] = {}
@@ -61,6 +64,19 @@ def inspect(
     else:
         _put_many(found)
     _fail_on_errors(found)
+
+
+def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
+    """Beside what was fetched from the Hub, its sidecars, so that they are shown too."""
+    from texforce_hub.bundles import Bundle
+    from texforce_hub.locate import hub_id_of
+
+    origins = [origin for one in adapters if isinstance(one, Bundle) and (origin := hub_id_of(one.place)) is not None]
+    if origins:
+        from texforce_hub.remote import fetch_sidecars
+
+        for note in (note for origin in origins for note in fetch_sidecars(origin)):
+            say(f"note: {note}")
 
 
 def _check_choices(family: str | None, sort: str) -> None:

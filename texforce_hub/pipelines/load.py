@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import PipelineError
+from texforce_hub.hub import mask_secrets
 from texforce_hub.pipelines.folder import folder_variant
 from texforce_hub.pipelines.partner import put_unet
 from texforce_hub.pipelines.quiet import quiet
@@ -89,4 +90,4 @@ def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return mask_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
