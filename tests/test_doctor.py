@@ -271,7 +271,10 @@ def test_a_library_that_cannot_be_imported_is_a_problem_and_one_that_needs_it_a_
 
 
 def test_an_examination_that_fails_is_a_problem_and_the_others_are_made():
-    found = list(doctor.watch("some", lambda: [1 / 0]))
+    def divide():
+        yield 1 / 0
+
+    found = list(doctor.watch("some", divide))
     assert [(one.name, one.state, "ZeroDivisionError" in one.found) for one in found] == [("some", "problem", True)]
 
 

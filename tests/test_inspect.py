@@ -39,7 +39,7 @@ def test_the_facts_of_a_file(tmp_path):
     assert facts.error is None
     assert facts.dialects == ("kohya",)
     assert "sd1" in facts.families
-    assert (dict(facts.parts), dict(facts.ranks), dict(facts.alphas)) == ({"text_encoder": 3}, {4: 3}, {2.0: 3})
+    assert (dict(facts.parts), dict(facts.ranks), dict(facts.alphas or {})) == ({"text_encoder": 3}, {4: 3}, {2.0: 3})
     assert facts.autov2 == facts.sha256[:10]
     assert len(facts.sha256) == 64
     assert facts.size == path.stat().st_size

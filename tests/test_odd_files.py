@@ -196,6 +196,7 @@ def test_it_is_read_exactly_and_written_again(tmp_path, case):
     adapter = read_adapter(saved(tmp_path, tensors))
     (layer,) = adapter.layers.values()
     assert layer.scale == scale
+    assert layer.rank is not None
     assert torch.equal(adapter.delta(Q).float(), torch.full((6, 8), scale * layer.rank))
     again = read_adapter(write_adapter(adapter, tmp_path / "again", dialect="kohya"))
     assert torch.equal(again.delta(Q), adapter.delta(Q))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.keys import header_of
-from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, LowRank
+from texforce_hub.adapter import Adapter, Decomposed, Dense, Hadamard, Kronecker, Layer, LowRank
 from texforce_hub.codec import decode, encode
 from texforce_hub.dialects import DIALECTS, plan
 from texforce_hub.errors import AdapterError, DialectError
@@ -227,13 +227,13 @@ def test_a_rank_that_is_small_in_one_half_only_counts_by_its_product():
 
 @pytest.mark.parametrize("kind", ["Hadamard", "Kronecker", "Dense", "Decomposed"])
 def test_what_is_no_low_rank_pair_is_not_lost_either(kind):
-    halves = [torch.full(shape, 1e-5) for shape in ((6, 2), (2, 8), (6, 2), (2, 8))]
-    layer = {
-        "Hadamard": Hadamard(*halves),
+    up, down = torch.full((6, 2), 1e-5), torch.full((2, 8), 1e-5)
+    layers: dict[str, Layer] = {
+        "Hadamard": Hadamard(up, down, up, down),
         "Kronecker": Kronecker(torch.full((2, 4), 1e-5), right=torch.full((3, 2), 1e-5)),
         "Dense": Dense(torch.full((6, 8), 1e-5)),
-        "Decomposed": Decomposed(LowRank(halves[1], halves[0]), torch.ones(6)),
-    }[kind]
-    adapter = Adapter({f"text_encoder.{TEXT[0]}": layer})
+        "Decomposed": Decomposed(LowRank(down, up), torch.ones(6)),
+    }
+    adapter = Adapter({f"text_encoder.{TEXT[0]}": layers[kind]})
     with pytest.raises(AdapterError, match="would be lost"):
         encode(adapter, "kohya", dtype=torch.float8_e4m3fn)

@@ -67,7 +67,7 @@ def shape_of(name, outer, inner, rank):
 
 def brew(rng, names):
     """The tensors of one to three layers, of which one in ten is wrong in its name, shape or dtype."""
-    outer, inner, rank = *rng.choice(((6, 8), (24, 16), (8, 8))), rng.randint(1, 3)
+    (outer, inner), rank = rng.choice(((6, 8), (24, 16), (8, 8))), rng.randint(1, 3)
     tensors = {}
     for stem in rng.sample(names, rng.randint(1, 3)):
         for end in rng.choice(KINDS) + rng.choice(BESIDE):
