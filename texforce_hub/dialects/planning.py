@@ -67,13 +67,7 @@ def plan_header(
     Raises:
         DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
     """
-    longest = max(header.tensors, key=len, default="")
-    if len(longest) > _LONGEST_NAME:
-        raise DialectError(f"a tensor's name has {len(longest)} characters, {longest[:40]!r}…; no layer is called so")
-    refused = find_refused(header.tensors)
-    if refused is not None:
-        kind, reason, key = refused
-        raise DialectError(f"this is {kind} ({key!r}): {reason}; it cannot be read")
+    _refuse_kinds(header)
     stray = header.config is not None and not owns_config and not any(map(_is_wrapped, header.tensors))
     if stray:
         header = replace(header, config=None)
@@ -82,11 +76,7 @@ def plan_header(
     if not found.stems:
         raise DialectError(_nothing_read(header, dialects))
     named = _settle(found.stems.values(), dialects)
-    used = [stem for stem in _place(named, part) if stem.roles.keys() != {"unused"}]
-    if not used:
-        raise DialectError(
-            f"all {len(named)} pairs are such as diffusers 0.16 stored and never used; they change nothing"
-        )
+    used = _used(_place(named, part))
     configs = read_configs(header)
     settings = [configs.of(one.name, one.stem, in_folder=owns_config or _is_wrapped(one.stem)) for one in used]
     layers = _merge_twins(_plan_layer(stem, header, one) for stem, one in zip(used, settings, strict=True))
@@ -112,6 +102,28 @@ def plan_header(
             *left.notes,
         ),
     )
+
+
+def _refuse_kinds(header: Header) -> None:
+    """Refuse by name what is recognised and not read."""
+    longest = max(header.tensors, key=len, default="")
+    if len(longest) > _LONGEST_NAME:
+        raise DialectError(f"a tensor's name has {len(longest)} characters, {longest[:40]!r}…; no layer is called so")
+    refused = find_refused(header.tensors)
+    if refused is not None:
+        kind, reason, key = refused
+        raise DialectError(f"this is {kind} ({key!r}): {reason}; it cannot be read")
+
+
+def _used(placed: Iterable[Stem]) -> list[Stem]:
+    """The layers that act: diffusers 0.16 also stored some that it never used."""
+    placed = list(placed)
+    used = [stem for stem in placed if stem.roles.keys() != {"unused"}]
+    if not used:
+        raise DialectError(
+            f"all {len(placed)} pairs are such as diffusers 0.16 stored and never used; they change nothing"
+        )
+    return used
 
 
 def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
