@@ -130,7 +130,11 @@ def test_memory_is_bounded_by_the_size_of_a_damaged_file_whatever_it_claims(tmp_
     assert len(peaks) == len(paths)
     for path, peak in peaks.items():
         size = sum(file.lstat().st_size for file in Path(path).parent.iterdir() if file.lstat().st_blocks)
-        assert peak < 1_500_000 + 40 * size, (path, peak, size)  # JSON of many brackets is 40 times itself in memory
+        assert peak < 1_500_000 + 80 * size, (
+            path,
+            peak,
+            size,
+        )  # brackets in JSON are 40 times themselves, a pickle's marks 65
     most = 40_000 + 20 * max(Path(path).stat().st_size for path in peaks if Path(path).is_file()) // 1024
     assert growth < most, f"{growth} KiB"  # what torch holds is not traced; it grew by its first use
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 from texforce_hub.errors import FileError
 
@@ -25,6 +26,31 @@ FLOATING = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F16", "BF16", "F32", "F6
 
 UNREADABLE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """The dtypes that the format has and torch has not: whatever has one cannot be read."""
+
+
+_MOST_STEPS = 2_000_000  # a tensor takes some sixty; a second of Python
+
+
+class BoundedReader:
+    """A file that a pickle's instructions are read from, one by one, and not without end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._left = file, _MOST_STEPS
+
+    def read(self, length: int) -> bytes:
+        """That many bytes, fewer at the end.
+
+        Raises:
+            UnpicklingError: more instructions than any adapter's pickle has.
+        """
+        self._left -= 1
+        if self._left < 0:
+            raise UnpicklingError(f"it has more than {_MOST_STEPS} instructions, which no adapter has")
+        return self._file.read(length)
+
+    def readline(self) -> bytes:
+        """The bytes up to the end of a line."""
+        return self._file.readline()
 
 
 def is_count(value: Any, most: int = LARGEST_OFFSET) -> bool:

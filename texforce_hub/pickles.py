@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from texforce_hub.claims import check_count, check_shape, check_words, is_count
+from texforce_hub.claims import BoundedReader, check_count, check_shape, check_words, is_count
 from texforce_hub.errors import FileError
 from texforce_hub.header import BITS, Header, TensorInfo, read_config, regular_size
 from texforce_hub.scalars import decode_scalar
@@ -87,12 +87,13 @@ _ALLOWED |= {("torch", name) for name in (*_STORAGES, *_DTYPES)}
 
 
 class _Unpickler(pickle._Unpickler):
-    """Instructions that could ask for more memory or time than their bytes are taken out."""
+    """Instructions that could ask for more memory or time than their bytes are taken out, and torch knows no frames."""
 
     stack: list[Any]
     pop_mark: Callable[[], list[Any]]
     dispatch: Mapping[int, Callable[..., Any]] = dict(pickle._Unpickler.dispatch)  # type: ignore[misc, assignment]
-    for _code in (pickle.BYTEARRAY8, pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
+    _without = (pickle.FRAME, pickle.BYTEARRAY8, pickle.ADDITEMS, pickle.FROZENSET)
+    for _code in (*_without, pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX):
         del dispatch[_code[0]]  # type: ignore[attr-defined]
 
     def find_class(self, module: str, name: str) -> Any:
@@ -170,8 +171,7 @@ def read_pickle_header(path: str | Path) -> Header:
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"it asks for {error.args[0]!r:.80}, which is no instruction and no entry of it"
-    text = str(error).splitlines()
-    return f"{text[0]:.200}" if text else type(error).__name__
+    return str(error).split("\n")[0][:200] or type(error).__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,7 @@ def _open_zip(file: BinaryIO) -> _Archive:
         raise pickle.UnpicklingError("a zip archive without data.pkl")
     if archive.read(entries["byteorder"])[:6] == b"big" if "byteorder" in entries else False:
         raise pickle.UnpicklingError("written on a big-endian machine")
-    content = _Unpickler(io.BytesIO(archive.read(entries["data.pkl"])), encoding="utf-8").load()
+    content = _Unpickler(BoundedReader(io.BytesIO(archive.read(entries["data.pkl"]))), encoding="utf-8").load()
     sizes = {name.removeprefix("data/"): entry.file_size for name, entry in entries.items()}
 
     def read(key: str, offset: int, length: int) -> bytes:
@@ -213,12 +213,12 @@ def _open_zip(file: BinaryIO) -> _Archive:
 
 
 def _open_stream(file: BinaryIO) -> _Archive:
-    if _Unpickler(file).load() != _LEGACY_MAGIC:
+    if _Unpickler(BoundedReader(file)).load() != _LEGACY_MAGIC:
         raise pickle.UnpicklingError("a pickle that torch did not write")
     for _ in ("protocol version", "system"):
-        _Unpickler(file).load()
-    content = _Unpickler(file, encoding="utf-8").load()
-    keys = _Unpickler(file).load()
+        _Unpickler(BoundedReader(file)).load()
+    content = _Unpickler(BoundedReader(file), encoding="utf-8").load()
+    keys = _Unpickler(BoundedReader(file)).load()
     bits = {tensor.storage.key: tensor.storage for tensor in _tensors_in(content)}
     starts: dict[str, int] = {}
     sizes: dict[str, int] = {}

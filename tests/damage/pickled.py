@@ -112,6 +112,16 @@ def _(path, rng):
     torch.save(list(make_tensors(rng).values()), path)
 
 
+@damages("a pickle of millions of instructions", FileError, "more than 2000000 instructions", ".bin")
+def _(path, rng):
+    program = rng.choice([b"(" * 2_100_000, b")" + b"\x85" * 2_100_000, b"N0" * 1_100_000])
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, b"\x80\x02" + program + b"." if name.endswith("data.pkl") else content)
+
+
 @damages("a plain pickle", FileError, "not a torch pickle", ".bin")
 def _(path, rng):
     path.write_bytes(pickle.dumps({"a": rng.random()}, protocol=rng.choice([2, 4])))
