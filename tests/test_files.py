@@ -1,12 +1,14 @@
 """Tensor files are copied out checked, and appear whole or not at all."""
 
+import itertools
 import os
 import pickle
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections import OrderedDict
+from io import IOBase
 from pathlib import Path
 
 import pytest
@@ -184,26 +186,99 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-WRITER = """
-import sys, torch
-from texforce_hub.files import write_tensors
-tensors = {f"t{i}": torch.full((1 << 18,), float(sys.argv[2])) for i in range(16)}
-print("ready", flush=True)
-while True:
-    write_tensors(sys.argv[1], tensors)
-"""
+def tensors_of(value):
+    return {f"t{i}": torch.full((1 << 10,), value) for i in range(3)}
 
 
-def test_a_killed_writer_leaves_a_whole_file(tmp_path):
+def touches_files(call):
+    return getattr(call, "__module__", None) in ("posix", "_io") or isinstance(getattr(call, "__self__", None), IOBase)
+
+
+def die_at(moment):
+    """End this process, as SIGKILL would, ahead of its n-th call that touches files; nothing is flushed."""
+    calls = itertools.count()
+
+    def count(frame, event, argument):
+        if event == "c_call" and touches_files(argument) and next(calls) == moment:
+            os._exit(9)
+
+    sys.setprofile(count)
+
+
+def in_child(work):
+    """The id of a process forked off to do this; whatever goes wrong there, it never comes back here."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+
+def write_and_die(path, moment, rename):
+    """Whether a writer in another process finished before it died."""
+
+    def write():
+        Path.replace = rename
+        tensors = tensors_of(2.0)
+        die_at(moment)
+        write_tensors(path, tensors)
+
+    code = os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1])
+    assert code in (0, 9)
+    return code == 0
+
+
+def kill_at_every_moment(path, rename):
+    """What lies at ``path`` after each kill: the one value that all its tensors have, or ``None`` of a broken file."""
+    found, finished = [], False
+    while not finished:
+        write_tensors(path, tensors_of(1.0))
+        finished = write_and_die(path, len(found), rename)
+        try:
+            tensors = read_tensors(path)[1]
+            (value,) = {float(number) for tensor in tensors.values() for number in tensor.unique()}
+            found.append(value if len(tensors) == 3 else None)
+        except (FileError, ValueError):
+            found.append(None)
+    return found
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
+    found = kill_at_every_moment(tmp_path / "x.safetensors", Path.replace)
+    turn = found.index(2.0)
+    assert len(found) > 20
+    assert found == [1.0] * turn + [2.0] * (len(found) - turn)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_kills_catch_a_writer_that_copies_where_it_should_rename(tmp_path):
+    assert None in kill_at_every_moment(tmp_path / "x.safetensors", shutil.copyfile)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_reader_beside_a_busy_writer_sees_whole_files_only(tmp_path):
     path = tmp_path / "x.safetensors"
-    write_tensors(path, {f"t{i}": torch.full((1 << 18,), 1.0) for i in range(16)})
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), "2"], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(0.15)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    tensors = load_file(path)
-    values = {float(t.unique()) for t in tensors.values()}
-    assert len(tensors) == 16
-    assert values in ({1.0}, {2.0})
+    contents = [{f"t{i}": torch.full((1 << 18,), value) for i in range(4)} for value in (1.0, 2.0)]
+    write_tensors(path, contents[0])
+
+    def write_on():
+        for tensors in itertools.cycle(contents):
+            write_tensors(path, tensors)
+
+    writer = in_child(write_on)
+    try:
+        seen = []
+        while len(seen) < 30 or (len(set(seen)) < 2 and len(seen) < 5000):
+            tensors = load_file(path)
+            (value,) = {float(number) for tensor in tensors.values() for number in tensor.unique()}
+            assert len(tensors) == 4
+            seen.append(value)
+    finally:
+        os.kill(writer, signal.SIGKILL)
+        os.waitpid(writer, 0)
+    assert set(seen) == {1.0, 2.0}
+    assert len(load_file(path)) == 4

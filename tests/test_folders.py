@@ -46,11 +46,16 @@ def write_and_die(folder, moves):
     """Whether a writer in another process finished before it was killed ahead of a rename."""
     child = os.fork()
     if not child:
-        with pytest.MonkeyPatch.context() as patch:
-            stopping(patch, moves, lambda: os._exit(9))
-            write_adapter(NEW, folder, dialect="peft")
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                stopping(patch, moves, lambda: os._exit(9))
+                write_adapter(NEW, folder, dialect="peft")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
