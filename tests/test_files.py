@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from texforce_hub.errors import FileError
 from texforce_hub.files import DTYPES, read_tensors, write_tensors, writing
@@ -273,7 +273,7 @@ def test_a_reader_beside_a_busy_writer_sees_whole_files_only(tmp_path):
     try:
         seen = []
         while len(seen) < 30 or (len(set(seen)) < 2 and len(seen) < 5000):
-            tensors = load_file(path)
+            _, tensors = read_tensors(path)  # a mapped file that is cut would end this process
             (value,) = {float(number) for tensor in tensors.values() for number in tensor.unique()}
             assert len(tensors) == 4
             seen.append(value)
@@ -281,4 +281,4 @@ def test_a_reader_beside_a_busy_writer_sees_whole_files_only(tmp_path):
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
     assert set(seen) == {1.0, 2.0}
-    assert len(load_file(path)) == 4
+    assert len(read_tensors(path)[1]) == 4

@@ -37,7 +37,9 @@ def convert(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
-    """Write adapters in another layout; every layer's change is kept, to the dtype's rounding. A folder is converted file by file.
+    """Write adapters in another layout; every layer's change is kept, to the dtype's rounding.
+
+    A folder is converted file by file.
 
     A reference's weight (mine.safetensors:0.5, or mine:text_encoder=0.5,unet=1) goes into the file.
 
