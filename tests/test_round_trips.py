@@ -237,3 +237,11 @@ def test_what_is_no_low_rank_pair_is_not_lost_either(kind):
     adapter = Adapter({f"text_encoder.{TEXT[0]}": layers[kind]})
     with pytest.raises(AdapterError, match="would be lost"):
         encode(adapter, "kohya", dtype=torch.float8_e4m3fn)
+
+
+def test_one_absurd_alpha_does_not_decide_for_the_layers_beside_it():
+    halves = torch.full((2, 8), 0.1, dtype=torch.float16), torch.full((6, 2), 0.1, dtype=torch.float16)
+    wide = torch.ones(2, 8), torch.ones(6, 2)
+    layers = {f"text_encoder.{TEXT[0]}": LowRank(*wide, -5e19), f"text_encoder.{TEXT[1]}": LowRank(*halves, 2.0)}
+    tensors = encode(Adapter(layers), "kohya").tensors
+    assert {float(tensor) for name, tensor in tensors.items() if name.endswith(".alpha")} == {4.0}

@@ -132,5 +132,7 @@ def _shared_alpha(layers: Mapping[LayerName, Layer]) -> float:
     inner = (layer.inner if isinstance(layer, Decomposed) else layer for layer in layers.values())
     products = [layer for layer in inner if isinstance(layer, LowRank | Hadamard | Kronecker) and layer.scale]
     alphas = Counter(abs(layer.scale) * divisor_of(layer) for layer in products)
-    usual = alphas.most_common(1)[0][0] if alphas else 1.0
+    most = max(alphas.values(), default=0)
+    often = sorted(alpha for alpha, count in alphas.items() if count == most)
+    usual = often[(len(often) - 1) // 2] if often else 1.0  # among equals the one in the middle: one may be absurd
     return float(torch.tensor(usual, dtype=torch.float32)) or 1.0
