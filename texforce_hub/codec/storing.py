@@ -48,7 +48,7 @@ def _store_product(parts: Sequence[Part], dtype: torch.dtype | None, name: str) 
     narrowest = min((tensor.dtype for tensor in stored.values()), key=lambda found: torch.finfo(found).bits)
     if not lost <= torch.finfo(narrowest).eps:
         raise AdapterError(
-            f"{name}: {lost:.1%} of its change would be lost, its numbers are too small for {narrowest}; "
+            f"{name}: {lost:.0%} of its change would be lost, its numbers are too small for {narrowest}; "
             "widen it, --dtype float16 or wider"
         )
     return stored
