@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"threads: {torch.get_num_threads()}.")
     print(f"The default recipe on `shapes`, {PROMPTS} held-out prompts, {len(SEEDS)} images each; differences of the")
     print(f"reward with 95 % intervals paired by prompt. Base {base:.3f}, tuned U-Net alone {tuned:.3f}.\n")
+    print("Not measured on a GPU yet.\n")
     print("| seed | text − base | both − text | both − U-Net | known words, text − base | seconds |")
     print("|---|---|---|---|---|---|")
     print("\n".join(rows))
