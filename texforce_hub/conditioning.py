@@ -19,7 +19,15 @@ from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.refs.emphasis import Emphasis, may_be_weighted, read_emphasis
 from texforce_hub.refs.tags import refuse_tags
 from texforce_hub.stack import Entry, Item, read_stack
-from texforce_hub.weighting import EMPTY, clip_readers, count_chunks, encode_side_by_side, lengths_unsaid, say_cut
+from texforce_hub.weighting import (
+    EMPTY,
+    clip_readers,
+    count_chunks,
+    encode_side_by_side,
+    hushed,
+    lengths_unsaid,
+    say_cut,
+)
 
 logger = logging.getLogger("texforce_hub")
 
@@ -64,18 +72,6 @@ def final_norms_named(pipe: Any) -> Iterator[None]:
         yield
     finally:
         del encoder.__dict__["text_model"]
-
-
-@contextmanager
-def _hushed(pipe: Any) -> Iterator[None]:
-    """No word from the pipeline that it cuts a prompt which is read in chunks."""
-    heard = logging.getLogger(type(pipe).__module__)
-    before = heard.level
-    heard.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        heard.setLevel(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +237,8 @@ def _encode_plainly(pipe: Any, read: ReadPrompts, *, guided: bool, **options: An
     if guided and read.negative.text:  # without one, SDXL's is zeros, not an empty text
         wanted["negative_prompt"] = [read.negative.text] * len(prompts)
     given = {name: value for name, value in wanted.items() if name in accepted}
-    with final_norms_named(pipe), lengths_unsaid(), _hushed(pipe) if read.chunks > 1 else nullcontext():
+    # the pipeline would say that it cuts a prompt which is read in chunks
+    words = hushed(type(pipe).__module__) if read.chunks > 1 else nullcontext()
+    with final_norms_named(pipe), lengths_unsaid(), words:
         found = pipe.encode_prompt(**given, **options)
     return {name: t for name, t in zip(names, found, strict=True) if name is not None and t is not None}

@@ -56,7 +56,7 @@ def read_adapter(
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
     bundle = find_bundle(path_or_ref)
-    stored = _store(bundle, device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
+    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
     with _naming(bundle.path):
         adapter = replace(stored.outline, layers=dict(stored.layers), extras=dict(stored.extras))
         check_finite(adapter)
@@ -92,7 +92,7 @@ def open_bundle(
     Raises:
         FileError, DialectError, AdapterError: as :func:`read_adapter`.
     """
-    stored = _store(bundle, device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
+    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
     with _naming(bundle.path):
         check_finite(stored)
         return stored
@@ -104,19 +104,15 @@ def store_bundle(
     device: str | torch.device | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
+    aloud: bool = False,
 ) -> StoredAdapter:
     """The adapter in its files, its numbers not yet looked at: NaN and infinity may be among them.
+
+    ``aloud``: what is worth knowing of it goes to the log.
 
     Raises:
         FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
     """
-    return _store(bundle, device, alpha=alpha, allow_pickle=allow_pickle, aloud=False)
-
-
-def _store(
-    bundle: Bundle, device: str | torch.device | None, *, alpha: float | None, allow_pickle: bool, aloud: bool
-) -> StoredAdapter:
-    """As :func:`store_bundle`; ``aloud``: what is worth knowing of it goes to the log."""
     plans: dict[str, Plan] = {}
     pieces: dict[str, StoredAdapter] = {}
     for piece in bundle.pieces:

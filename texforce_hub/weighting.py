@@ -8,7 +8,7 @@ other. A1111 has another arithmetic for the same syntax: pictures are alike, not
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,20 @@ class ClipReader:
 
 
 @contextmanager
-def lengths_unsaid() -> Iterator[None]:
-    """No word from transformers that a text longer than the model will fail: no model gets one, it is cut or split."""
-    heard = logging.getLogger("transformers.tokenization_utils_base")
+def hushed(name: str) -> Iterator[None]:
+    """No word below an error from the logger of this name, and afterwards as it was."""
+    heard = logging.getLogger(name)
     before = heard.level
     heard.setLevel(logging.ERROR)
     try:
         yield
     finally:
         heard.setLevel(before)
+
+
+def lengths_unsaid() -> AbstractContextManager[None]:
+    """No word from transformers that a text longer than the model will fail: no model gets one, it is cut or split."""
+    return hushed("transformers.tokenization_utils_base")
 
 
 def clip_readers(pipe: Any, *, clip_skip: int | None = None) -> list[ClipReader]:
