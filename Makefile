@@ -39,13 +39,13 @@ bench: $(READY) ## measure what BENCHMARKS.md reports
 	$(BIN)/python -m benchmarks
 
 campaign: $(READY) ## ten kill -9 and resume rounds of a training run, bit for bit
-	$(BIN)/pytest -m campaign tests/test_train_campaign.py
+	$(BIN)/pytest -m campaign tests/train/test_campaign.py
 
 fuzz: $(READY) ## two thousand damaged files, and a folder of three hundred
-	$(BIN)/pytest -m campaign -s tests/test_fuzz.py tests/test_soup.py tests/test_folder.py
+	$(BIN)/pytest -m campaign -s tests/files/test_fuzz.py tests/formats/test_random_names.py tests/hub/test_folder.py
 
 cube: $(READY) ## every U-Net partner under every text dialect, every foreign listing at true size
-	$(BIN)/pytest -m campaign tests/test_cube.py tests/test_apply_files.py tests/test_listings.py
+	$(BIN)/pytest -m campaign tests/whole/test_every_combination.py tests/apply/test_files.py tests/formats/test_listings.py
 
 OLD := .old-stack
 $(OLD)/.ready: $(READY)
@@ -54,7 +54,7 @@ $(OLD)/.ready: $(READY)
 	@touch $@
 
 old: $(OLD)/.ready ## what we write, loaded by diffusers 0.30, transformers 4 and PEFT 0.12
-	TEXFORCE_HUB_OLD_STACK=$(OLD) $(BIN)/pytest -m campaign tests/test_old_libraries.py
+	TEXFORCE_HUB_OLD_STACK=$(OLD) $(BIN)/pytest -m campaign tests/formats/test_old_libraries.py
 
 build: $(READY) ## the wheel
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline
 from texforce_hub.families import FAMILIES
-from texforce_hub.sources import write_adapter
+from texforce_hub.hub.write import write_adapter
 
 RANK = 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")

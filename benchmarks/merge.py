@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from texforce_hub.adapter import Adapter, LowRank
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.value import Adapter
 from texforce_hub.families import FAMILIES
-from texforce_hub.merge import merge_adapters
-from texforce_hub.resize import resize_adapter
+from texforce_hub.merge.merge import merge_adapters
+from texforce_hub.merge.resize import resize_adapter
 
 WEIGHTS = (0.7, 0.5, -0.3)
 RANK = 16

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from texforce_hub import apply_adapter, load_pipeline
-from texforce_hub.generate import Settings, generate_images
-from texforce_hub.images.sheet import contact_sheet
+from texforce_hub.generate.draw import Settings, generate_images
+from texforce_hub.generate.images.sheet import contact_sheet
 
 PROMPTS = ("a red circle", "a blue square")
 

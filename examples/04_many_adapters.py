@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from texforce_hub import encode_prompts, load_pipeline
-from texforce_hub.generate import Settings, sample
-from texforce_hub.images.sheet import contact_sheet
+from texforce_hub.generate.draw import Settings, sample
+from texforce_hub.generate.images.sheet import contact_sheet
 
 PROMPTS = ("a red circle", "a blue square")
 

@@ -30,8 +30,8 @@ def shelf(tmp_path_factory):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A simulated Hub that this process reads from, an empty cache, and an empty working folder."""
-    from tests.hub_session import connect, forget
-    from tests.hub_simulator import HubSimulator
+    from tests.support.hub_session import connect, forget
+    from tests.support.hub_simulator import HubSimulator
 
     with HubSimulator() as simulator:
         connect(monkeypatch, simulator, tmp_path)
@@ -44,7 +44,7 @@ def offline(monkeypatch):
     """A switch: from now on there is no network, and nothing is remembered but on disk."""
     from huggingface_hub import constants
 
-    from tests.hub_session import forget
+    from tests.support.hub_session import forget
 
     def go():
         forget()

@@ -17,18 +17,19 @@ import torch
 from PIL import Image
 
 from texforce_hub import __version__
-from texforce_hub.catalog import read_catalog
 from texforce_hub.errors import ConfigError
-from texforce_hub.evaluate import Evaluation, Interval, Sampling, Variant, draw_images, evaluate_variants, in_place
-from texforce_hub.files import writing
-from texforce_hub.images.picture import column_sheet
-from texforce_hub.pipelines import load_pipeline
-from texforce_hub.rewards import resolve_rewards
+from texforce_hub.evaluate.evaluation import Evaluation, Interval, Sampling
+from texforce_hub.evaluate.variants import Variant, draw_images, evaluate_variants, in_place
+from texforce_hub.files.writing import writing
+from texforce_hub.generate.images.sheet import column_sheet
+from texforce_hub.hub.catalog import read_catalog
+from texforce_hub.hub.read import read_adapter
+from texforce_hub.pipelines.load import load_pipeline
+from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 from texforce_hub.shapes.grammar import NOISY_COLOURS, sample_prompts
-from texforce_hub.sources import read_adapter
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.loop import StepReport, train_adapter
+from texforce_hub.train.run import StepReport, train_adapter
 
 TEXT_ADAPTER = "shapes-colour"
 UNET_PARTNER = "shapes-refl"

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from tests.damage.files import Random, change_entry, join, pick, split
 from tests.damage.registry import DAMAGES, Damage, damages
 from texforce_hub.errors import FileError, RefError
-from texforce_hub.header import regular_size
+from texforce_hub.files.header import regular_size
 
 
 @damages("cut anywhere", FileError, r"truncated|bytes long|is empty")
@@ -206,7 +206,7 @@ def shrinking() -> Iterator[None]:
         os.truncate(path, size // 2)
         return size
 
-    with patch("texforce_hub.files.regular_size", measure_and_cut):
+    with patch("texforce_hub.files.tensors.regular_size", measure_and_cut):
         yield
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from texforce_hub.header import Header, TensorInfo
+from texforce_hub.files.header import Header, TensorInfo
 
 FOLDER = Path(__file__).parent
 LISTINGS = sorted(path.name.removesuffix(".json.gz") for path in FOLDER.glob("*.json.gz"))

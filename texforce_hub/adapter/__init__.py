@@ -5,27 +5,3 @@ Layer names are ours whatever file they came from, in the published spelling of 
 name is that of a module, and the layer changes its ``weight``; a :class:`Vector` carries the full name of
 the one-dimensional parameter it changes (``….q_proj.bias``, ``….layer_norm1.weight``).
 """
-
-from texforce_hub.adapter.decomposed import Decomposed
-from texforce_hub.adapter.hadamard import Hadamard
-from texforce_hub.adapter.kronecker import Kronecker
-from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.rows import take_rows
-from texforce_hub.adapter.stored import Dense, Vector
-from texforce_hub.adapter.tensors import narrow, wide
-from texforce_hub.adapter.value import Adapter, Layer, LayerName
-
-__all__ = [
-    "Adapter",
-    "Decomposed",
-    "Dense",
-    "Hadamard",
-    "Kronecker",
-    "Layer",
-    "LayerName",
-    "LowRank",
-    "Vector",
-    "narrow",
-    "take_rows",
-    "wide",
-]

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.decomposed import Decomposed
+from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.stored import Dense, Vector
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Layer
 from texforce_hub.errors import AdapterError
-from texforce_hub.families.originals import Ranges
+from texforce_hub.families.original_transformer import Ranges
 
 
 def take_rows(layer: Layer, ranges: Ranges) -> Layer:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.decomposed import Decomposed
+from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.stored import Dense, Vector
 from texforce_hub.adapter.tensors import narrow
-from texforce_hub.dialects.recognition import FamilyVerdict, recognize_family
 from texforce_hub.errors import AdapterError
-from texforce_hub.header import Header
+from texforce_hub.families.recognition import FamilyVerdict, recognize_family
+from texforce_hub.files.header import Header
 
 LayerName = str
 

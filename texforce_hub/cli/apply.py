@@ -1,10 +1,12 @@
 """``texforce-hub apply``: images with and without a stack of adapters, and the stack taken away to other tools."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from texforce_hub.cli.console import put, put_json
 from texforce_hub.errors import ConfigError
 
 
@@ -62,12 +64,12 @@ def apply(
     as_json: Annotated[bool, typer.Option("--json", help="Print the files written as JSON.")] = False,
 ) -> None:
     """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
-    from texforce_hub.cli.drawing import Drawing, print_files
-    from texforce_hub.generate import Settings
-    from texforce_hub.prompt_tags import TagShelf
-    from texforce_hub.prompts import gather_prompts
-    from texforce_hub.refs import AdapterRef
-    from texforce_hub.replay import Run, record_run, replay_run
+    from texforce_hub.generate.draw import Settings
+    from texforce_hub.generate.prompts.sets import gather_prompts
+    from texforce_hub.generate.prompts.shelf import TagShelf
+    from texforce_hub.generate.recipe import Run, record_run, replay_run
+    from texforce_hub.generate.run import Drawing
+    from texforce_hub.hub.refs.adapter import AdapterRef
     from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 
     saves = {"pipeline": pipeline, "checkpoint": checkpoint, "text_encoder": text_encoder}
@@ -133,3 +135,12 @@ def _refuse_beside_recipe(context: typer.Context) -> None:
         source = context.get_parameter_source(parameter.name or "")
         if parameter.name not in _BESIDE_RECIPE and source is not None and source.name == "COMMANDLINE":
             raise ConfigError(f"{parameter.opts[0]} beside --recipe: the recipe says it already; leave one of them out")
+
+
+def print_files(files: Sequence[Path], *, as_json: bool) -> None:
+    """The files written, one a line, or as JSON."""
+    if as_json:
+        put_json({"files": [str(path) for path in files]})
+    else:
+        for path in files:
+            put(str(path))

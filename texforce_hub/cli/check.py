@@ -23,7 +23,7 @@ def check(
 
     Example: texforce-hub check lora.safetensors --base sd1
     """
-    from texforce_hub.check import check_adapter
+    from texforce_hub.apply.fit import check_adapter
 
     fit = check_adapter(ref, base)
     if json:

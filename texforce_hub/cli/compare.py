@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.bases import load_base
 from texforce_hub.cli.console import put, put_json, put_table
+from texforce_hub.cli.options import load_base
 
 
 def register(app: typer.Typer) -> None:
@@ -23,9 +23,9 @@ def compare(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare two adapters: cosine, principal angles and interference of every layer."""
-    from texforce_hub.compare import compare_adapters
     from texforce_hub.device import choose_device
-    from texforce_hub.sources import open_adapter
+    from texforce_hub.hub.read import open_adapter
+    from texforce_hub.merge.compare import compare_adapters
 
     place = choose_device(device)
     found = compare_adapters(
@@ -51,8 +51,8 @@ def compare(
         put(f"cosine {found.cosine:+.3f}, interference {found.interference:+.3f} over {len(found.layers)} layers; ")
         put(f"only in the first: {len(found.missing[0])}, only in the second: {len(found.missing[1])}")
     if output is not None:
-        from texforce_hub.files import writing
-        from texforce_hub.images.heatmap import draw_heatmap
+        from texforce_hub.files.writing import writing
+        from texforce_hub.generate.images.heatmap import draw_heatmap
 
         values = [[layer.cosine, layer.overlap, layer.interference] for layer in found.layers]
         names = [layer.name for layer in found.layers]

@@ -3,10 +3,8 @@
 import codecs
 import io
 import json
-import logging
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -84,21 +82,3 @@ def put_table(
     console.print(table)
     if len(rows) > _MOST_ROWS:
         put(f"… and {len(rows) - _MOST_ROWS} more rows; --json has them all")
-
-
-@contextmanager
-def saying_once() -> Iterator[None]:
-    """Each line of the library's log once, though it concerns every column of a picture."""
-    said: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        before = len(said)
-        said.add(record.getMessage())
-        return len(said) > before
-
-    logger = logging.getLogger("texforce_hub")
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)

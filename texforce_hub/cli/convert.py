@@ -11,7 +11,7 @@ from texforce_hub.cli.progress import track
 from texforce_hub.errors import FileError
 
 if TYPE_CHECKING:
-    from texforce_hub.convert import Conversion
+    from texforce_hub.hub.convert import Conversion
 
 
 def register(app: typer.Typer) -> None:
@@ -48,9 +48,9 @@ def convert(
 
     Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
     """
-    from texforce_hub.choose import is_safetensors
-    from texforce_hub.convert import Job, convert_all, parse_weights, plan_conversions
-    from texforce_hub.locate import find_bundle, find_bundles
+    from texforce_hub.hub.convert import Job, convert_all, parse_weights, plan_conversions
+    from texforce_hub.hub.filenames import is_safetensors
+    from texforce_hub.hub.find import find_bundle, find_bundles
 
     alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
     lone = [Job(find_bundle(refs[0]), output, parse_weights(refs[0]))] if alone else None

@@ -8,7 +8,8 @@ import typer
 from texforce_hub.cli.console import put_json, put_table, say
 
 if TYPE_CHECKING:
-    from texforce_hub.evaluate import Evaluation, Variant
+    from texforce_hub.evaluate.evaluation import Evaluation
+    from texforce_hub.evaluate.variants import Variant
 
 
 def register(app: typer.Typer) -> None:
@@ -39,10 +40,11 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
-    from texforce_hub.evaluate import Sampling, evaluate_variants
-    from texforce_hub.pipelines import load_pipeline
-    from texforce_hub.prompts import held_out_prompts
-    from texforce_hub.rewards import resolve_rewards
+    from texforce_hub.evaluate.evaluation import Sampling
+    from texforce_hub.evaluate.variants import evaluate_variants
+    from texforce_hub.generate.prompts.sets import held_out_prompts
+    from texforce_hub.pipelines.load import load_pipeline
+    from texforce_hub.rewards.reward import resolve_rewards
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
     texts = held_out_prompts(prompts)
@@ -60,6 +62,8 @@ def evaluate(
             sampling=sampling,
             on_images=lambda name, count: bar.advance(tasks[name], count),
         )
+    from texforce_hub.evaluate.evaluation import describe
+
     if as_json:
         put_json(describe(result))
     else:
@@ -67,36 +71,14 @@ def evaluate(
 
 
 def _make_variants(stacks: list[str], unet: Any) -> dict[str, "Variant"]:
-    from texforce_hub.evaluate import Variant
-    from texforce_hub.refs import Stack
+    from texforce_hub.evaluate.variants import Variant
+    from texforce_hub.hub.refs.stack import Stack
 
     variants = {"base": Variant()}
     variants |= {text: Variant(stack=list(Stack.parse(text).refs)) for text in stacks}
     if unet is not None:
         variants |= {f"unet + {name}" if v.stack else "unet": Variant(v.stack, unet) for name, v in variants.items()}
     return variants
-
-
-def describe(result: "Evaluation") -> dict[str, Any]:
-    """An evaluation as JSON can hold it: settings, and for every reward and variant mean, interval and prompts."""
-    from dataclasses import asdict
-
-    first = result.variants[0]
-    return {
-        "prompts": result.prompts,
-        "sampling": asdict(result.sampling),
-        "rewards": {
-            reward: {
-                name: {
-                    **asdict(result.mean(name, reward=reward)),
-                    f"vs_{first}": asdict(result.difference(name, first, reward=reward)),
-                    "per_prompt": result.per_prompt(name, reward=reward).tolist(),
-                }
-                for name in result.variants
-            }
-            for reward in result.rewards
-        },
-    }
 
 
 def _print(result: "Evaluation") -> None:

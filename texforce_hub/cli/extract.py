@@ -29,8 +29,8 @@ def extract(
 ) -> None:
     """Extract what a fine-tune changed, as an adapter; what is left out is listed."""
     from texforce_hub.device import choose_device, choose_dtype
-    from texforce_hub.extract import extract_adapter
-    from texforce_hub.sources import write_adapter
+    from texforce_hub.hub.write import write_adapter
+    from texforce_hub.merge.extract import extract_adapter
 
     extracted = extract_adapter(
         _open(tuned, unet),
@@ -58,8 +58,8 @@ def extract(
 
 def _open(model: str, unet: str | None) -> Any:
     """A folder's parameters as they are asked for; anything else as a pipeline."""
-    from texforce_hub.pipelines import load_pipeline
     from texforce_hub.pipelines.folder import stream_parameters
+    from texforce_hub.pipelines.load import load_pipeline
     from texforce_hub.shapes import WEIGHTS
 
     folder = WEIGHTS if model == "shapes" else Path(model)

@@ -13,10 +13,10 @@ from texforce_hub.cli.progress import track
 from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 
 if TYPE_CHECKING:
-    from texforce_hub.bundles import Bundle
-    from texforce_hub.hub import RemoteFile
-    from texforce_hub.inspection import Inspection
-    from texforce_hub.inspection.weights import LayerFacts
+    from texforce_hub.hub.bundles import Bundle
+    from texforce_hub.hub.huggingface.repository import RemoteFile
+    from texforce_hub.hub.inspect import Inspection
+    from texforce_hub.hub.measure import LayerFacts
 
 _LONG = 200  # characters of a metadata value that a table shows; --json has the rest
 _BAR = 24
@@ -43,9 +43,9 @@ def inspect(
 
     Example: texforce-hub inspect downloads/ --json
     """
-    from texforce_hub.bundles import Bundle
-    from texforce_hub.inspection import inspect_files
-    from texforce_hub.locate import find_bundles, list_adapters
+    from texforce_hub.hub.bundles import Bundle
+    from texforce_hub.hub.find import find_bundles, list_adapters
+    from texforce_hub.hub.inspect_many import inspect_files
 
     _check_choices(family, sort)
     look = find_bundles if weights else list_adapters  # a header on the Hub is read there, numbers must be fetched
@@ -68,12 +68,12 @@ def inspect(
 
 def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
     """Beside what was fetched from the Hub, its sidecars, so that they are shown too."""
-    from texforce_hub.bundles import Bundle
-    from texforce_hub.locate import hub_id_of
+    from texforce_hub.hub.bundles import Bundle
+    from texforce_hub.hub.cache import hub_id_of
 
     origins = [origin for one in adapters if isinstance(one, Bundle) and (origin := hub_id_of(one.place)) is not None]
     if origins:
-        from texforce_hub.remote import fetch_sidecars
+        from texforce_hub.hub.remote import fetch_sidecars
 
         for note in (note for origin in origins for note in fetch_sidecars(origin)):
             say(f"note: {note}")
@@ -115,8 +115,8 @@ def _measure(
     found: "list[Inspection]", bundles: "Mapping[Path, Bundle]"
 ) -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
     """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
-    from texforce_hub.inspection.header import with_error
-    from texforce_hub.inspection.weights import measure_bundle, with_numbers
+    from texforce_hub.hub.inspect import with_error
+    from texforce_hub.hub.measure import measure_bundle, with_numbers
 
     judged, measured = [], {}
     for one in track(found, total=len(found), what="measuring"):

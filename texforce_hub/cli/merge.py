@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from texforce_hub.cli.bases import load_base
 from texforce_hub.cli.console import put, put_json, put_table, say
 from texforce_hub.cli.merge_methods import METHODS
+from texforce_hub.cli.options import load_base
 from texforce_hub.errors import MergeError, RecipeError
 
 _OPTION = "An option of the method, NAME=VALUE; repeat for more. --list-methods shows them."
@@ -70,7 +70,7 @@ def merge(
         _print_plan(request, json=json)
         return
     from texforce_hub.device import choose_device
-    from texforce_hub.merge import merge_adapters
+    from texforce_hub.merge.merge import merge_adapters
 
     assert output is not None
     _check_apart(request["sources"], output)
@@ -109,8 +109,8 @@ def parse_pairs(pairs: list[str] | None, label: str) -> dict[str, Any]:
 
 def _check_apart(sources: list[Any], output: Path) -> None:
     """Refuse to write over a source: the recipe could never be run again."""
-    from texforce_hub.locate import find_bundle
-    from texforce_hub.refs import AdapterRef
+    from texforce_hub.hub.find import find_bundle
+    from texforce_hub.hub.refs.adapter import AdapterRef
 
     for source in sources:
         bundle = find_bundle(source if isinstance(source, AdapterRef) else AdapterRef.parse(source))
@@ -145,8 +145,8 @@ def _print_plan(request: dict[str, Any], *, json: bool) -> None:
 
 
 def _write(merged: Any, output: Path, dialect: str, *, json: bool) -> None:
+    from texforce_hub.hub.write import write_adapter
     from texforce_hub.merge.report import COLUMNS
-    from texforce_hub.sources import write_adapter
 
     report = merged.report
     path = write_adapter(merged.adapter, output, dialect=dialect)

@@ -1,4 +1,4 @@
-"""Merge methods, written by ``python -m texforce_hub.methods.listing``: for ``--help``, without torch."""
+"""Merge methods, for ``--help`` without torch: by ``python -m texforce_hub.merge.methods.listing``."""
 
 # fmt: off
 METHODS: dict[str, tuple[str, dict[str, str]]] = {

@@ -20,6 +20,7 @@ def repair(
     portable: Annotated[bool, typer.Option("--portable", help="Readable by transformers 4 as well.")] = False,
 ) -> None:
     """Rewrite a pipeline spoilt by saving it with live adapters, with what they learnt or without."""
-    from texforce_hub.pipelines import repair_pipeline, save_pipeline
+    from texforce_hub.pipelines.repair import repair_pipeline
+    from texforce_hub.pipelines.save import save_pipeline
 
     put(str(save_pipeline(repair_pipeline(path, tuned=not drop), output, portable=portable)))

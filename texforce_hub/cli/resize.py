@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.bases import load_base
 from texforce_hub.cli.console import put, put_json, put_table
+from texforce_hub.cli.options import load_base
 
 
 def register(app: typer.Typer) -> None:
@@ -34,8 +34,9 @@ def resize(
 ) -> None:
     """Give an adapter smaller ranks, and say what share is kept."""
     from texforce_hub.device import choose_device, choose_dtype
-    from texforce_hub.resize import resize_adapter
-    from texforce_hub.sources import open_adapter, write_adapter
+    from texforce_hub.hub.read import open_adapter
+    from texforce_hub.hub.write import write_adapter
+    from texforce_hub.merge.resize import resize_adapter
 
     resized = resize_adapter(
         open_adapter(adapter, device=choose_device(device)),

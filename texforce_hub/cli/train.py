@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from texforce_hub.cli.console import put, put_json, say
 
 if TYPE_CHECKING:
-    from texforce_hub.train.loop import StepReport
+    from texforce_hub.train.run import StepReport
 
 
 def register(app: typer.Typer) -> None:
@@ -60,8 +60,8 @@ def train(
 
 
 def _run(config: Any, as_json: bool) -> None:
-    from texforce_hub.train.folder import ADAPTER
-    from texforce_hub.train.loop import train_adapter
+    from texforce_hub.train.run import train_adapter
+    from texforce_hub.train.run_folder import ADAPTER
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
     with _progress(config.steps) as show, _terminable():
@@ -79,7 +79,7 @@ def _run(config: Any, as_json: bool) -> None:
 
 
 def _how_to_resume(config: Any) -> str:
-    from texforce_hub.checkpoint import list_checkpoints
+    from texforce_hub.files.checkpoint import list_checkpoints
 
     saved = list_checkpoints(Path(config.output))
     if not saved:

@@ -21,7 +21,7 @@ def verify(
     """Run a result's recipe again and compare; exit 1 if it differs."""
     from texforce_hub.device import choose_device
     from texforce_hub.merge.replay import verify_merge
-    from texforce_hub.pipelines import load_pipeline
+    from texforce_hub.pipelines.load import load_pipeline
 
     place = choose_device(device)
     answer = verify_merge(result, base=None if base is None else load_pipeline(base, device=place), device=place)

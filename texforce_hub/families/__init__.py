@@ -9,8 +9,8 @@ from functools import cached_property
 from types import MappingProxyType
 
 from texforce_hub.errors import FamilyError
-from texforce_hub.families.originals import FLUX, SD3, templates
-from texforce_hub.families.shape import Shape
+from texforce_hub.families.original_transformer import FLUX, SD3, templates
+from texforce_hub.families.parameters import Shape
 from texforce_hub.families.text import ClipEncoder, T5Encoder
 from texforce_hub.families.transformer import Transformer
 from texforce_hub.families.unet import UNet

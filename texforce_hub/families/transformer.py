@@ -7,7 +7,7 @@ keys that have one entry per head channel.
 from dataclasses import dataclass
 from typing import Literal
 
-from texforce_hub.families.shape import Weights, convolution, linear, under
+from texforce_hub.families.parameters import Weights, convolution, linear, under
 
 
 @dataclass(frozen=True, slots=True)

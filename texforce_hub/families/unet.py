@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from texforce_hub.families.shape import Weights, convolution, linear, norm, under
+from texforce_hub.families.parameters import Weights, convolution, linear, norm, under
 
 
 @dataclass(frozen=True, slots=True)

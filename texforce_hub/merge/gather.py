@@ -8,15 +8,18 @@ from typing import Any
 
 import torch
 
-from texforce_hub.adapter import Adapter, Decomposed, LayerName
-from texforce_hub.bases import Base, find_weight
-from texforce_hub.codec import StoredAdapter, share_names
+from texforce_hub.adapter.decomposed import Decomposed
+from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.value import Adapter, LayerName
+from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import ConfigError, MergeError, RefError
-from texforce_hub.methods import Context, Mergeable, Method
-from texforce_hub.methods.kinds import resolve
-from texforce_hub.refs import AdapterRef, Stack
-from texforce_hub.sources import open_adapter
-from texforce_hub.stack import Entry, read_stack
+from texforce_hub.formats.codec.renaming import share_names
+from texforce_hub.hub.read import open_adapter
+from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.refs.stack import Stack
+from texforce_hub.hub.stack import Entry, read_stack
+from texforce_hub.merge.methods.registry import Context, Mergeable, Method
+from texforce_hub.merge.methods.resolve import resolve
 
 #: What a recipe calls a source that was no file: such a recipe cannot be replayed.
 IN_MEMORY = "(in memory)"

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
-from texforce_hub.adapter import LayerName, LowRank
-from texforce_hub.bases import Base
-from texforce_hub.locate import find_bundle
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.value import LayerName
+from texforce_hub.apply.model import Base
+from texforce_hub.hub.find import find_bundle
+from texforce_hub.hub.read import read_outline
+from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
-from texforce_hub.methods import Method, find_method
-from texforce_hub.refs import AdapterRef
-from texforce_hub.resize import Limits
-from texforce_hub.sources import read_outline
+from texforce_hub.merge.methods.registry import Method, find_method
+from texforce_hub.merge.resize import Limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from texforce_hub import __version__
-from texforce_hub.bundles import hash_files
-from texforce_hub.locate import find_bundle, pin_source
+from texforce_hub.files.hashing import hash_files
+from texforce_hub.hub.find import find_bundle, pin_source
+from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.stack import Entry
 from texforce_hub.merge.gather import IN_MEMORY, Gathered
+from texforce_hub.merge.resize import Limits
 from texforce_hub.recipe import Recipe, RecipeSource
-from texforce_hub.refs import AdapterRef
-from texforce_hub.resize import Limits
-from texforce_hub.stack import Entry
 
 
 def record_merge(

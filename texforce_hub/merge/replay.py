@@ -7,18 +7,19 @@ from typing import Any
 
 import torch
 
-from texforce_hub.adapter import Adapter, Layer, LayerName, wide
-from texforce_hub.bases import Base
-from texforce_hub.bundles import hash_files
-from texforce_hub.codec import share_names
+from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.value import Adapter, Layer, LayerName
+from texforce_hub.apply.model import Base
 from texforce_hub.device import choose_dtype
 from texforce_hub.errors import RecipeError
-from texforce_hub.locate import find_bundle
-from texforce_hub.merge import Merged, merge_adapters
+from texforce_hub.files.hashing import hash_files
+from texforce_hub.formats.codec.renaming import share_names
+from texforce_hub.hub.find import find_bundle
+from texforce_hub.hub.read import open_adapter, read_outline
+from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY
+from texforce_hub.merge.merge import Merged, merge_adapters
 from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
-from texforce_hub.refs import AdapterRef
-from texforce_hub.sources import open_adapter, read_outline
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
     "rank": int,

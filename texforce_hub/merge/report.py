@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from texforce_hub.adapter import LayerName
+from texforce_hub.adapter.value import LayerName
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from texforce_hub.container import open_header
 from texforce_hub.errors import PipelineError
-from texforce_hub.files import read_tensors, stream_tensors
-from texforce_hub.matching import PARTS
+from texforce_hub.families.names import PARTS
+from texforce_hub.files.container import open_header
+from texforce_hub.files.tensors import read_tensors, stream_tensors
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")

@@ -10,12 +10,12 @@ from diffusers import DiffusionPipeline
 
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import PipelineError
-from texforce_hub.hub import mask_secrets
+from texforce_hub.hub.huggingface.client import mask_secrets
 from texforce_hub.pipelines.folder import folder_variant
-from texforce_hub.pipelines.partner import put_unet
 from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.repair import repaired_components
 from texforce_hub.pipelines.single_file import load_single_file
+from texforce_hub.pipelines.unet import put_unet
 from texforce_hub.shapes import WEIGHTS
 
 logger = logging.getLogger("texforce_hub")

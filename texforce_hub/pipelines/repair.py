@@ -15,11 +15,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from texforce_hub.adapter import LowRank
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.apply.rounding import summed
 from texforce_hub.errors import PipelineError
+from texforce_hub.pipelines.build import build_model
 from texforce_hub.pipelines.folder import folder_variant, read_json, read_shapes, read_state, weight_files
-from texforce_hub.pipelines.models import build_model
-from texforce_hub.rounding import summed
 
 logger = logging.getLogger("texforce_hub")
 

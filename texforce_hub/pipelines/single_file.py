@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from texforce_hub.container import open_header
-from texforce_hub.dialects.checkpoints import recognize_checkpoint
 from texforce_hub.errors import FamilyError, PipelineError
-from texforce_hub.header import Header
+from texforce_hub.families.checkpoint import recognize_checkpoint
+from texforce_hub.files.container import open_header
+from texforce_hub.files.header import Header
 from texforce_hub.pipelines.folder import read_json
-from texforce_hub.vocabulary import write_tokenizer
+from texforce_hub.pipelines.tokenizer import write_tokenizer
 
 logger = logging.getLogger("texforce_hub")
 

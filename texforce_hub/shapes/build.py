@@ -25,8 +25,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Generator, Tensor, nn
 
 from texforce_hub.device import no_denormals
-from texforce_hub.files import writing
-from texforce_hub.lock import own_folder
+from texforce_hub.files.lock import own_folder
+from texforce_hub.files.writing import writing
 from texforce_hub.shapes.card import measure_base, write_card
 from texforce_hub.shapes.grammar import Scene, careless_caption, sample_scene
 from texforce_hub.shapes.models import (

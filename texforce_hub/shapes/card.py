@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from texforce_hub.files import writing
+from texforce_hub.files.writing import writing
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 from texforce_hub.shapes.grammar import NOISY_WORDS, REPLACED, RIGHT, sample_prompts
 from texforce_hub.shapes.measure import score

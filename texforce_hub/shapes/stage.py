@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 from torch import Generator, Tensor, nn
 
-from texforce_hub.checkpoint import State, read_checkpoint, write_checkpoint
+from texforce_hub.files.checkpoint import State, read_checkpoint, write_checkpoint
 
 SAVE_EVERY = 200
 

@@ -12,7 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Generator, Tensor, nn
 
 from texforce_hub import __version__
-from texforce_hub.adapter import Adapter, LowRank
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.value import Adapter
 from texforce_hub.train.config import TrainConfig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -1,0 +1,87 @@
+"""Paired evaluation: equal noise for all, intervals that mean what they say, a pipeline left as it was."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.training import make_actor, short_config, tiny_pipeline
+from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.evaluate.evaluation import Evaluation, Sampling, bootstrap_mean
+from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.rewards.reward import resolve_rewards
+from texforce_hub.train.lora import describe_run, read_lora
+
+PROMPTS = ["a red circle", "a crimson square", "a blue triangle", "a lime disc"]
+FAST = Sampling(seeds=(0, 1), steps=2, batch=3)
+
+
+def make_adapter():
+    _, parameters = make_actor()
+    return read_lora(parameters, rank=4, alpha=8.0, metadata=describe_run(short_config("unused"), 0))
+
+
+def test_a_variant_equal_to_the_base_differs_by_exactly_nothing():
+    rewards = resolve_rewards(["brightness", "jpeg"])
+    pipe = tiny_pipeline()
+    seen = []
+    result = evaluate_variants(
+        pipe,
+        {"base": Variant(), "same": Variant(unet=pipe.unet), "text": Variant([(make_adapter(), 1.0)])},
+        PROMPTS,
+        rewards,
+        sampling=FAST,
+        on_images=lambda name, count: seen.append((name, count)),
+    )
+    assert result.rewards == ("brightness", "jpeg")
+    assert result.variants == ("base", "same", "text")
+    nothing = result.difference("same", "base")
+    assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
+    assert np.abs(result.per_prompt("text") - result.per_prompt("base")).min() > 0
+    assert result.per_prompt("text", reward="jpeg").shape == (4,)
+    assert seen == [(name, n) for name in ("base", "same", "text") for n in (3, 3, 2)]
+
+
+def test_the_pipeline_is_afterwards_as_it_was():
+    pipe = tiny_pipeline()
+    before = {name: tensor.clone() for name, tensor in pipe.text_encoder.state_dict().items()}
+    unet = pipe.unet
+    evaluate_variants(
+        pipe, {"x": Variant([(make_adapter(), 0.5)])}, PROMPTS[:1], resolve_rewards(["brightness"]), sampling=FAST
+    )
+    after = pipe.text_encoder.state_dict()
+    assert pipe.unet is unet
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_score_depends_neither_on_the_batch_nor_on_the_other_prompts():
+    pipe, rewards, variants = tiny_pipeline(), resolve_rewards(["brightness"]), {"base": Variant()}
+    whole = evaluate_variants(pipe, variants, PROMPTS, rewards, sampling=Sampling((0, 1), 2, batch=8))
+    single = evaluate_variants(pipe, variants, PROMPTS[:2], rewards, sampling=Sampling((0, 1), 2, batch=1))
+    np.testing.assert_allclose(whole.per_prompt("base")[:2], single.per_prompt("base"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("variants", "prompts", "error"), [({}, PROMPTS, ConfigError), ({"base": Variant()}, [], PromptError)]
+)
+def test_nothing_to_evaluate_is_refused(variants, prompts, error):
+    with pytest.raises(error):
+        evaluate_variants(tiny_pipeline(), variants, prompts, resolve_rewards(["brightness"]), sampling=FAST)
+
+
+def test_pairing_finds_what_unpaired_means_cannot_resolve():
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.5, 0.3, (96, 1))
+    scores = {"reward": {"base": base, "better": base + 0.02 + rng.normal(0, 0.02, (96, 1))}}
+    result = Evaluation(tuple(map(str, range(96))), Sampling(seeds=(0,)), scores)
+    difference = result.difference("better", "base")
+    assert 0 < difference.low < 0.02 < difference.high
+    assert result.mean("better").low < result.mean("base").mean
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    samples = rng.normal(0.1, 1.0, (400, 96))
+    intervals = [bootstrap_mean(sample, resamples=1000) for sample in samples]
+    covered = np.mean([i.low <= 0.1 <= i.high for i in intervals])
+    assert 0.91 <= covered <= 0.98

@@ -1,0 +1,62 @@
+"""A random-weight shapes pipeline and short runs on it, shared by the tests of training."""
+
+from functools import cache
+
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from texforce_hub.shapes import WEIGHTS
+from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_unet, make_vae
+from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.lora import attach_lora
+from texforce_hub.train.policies.stable_diffusion import Actor
+
+torch.set_num_threads(1)  # on models this small more threads only wait for each other
+
+
+@cache
+def tiny_pipeline():
+    """Every run gets the same one: training leaves it as it was (a test says so)."""
+    torch.manual_seed(0)
+    # The shipped one: a newly built tokenizer breaks ties between merges differently from process to process.
+    tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "tokenizer")
+    unet = make_unet()
+    for parameter in unet.parameters():
+        if not parameter.any():  # zero-initialised branches would make the prompt irrelevant
+            torch.nn.init.normal_(parameter, std=0.03)
+    return StableDiffusionPipeline(
+        vae=make_vae().eval(),
+        text_encoder=make_text_encoder(tokenizer).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=make_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+SHORT = {
+    "steps": 3, "prompts_per_step": 2, "images_per_prompt": 3, "inference_steps": 4, "train_timesteps": 2, "rank": 4,
+    "alpha": 8.0, "reward": ("brightness",), "validate_every": 2, "validation_prompts": 2, "validation_images": 1,
+    "validation_steps": 2, "checkpoint_every": 1, "sheet_every": 0, "ema": 0.5, "keep": "last",
+}  # fmt: skip
+
+
+def short_config(output, **changes):
+    return TrainConfig(output=str(output), **{**SHORT, **changes})
+
+
+def make_actor(*, disturbed=True, **changes):
+    """An actor and its LoRA's parameters, moved off their zeros unless told otherwise."""
+    config = short_config("unused", **changes)
+    pipe = tiny_pipeline()
+    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
+        module.requires_grad_(False)
+    encoder, parameters = attach_lora(pipe.text_encoder, rank=config.rank, alpha=config.alpha, seed=1)
+    if disturbed:
+        generator = torch.Generator().manual_seed(2)
+        for parameter in parameters.values():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return Actor(pipe, encoder, make_scheduler(), config), parameters

@@ -1,0 +1,67 @@
+"""Every example runs, and shows what it says."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.support.pipelines_tiny import random_adapter
+from texforce_hub.hub.write import write_adapter
+from texforce_hub.pipelines.load import load_pipeline
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    pipe = load_pipeline("shapes", device="cpu")
+    return [str(write_adapter(random_adapter(pipe, seed=s, size=0.2), folder / f"a{s}")) for s in (1, 2)]
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("01_apply", 3), ("02_stack", 3), ("03_finetuned_unet", 4), ("04_many_adapters", 4)]
+)
+def test_an_example_draws_its_sheet(name, columns, adapters, tmp_path, capsys):
+    partner = ("shapes-refl",) if name.startswith("03") else ()
+    sheet = load_example(name).main(adapters, *partner, tmp_path / "out")
+    assert Image.open(sheet).width > columns * 96
+    if name == "04_many_adapters":
+        assert "8 images under 4 stacks: 15 U-Net calls" in capsys.readouterr().out
+
+
+def test_every_numbered_example_is_run():
+    assert [p.stem for p in sorted(EXAMPLES.glob("0*.py"))] == [
+        "01_apply",
+        "02_stack",
+        "03_finetuned_unet",
+        "04_many_adapters",
+    ]
+
+
+def test_a_full_partner_is_written_as_refl_does_and_loads(tmp_path):
+    folder = load_example("make_unet_partner").main("full", tmp_path / "refl", steps=2)
+    assert folder == tmp_path / "refl" / "checkpoint-2" / "unet"
+    tuned, base = load_pipeline("shapes", unet=str(folder.parent), device="cpu").unet, load_pipeline("shapes").unet
+    moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
+    assert sum(moved) > len(moved) / 2
+
+
+def test_a_lora_partner_is_written_as_dpok_does_and_loads(tmp_path):
+    path = load_example("make_unet_partner").main("lora", tmp_path / "dpok", steps=2)
+    names = list(torch.load(path, weights_only=True))
+    assert all(".processor.to_" in name and "_lora." in name for name in names)
+    tuned, base = load_pipeline("shapes", unet=str(path), device="cpu").unet, load_pipeline("shapes").unet
+    moved = sum(not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True))
+    assert moved == len(names) // 2

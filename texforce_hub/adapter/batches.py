@@ -1,0 +1,43 @@
+"""A few layers at a time: enough for one batched call, little beside the files that they come from."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeVar
+
+from torch import Tensor
+
+from texforce_hub.adapter.value import Layer, LayerName
+
+TOGETHER = 1 << 22
+"""Numbers that are worth a call of their own."""
+
+Some = TypeVar("Some", bound=Layer)
+
+
+def take_portions(
+    layers: Iterable[tuple[LayerName, Some]], *, enough: float | None = None
+) -> Iterator[Mapping[LayerName, Some]]:
+    """Layers together until they hold ``enough`` numbers (:data:`TOGETHER`); one portion is dropped before the next."""
+    most = TOGETHER if enough is None else enough
+    portion: dict[LayerName, Some] = {}
+    size = 0
+    for name, layer in layers:
+        portion[name] = layer
+        size += count_numbers(layer)
+        if size >= most:
+            yield portion
+            portion.clear()
+            size = 0
+    if portion:
+        yield portion
+
+
+def count_numbers(layer: Layer) -> int:
+    """How many numbers a layer is stored as."""
+    sizes: list[int] = []
+
+    def count(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    layer.map(count)
+    return sum(sizes)

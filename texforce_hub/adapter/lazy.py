@@ -1,0 +1,44 @@
+"""An adapter whose numbers stay in its file: they are read a layer at a time, and none are kept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from texforce_hub.adapter.value import Adapter, Layer, LayerName
+from texforce_hub.files.lazy_mapping import LazyMapping
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredAdapter:
+    """``outline`` is the adapter with every tensor on the ``meta`` device; ``layers`` and ``extras`` are the numbers.
+
+    Each look into ``layers`` or ``extras`` reads anew: take one at a time, and memory stays at the largest.
+    """
+
+    outline: Adapter
+    layers: Mapping[LayerName, Layer]
+    extras: Mapping[str, Tensor]
+
+    def weighted(self, weight_of: Callable[[LayerName], float]) -> "StoredAdapter":
+        """Every layer's change times the weight that its name has."""
+
+        def weigh(layers: Mapping[LayerName, Layer], name: LayerName) -> Layer:
+            return layers[name].scaled(weight_of(name))
+
+        outline = replace(self.outline, layers={name: weigh(self.outline.layers, name) for name in self.outline.layers})
+        return replace(self, outline=outline, layers=LazyMapping(self.layers, lambda name: weigh(self.layers, name)))
+
+    def only(self, part: str) -> "StoredAdapter":
+        """The layers of one part (``"text_encoder"``), without extras."""
+        chosen = self.outline.only(part)
+        return StoredAdapter(chosen, LazyMapping(chosen.layers, self.layers.__getitem__), {})
+
+
+def outline_adapter(adapter: Adapter) -> Adapter:
+    """The same adapter with every layer's tensors on the ``meta`` device: shapes, dtypes and scales."""
+    return replace(adapter, layers={name: layer.map(_outline) for name, layer in adapter.layers.items()})
+
+
+def _outline(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")

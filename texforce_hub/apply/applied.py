@@ -1,0 +1,285 @@
+"""Put a weighted stack of adapters on a pipeline, and take it off bit for bit.
+
+The result is ``W + Σ wᵢ·ΔWᵢ``. All layers are matched and all shapes checked before anything is touched.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from torch import nn
+
+from texforce_hub.adapter.algebra import concat
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.rows import take_rows
+from texforce_hub.adapter.value import LayerName
+from texforce_hub.apply.matching import (
+    Contribution,
+    Contributions,
+    Decision,
+    Matched,
+    Place,
+    Unmatched,
+    WrongShape,
+    check_ready,
+    match,
+    matches,
+    sort_places,
+    why_dead,
+)
+from texforce_hub.apply.model import parts_of, plain, unwrapped
+from texforce_hub.apply.patch import (
+    Attachment,
+    Write,
+    activate,
+    attach,
+    begin_write,
+    detach,
+    free_name,
+    keep,
+    register,
+    undo,
+    unregister,
+    write,
+)
+from texforce_hub.apply.rounding import Loss, Term, seed_for, total_loss
+from texforce_hub.errors import ConfigError, MatchError
+from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.stack import Entry, Item, Weight, read_stack, reweighted
+
+logger = logging.getLogger("texforce_hub")
+
+
+def apply_adapter(
+    pipe: Any,
+    adapters: Item | Sequence[Item],
+    *,
+    weight: Weight = 1.0,
+    mode: Literal["attach", "fuse"] = "attach",
+    strict: bool = True,
+    rounding: Literal["nearest", "stochastic"] = "nearest",
+    seed: int = 0,
+) -> "Applied":
+    """Put a stack on a pipeline, or on a bare text encoder or U-Net.
+
+    Args:
+        adapters: one or a list of references, paths or adapters, or ``(that, weight)`` pairs. A weight is a
+            number or a mapping from parts, blocks or patterns to numbers (``{"text_encoder": 0.8}``).
+        weight: the weight of the items that do not bring their own.
+        mode: ``attach`` rides beside the weights, one low-rank pair per layer for the whole stack; ``fuse``
+            writes into them, computed in float32 and rounded once.
+        strict: refuse an adapter of which a layer has no place; otherwise that layer's decision says so.
+        rounding: of weights narrower than float32 when fusing. ``nearest``: the smallest error, but a change
+            below half a step of its weight is gone; ``stochastic``: up or down by chance, right on average.
+        seed: of the stochastic rounding; with a parameter's name it decides every draw.
+
+    Raises:
+        MatchError: an adapter does not fit; nothing was changed.
+        ConfigError: an impossible weight or mode.
+    """
+    if mode not in ("attach", "fuse"):
+        raise ConfigError(f"mode {mode!r}; expected 'attach' or 'fuse'")
+    if rounding not in ("nearest", "stochastic") or (rounding == "stochastic" and mode == "attach"):
+        raise ConfigError(f"rounding {rounding!r} with mode {mode!r}; expected 'nearest', or 'stochastic' with 'fuse'")
+    entries = read_stack(adapters, weight=weight)
+    decisions = {e.label: match(e.adapter, pipe, attaching=mode == "attach") for e in entries}
+    for entry in entries:
+        _check_fit(entry, decisions[entry.label], strict=strict)
+    roots = {part: plain(module) for part, module in parts_of(pipe).items()}
+    riding, written = sort_places(decisions[entry.label] for entry in entries)
+    for part in dict.fromkeys(place[0] for place in (*riding, *written)):
+        check_ready(part, parts_of(pipe)[part], attaching=any(place[0] == part for place in riding))
+    name = free_name(list(roots.values()))
+    draws = seed if rounding == "stochastic" else None
+    applied = Applied(entries, mode, decisions, name, roots, riding, written, draws)
+    try:
+        applied._put_on()
+        _say_notes(decisions)
+        _say_loss(applied)
+    except BaseException:
+        applied.remove()
+        raise
+    return applied
+
+
+def _check_fit(entry: Entry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
+    wrong = [decision for decision in decisions.values() if isinstance(decision, WrongShape)]
+    unmatched = [decision for decision in decisions.values() if isinstance(decision, Unmatched)]
+    matched = len(decisions) - len(wrong) - len(unmatched)
+    family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
+    if wrong or not matched or (strict and unmatched):
+        counts = f"{matched} of {len(decisions)} layers fit, {len(wrong)} have another shape"
+        refusals: list[WrongShape | Unmatched] = [*wrong, *unmatched, Unmatched("it has no layers")]
+        way_out = "; strict=False leaves out what has no place" if matched and not wrong else ""
+        raise MatchError(
+            f"{entry.label}{family} does not fit: {refusals[0].reason} ({counts}); nothing was changed{way_out}"
+        )
+    if unmatched:
+        left_out = f"{len(unmatched)} of {len(decisions)} layers left out"
+        logger.warning("%s: %s, e.g. %s", entry.label, left_out, unmatched[0].reason)
+
+
+def _say_notes(decisions: Mapping[str, Mapping[LayerName, Decision]]) -> None:
+    for label, of_layers in decisions.items():
+        notes = dict.fromkeys(m.note for decision in of_layers.values() for m in matches(decision) if m.note)
+        for note in notes:
+            logger.info("%s: %s", label, note)
+
+
+def _say_loss(applied: "Applied") -> None:
+    loss = applied.rounding_loss
+    if loss > 0.01:
+        advice = (
+            "rounding='stochastic' keeps it on average, mode='attach' in full"
+            if applied._seed is None
+            else "rounded at random, it is right on average; mode='attach' keeps all of it"
+        )
+        logger.warning("%.1f %% of the fused change was lost to rounding the weights; %s", 100 * loss, advice)
+
+
+@dataclass(eq=False)
+class Applied:
+    """A stack on a pipeline: what it did with every layer, and the way back.
+
+    ``decisions`` tells, by adapter label and layer name, where each layer went. ``name`` is the adapter name
+    under which the attached part shows up in the pipeline's own calls. ``rounding_losses`` tells what rounding
+    took from the change of each parameter that was written to and is narrower than float32. As a context
+    manager the stack is removed at the end of the block, whatever happens in it.
+    """
+
+    entries: list[Entry]
+    mode: str
+    decisions: Mapping[str, Mapping[LayerName, Decision]]
+    name: str
+    roots: Mapping[str, nn.Module] = field(repr=False)
+    _riding: Contributions = field(repr=False)
+    _written: Contributions = field(repr=False)
+    _seed: int | None = field(default=None, repr=False)
+    rounding_losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
+    _attachments: dict[Place, Attachment] = field(default_factory=dict, repr=False)
+    _writes: dict[Place, Write] = field(default_factory=dict, repr=False)
+    _on: bool = field(default=True, repr=False)
+
+    @property
+    def weights(self) -> Mapping[str, AdapterRef]:
+        """Each adapter's weights, by label."""
+        return {entry.label: entry.weight for entry in self.entries}
+
+    @property
+    def rounding_loss(self) -> float:
+        """``‖(rounded − base) − change‖ / ‖change‖`` over all that was written into weights narrower than float32."""
+        return total_loss(self.rounding_losses.values()).relative
+
+    def set_weights(self, weights: Mapping[str, Weight] | Sequence[Weight]) -> None:
+        """New weights, by label or in the stack's order; nothing is read again.
+
+        Raises:
+            ConfigError: an unknown label, another number of weights, or an impossible weight.
+            MatchError: the stack was taken off.
+        """
+        entries = reweighted(self.entries, weights)
+        gone = [place for place, attachment in self._attachments.items() if not attachment.live]
+        if gone or not (self._attachments or self._writes):
+            raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
+        self.entries = entries
+        for place, attachment in self._attachments.items():
+            attachment.fill(self._pair(place))
+        for place, entry in self._writes.items():
+            write(entry, self._terms(place) if self._on else ())
+        self._note_losses()
+
+    def remove(self) -> None:
+        """Take the stack off: every weight is what it was, to the bit. A second call does nothing."""
+        for part, path, _ in reversed(self._riding):
+            detach(self.roots[part], path, self.name)
+        for part in dict.fromkeys(place[0] for place in self._riding):
+            unregister(self.roots[part], self.name)
+        for place in reversed(self._writes):
+            undo(self._writes[place])
+        self._attachments.clear()
+        self._writes.clear()
+
+    def keep(self) -> None:
+        """Make a fused stack permanent and forget the way back.
+
+        Raises:
+            MatchError: the stack is attached, or lies on another one.
+        """
+        if self._attachments:
+            raise MatchError("an attached stack rides beside the weights; use mode='fuse' to make it permanent")
+        for entry in self._writes.values():
+            keep(entry)
+        self._writes.clear()
+
+    def disable(self) -> None:
+        """The base's outputs, the stack staying in place; other adapters are left as they are."""
+        self._switch(on=False)
+
+    def enable(self) -> None:
+        """Undo :meth:`disable`."""
+        self._switch(on=True)
+
+    def dead_layers(self, clip_skip: int = 0) -> dict[LayerName, str]:
+        """Layers that cannot reach the image when this many last layers of the CLIP encoders are skipped."""
+        return {
+            name: reason
+            for of_layers in self.decisions.values()
+            for name, decision in of_layers.items()
+            if isinstance(decision, Matched) and (reason := why_dead(decision, self.roots, clip_skip))
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _switch(self, *, on: bool) -> None:
+        self._on = on
+        for part in dict.fromkeys(place[0] for place in self._riding):
+            activate(self.roots[part], self.name, active=on)
+        for place, entry in self._writes.items():
+            write(entry, self._terms(place) if on else ())
+        self._note_losses()
+
+    def _note_losses(self) -> None:
+        found = {".".join(place): entry.loss for place, entry in self._writes.items()}
+        self.rounding_losses = {name: loss for name, loss in found.items() if loss is not None}
+
+    def _terms(self, place: Place) -> list[Term]:
+        return [self._term(found) for found in self._written[place]]
+
+    def _term(self, contribution: Contribution) -> Term:
+        index, name, rows = contribution
+        entry = self.entries[index]
+        layer = entry.adapter.layers[name]
+        return (layer if rows is None else take_rows(layer, rows)), entry.weight.weight_of(name)
+
+    def _pair(self, place: Place) -> LowRank:
+        terms = [self._term(found) for found in self._riding[place]]
+        part, path, parameter = place
+        device = unwrapped(self.roots[part].get_submodule(path)).get_parameter(parameter).device
+        layers = [layer.map(lambda half: half.to(device)) for layer, _ in terms]
+        return concat([layer for layer in layers if isinstance(layer, LowRank)], [weight for _, weight in terms])
+
+    def _put_on(self) -> None:
+        for place, contributions in self._written.items():
+            part, path, parameter = place
+            if contributions:
+                module = unwrapped(self.roots[part].get_submodule(path))
+                seed = None if self._seed is None else seed_for(self._seed, ".".join(place))
+                entry = self._writes[place] = begin_write(module, parameter, seed=seed)
+                write(entry, self._terms(place))
+        self._note_losses()
+        ranks: dict[str, dict[str, int]] = {}
+        for place in self._riding:
+            part, path, _ = place
+            pair = self._pair(place)
+            self._attachments[place] = attach(self.roots[part], path, self.name, pair)
+            ranks.setdefault(part, {})[path] = pair.rank
+        for part, of_part in ranks.items():
+            register(self.roots[part], self.name, of_part)

@@ -1,0 +1,135 @@
+"""The shapes of a base's weights from its headers, its configs or its name alone. Torch-free."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.families import FAMILIES, Family, find_family
+from texforce_hub.families.checkpoint import recognize_checkpoint
+from texforce_hub.families.checkpoint_weights import checkpoint_weights
+from texforce_hub.families.recognition import claims_family
+from texforce_hub.families.text import ClipEncoder
+from texforce_hub.files.container import open_header
+
+Shape = tuple[int, ...]
+
+PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base as far as a check needs it: what it is called, how that is known, its weights' names and shapes."""
+
+    title: str
+    evidence: str
+    weights: Mapping[str, Shape]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts it has."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.weights))
+
+    def shape_of(self, layer: str) -> Shape | None:
+        """The shape of what a layer of this name changes; ``None`` if there is no such weight."""
+        return self.weights.get(f"{layer}.weight", self.weights.get(layer))
+
+
+def read_base(base: str | Path) -> Base:
+    """A base by a family's name, a pipeline's folder, a checkpoint file, or a Hub id that names its family.
+
+    Raises:
+        PipelineError: a folder or a file that is no known base.
+        FamilyError: a name that means no family.
+        FileError: a file of it is damaged.
+    """
+    path = Path(base)
+    if str(base) in FAMILIES:
+        return _from_family(find_family(str(base)), "by its name")
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        return _from_checkpoint(path)
+    for family in FAMILIES.values():
+        if claims_family(str(base), family):
+            return _from_family(family, f"the id {str(base)!r} names it")
+    raise FamilyError(
+        f"{str(base)!r} is no folder, no file and no known base; expected one, or a family: {', '.join(FAMILIES)}"
+    )
+
+
+def _from_family(family: Family, evidence: str) -> Base:
+    return Base(family.title, evidence, family.weights)
+
+
+def _from_folder(folder: Path) -> Base:
+    weights: dict[str, Shape] = {}
+    for part in PARTS:
+        if (folder / part).is_dir():
+            weights |= {f"{part}.{name}": shape for name, shape in _part_weights(folder / part).items()}
+    if not weights:
+        raise PipelineError(
+            f"{folder}: has none of the folders {', '.join(PARTS)}; expected a pipeline as diffusers saves it"
+        )
+    return Base(folder.name, "its folder's files", weights)
+
+
+def _part_weights(folder: Path) -> dict[str, Shape]:
+    files = [path for suffix in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{suffix}"))]
+    found: dict[str, Shape] = {}
+    for path in files:
+        found |= {_plain(name): info.shape for name, info in open_header(path).tensors.items()}
+    return found or _from_config(folder)
+
+
+def _plain(name: str) -> str:
+    """A weight's published name: without PEFT's wrapper, with the ``text_model.`` that newer libraries drop."""
+    name = name.replace(".base_layer.", ".")
+    is_flat = name.startswith(("encoder.layers.", "embeddings.", "final_layer_norm."))
+    return f"text_model.{name}" if is_flat else name
+
+
+def _from_config(folder: Path) -> dict[str, Shape]:
+    """A part's weights from its config, where the weights themselves are not here."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise PipelineError(f"{folder}: holds neither weights nor a readable config.json") from error
+    if "num_hidden_layers" in config and "hidden_size" in config:
+        projection = "WithProjection" in str(config.get("architectures"))
+        width = config["hidden_size"]
+        return ClipEncoder(
+            width, config["num_hidden_layers"], config.get("projection_dim", width) * projection or None
+        ).weights()
+    for family in FAMILIES.values():
+        part = family.parts.get("unet")
+        if part is not None and _is_described(part, config):
+            return dict(part.weights())
+    raise PipelineError(f"{folder}: its config.json describes no known model, and it holds no weights")
+
+
+def _is_described(part: Any, config: Mapping[str, Any]) -> bool:
+    return (list(part.channels), part.cross_attention_dim) == (
+        config.get("block_out_channels"),
+        config.get("cross_attention_dim"),
+    )
+
+
+def _from_checkpoint(path: Path) -> Base:
+    header = open_header(path)
+    if "conv_in.weight" in header.tensors:
+        shapes = {f"unet.{_plain(name)}": info.shape for name, info in header.tensors.items()}
+        return Base(path.name, "a bare U-Net", shapes)
+    weights, name = checkpoint_weights(header), recognize_checkpoint(header)
+    if not weights:
+        raise PipelineError(f"{path}: no known checkpoint, e.g. {next(iter(header.tensors), None)!r}; expected a base")
+    if name is None:
+        return Base(path.name, "a checkpoint's names and shapes", weights)
+    family = find_family(name)
+    if not any(part.startswith("transformer.") for part in weights):
+        return Base(f"{path.name} ({family.title})", "its tensors' names and shapes", weights)
+    rows = {n: shape for n, shape in family.weights.items() if n.startswith("transformer.")}
+    title = f"{path.name} ({family.title}; its transformer's layers in diffusers' names have that family's shapes)"
+    return Base(title, "its tensors' names", rows | weights)

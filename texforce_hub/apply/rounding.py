@@ -1,0 +1,113 @@
+"""A change added to a weight and rounded once: to the nearest number or at random, and what it loses by that."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter.algebra import concat
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.value import Layer
+
+Term = tuple[Layer, float]
+"""A change and its weight."""
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What rounding did to a change: the norm of the error and that of the change, of one parameter or of many."""
+
+    error: float
+    change: float
+
+    @property
+    def relative(self) -> float:
+        """``‖(rounded − base) − change‖ / ‖change‖``; 0 for no change."""
+        return self.error / self.change if self.change > 0 else 0.0
+
+
+def total_loss(losses: Iterable[Loss]) -> Loss:
+    """The loss of all parameters together."""
+    found = list(losses)
+    return Loss(math.hypot(*(loss.error for loss in found)), math.hypot(*(loss.change for loss in found)))
+
+
+def measure_loss(base: Tensor, rounded: Tensor, change: Tensor) -> Loss:
+    """What is lost of ``change`` (wide) where ``rounded`` stands for ``base + change``; all of one shape."""
+    error = (wide(rounded) - wide(base)).sub_(change)
+    return Loss(float(torch.linalg.vector_norm(error)), float(torch.linalg.vector_norm(change)))
+
+
+def seed_for(seed: int, name: str) -> int:
+    """The seed of one parameter's draws: from the run's seed and the name, so that no order matters."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def round_to(values: Tensor, dtype: torch.dtype, seed: int | None = None) -> Tensor:
+    """The values in ``dtype``: to the nearest, or with a seed stochastically."""
+    if seed is None:
+        return values.to(dtype)
+    return round_stochastically(values, dtype, torch.Generator().manual_seed(seed))
+
+
+def round_stochastically(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Each value as one of its two neighbours in ``dtype``, the nearer the likelier: right on average.
+
+    Draws come from a CPU generator, so that they are the same on every device. Neighbours are found by their bit
+    patterns, which count up with the magnitude in every floating dtype.
+    """
+    nearest = values.to(dtype)
+    here = wide(nearest)
+    error = wide(values) - here
+    bits = nearest.view(_BITS[dtype.itemsize])
+    outward = torch.where((error > 0) == (bits >= 0), bits + 1, bits - 1)
+    across = torch.where(error > 0, 1, torch.iinfo(bits.dtype).min + 1)  # from zero, of either sign
+    neighbour = torch.where(here == 0, across, outward).to(bits.dtype)
+    chance = error / (wide(neighbour.view(dtype)) - here)
+    draw = torch.rand(values.shape, generator=generator).to(values.device)
+    return torch.where(draw < chance, neighbour, bits).view(dtype)
+
+
+def summed(base: Tensor, terms: Sequence[Term], out: Tensor | None = None) -> Tensor:
+    """``base + Σ weight · delta`` in float32, rounded once to the dtype of ``base``; runs on its device.
+
+    ``out``, another tensor of the same shape and dtype, takes the result.
+    """
+    pair, others = _sorted_terms(base, terms)
+    total = wide(base)
+    if pair is not None:
+        up, down = pair.up.to(total.dtype), pair.down.flatten(1).to(total.dtype)
+        if out is not None and not others and out.dtype == total.dtype and out.is_contiguous():
+            torch.addmm(total.flatten(1), up, down, out=out.view(out.shape[0], -1))
+            return out
+        total = torch.addmm(total.flatten(1), up, down).view(base.shape)
+    for layer, weight in others:
+        total = total + weight * layer.delta(base)
+    return total.to(base.dtype) if out is None else out.copy_(total)
+
+
+def _sorted_terms(base: Tensor, terms: Sequence[Term]) -> tuple[LowRank | None, list[Term]]:
+    """The low-rank terms as one pair, and the others, on the device of ``base``."""
+    moved = [(layer.map(lambda t: t.to(base.device)), weight) for layer, weight in terms]
+    pairs = [(layer, weight) for layer, weight in moved if isinstance(layer, LowRank)]
+    pair = concat([layer for layer, _ in pairs], [weight for _, weight in pairs]) if pairs else None
+    return pair, [(layer, weight) for layer, weight in moved if not isinstance(layer, LowRank)]
+
+
+def rounded_sum(base: Tensor, terms: Sequence[Term], seed: int | None) -> tuple[Tensor, Loss]:
+    """As :func:`summed` for a ``base`` narrower than float32, and what the rounding lost of the change.
+
+    The change is summed by itself first: it is never read back out of a sum that has swallowed it.
+    """
+    pair, others = _sorted_terms(base, terms)
+    change = torch.zeros(base.shape, device=base.device) if pair is None else wide(pair.delta())
+    for layer, weight in others:
+        change = change + weight * layer.delta(base)
+    result = round_to(wide(base) + change, base.dtype, seed)
+    return result, measure_loss(base, result, change)

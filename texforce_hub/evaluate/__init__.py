@@ -1,0 +1,1 @@
+"""Which stack is better, and by how much."""

@@ -1,0 +1,1 @@
+"""Tensor files: what one says of itself, its tensors, and writing it whole or not at all."""

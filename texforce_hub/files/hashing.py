@@ -1,0 +1,24 @@
+"""SHA-256 of files."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from texforce_hub.errors import FileError
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of the bytes of some files, one after the other, hexadecimal: of an only file, the file's own.
+
+    Raises:
+        FileError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()

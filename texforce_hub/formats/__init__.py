@@ -1,0 +1,1 @@
+"""How adapters lie in files: dialects spell names, plans understand headers, the codec carries tensors."""

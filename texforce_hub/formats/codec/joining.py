@@ -1,0 +1,60 @@
+"""The adapters of several files that are one, as one adapter."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.value import Adapter
+from texforce_hub.errors import DialectError
+from texforce_hub.files.lazy_mapping import LazyMapping
+from texforce_hub.formats.codec.decoding import describe_reading, equal_layers
+from texforce_hub.formats.plan.planning import Plan
+
+
+def join_stored(plan: Plan, stored: Mapping[str, StoredAdapter], *, alpha: float | None = None) -> StoredAdapter:
+    """One adapter of those that its files hold; ``plan`` is the joined one, ``stored`` are by the files' names.
+
+    ``alpha`` is that with which they were decoded. Layers that two files hold are read and compared here.
+
+    Raises:
+        DialectError: the plan has faults, or two files hold one layer unequally, or an extra of one name.
+    """
+    _check_joined(plan)
+    homes: dict[str, StoredAdapter] = {}
+    for file, one in stored.items():
+        for name in one.layers:
+            if homes.setdefault(name, one) is not one and not equal_layers(homes[name].layers[name], one.layers[name]):
+                raise DialectError(f"{name} is in {file} and in another file of it, with unequal values; name one file")
+    outline = join_outlines(plan, {file: one.outline for file, one in stored.items()}, alpha=alpha)
+    extras = {key: one for one in stored.values() for key in one.extras}
+    return StoredAdapter(
+        outline,
+        LazyMapping(homes, lambda name: homes[name].layers[name]),
+        LazyMapping(extras, lambda key: extras[key].extras[key]),
+    )
+
+
+def join_outlines(plan: Plan, outlines: Mapping[str, Adapter], *, alpha: float | None = None) -> Adapter:
+    """As :func:`join_stored`, of shapes without values, which cannot be compared.
+
+    Raises:
+        DialectError: the plan has faults, or two files hold an extra of one name.
+    """
+    _check_joined(plan)
+    layers = {name: layer for one in reversed(list(outlines.values())) for name, layer in one.layers.items()}
+    extras = [(key, tensor) for one in outlines.values() for key, tensor in one.extras.items()]
+    return Adapter({name: layers[name] for name in plan.layers}, describe_reading(plan, alpha), _once(extras))
+
+
+def _check_joined(plan: Plan) -> None:
+    if plan.faults:
+        more = f" (and {len(plan.faults) - 1} more)" if len(plan.faults) > 1 else ""
+        raise DialectError(f"{plan.faults[0]}{more}; mend it, or name the one file that you mean")
+
+
+def _once(extras: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    names = [key for key, _ in extras]
+    if len(set(names)) < len(names):
+        raise DialectError(f"two of its files hold a tensor {max(names, key=names.count)!r}, no layer; name one file")
+    return dict(extras)

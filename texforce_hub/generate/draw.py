@@ -1,0 +1,193 @@
+"""Drive a pipeline: prompts in, images with their origin out."""
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.files.writing import writing
+from texforce_hub.generate.images.png import a1111_parameters, encode_png
+from texforce_hub.generate.prompts.emphasis import check_way
+from texforce_hub.generate.prompts.encode import Stack, encode_prompts, final_norms_named, read_prompts
+from texforce_hub.generate.prompts.tags import refuse_tags
+
+logger = logging.getLogger("texforce_hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to sample. Image ``i`` of a prompt has seed ``seed + i``, whatever the batch size.
+
+    ``prompt_weights`` and ``long_prompts`` are as in :func:`~texforce_hub.generate.prompts.encode.encode_prompts`.
+    """
+
+    prompts: tuple[str, ...]
+    negative: str = ""
+    inference_steps: int = 30
+    guidance: float = 7.5
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    num_images: int = 1
+    batch_size: int = 8
+    clip_skip: int | None = None
+    prompt_weights: str = "auto"
+    long_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
+            raise PromptError("an empty prompt; expected at least one word")
+        for name in ("inference_steps", "num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_way(self.prompt_weights)
+        refuse_tags(self.negative, "no tag acts in a negative prompt; give it a weight below 0 in the prompt")
+
+    def jobs(self) -> list[tuple[str, int]]:
+        """Prompt and seed of every image, prompt by prompt."""
+        return [(prompt, self.seed + i) for prompt in self.prompts for i in range(self.num_images)]
+
+
+Cell = tuple[str, int, Stack]
+"""One image to draw: its prompt, its seed, and the stack of its text encoders (none: the pipeline as it is)."""
+
+
+def generate_images(
+    pipe: Any, settings: Settings, *, on_step: Callable[[int], None] | None = None
+) -> list[Image.Image]:
+    """One image a job, in the jobs' order; ``on_step(images)`` is called after each denoising step of a batch.
+
+    Raises:
+        PromptError: a prompt with a tag, or one that needs compel, which is not installed.
+        RefError: weights in a prompt that cannot be read.
+        ConfigError: something that the pipeline refuses.
+    """
+    jobs = settings.jobs()
+    read = read_prompts(pipe, settings.prompts, **_reading(settings))
+    if settings.long_prompts or not all(text.is_plain for text in (*read.prompts, read.negative)):
+        return generate_cells(pipe, settings, [(prompt, seed, None) for prompt, seed in jobs], on_step=on_step)
+    words = dict(zip(settings.prompts, read.prompts))
+    images: list[Image.Image] = []
+    for start in range(0, len(jobs), settings.batch_size):
+        batch = jobs[start : start + settings.batch_size]
+        given = {"prompt": [words[prompt].text for prompt, _ in batch]}
+        if read.negative.text:
+            given["negative_prompt"] = [read.negative.text] * len(batch)
+        images += sample(pipe, settings, [seed for _, seed in batch], given, on_step=on_step)
+    return images
+
+
+def generate_cells(
+    pipe: Any, settings: Settings, cells: Sequence[Cell], *, on_step: Callable[[int], None] | None = None
+) -> list[Image.Image]:
+    """One image a cell, each prompt encoded under its own stack; a batch holds prompts of equal length only.
+
+    Raises:
+        ConfigError: a stack that changes the U-Net, which all images of a batch share.
+        PromptError, RefError, FamilyError, MatchError: as ``encode_prompts``.
+    """
+    options: dict[str, Any] = {"clip_skip": settings.clip_skip} if settings.clip_skip is not None else {}
+    images: dict[int, Image.Image] = {}
+    for members in _batches(pipe, settings, [prompt for prompt, _, _ in cells]):
+        prompts, seeds, stacks = zip(*(cells[i] for i in members))
+        guided = settings.guidance > 1
+        given = encode_prompts(pipe, prompts, stacks, guided=guided, **_reading(settings), **options)
+        images |= zip(members, sample(pipe, settings, seeds, given, on_step=on_step))
+    return [images[i] for i in range(len(cells))]
+
+
+def _reading(settings: Settings) -> dict[str, Any]:
+    names = ("negative", "prompt_weights", "long_prompts")
+    return {name: getattr(settings, name) for name in names}
+
+
+def _batches(pipe: Any, settings: Settings, prompts: Sequence[str]) -> Iterator[list[int]]:
+    """Places of the prompts, as many as a batch holds, all of as many chunks: padding would change an image."""
+    by_length: dict[int, list[int]] = {}
+    lengths = {
+        prompt: read_prompts(pipe, [prompt], **_reading(settings)).chunks if settings.long_prompts else 1
+        for prompt in dict.fromkeys(prompts)
+    }
+    for place, prompt in enumerate(prompts):
+        by_length.setdefault(lengths[prompt], []).append(place)
+    for places in by_length.values():
+        yield from (places[i : i + settings.batch_size] for i in range(0, len(places), settings.batch_size))
+
+
+def sample(
+    pipe: Any,
+    settings: Settings,
+    seeds: Sequence[int],
+    given: Mapping[str, Any],
+    *,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """One call of the pipeline; ``given`` holds its prompts or embeddings. Each image has a generator of its own."""
+    accepted = inspect.signature(pipe.__call__).parameters
+    optional = {"width": settings.width, "height": settings.height, "clip_skip": settings.clip_skip}
+    keywords: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
+    if unknown := sorted(set(keywords) - set(accepted)):
+        raise ConfigError(f"{type(pipe).__name__} takes no {unknown[0]}")
+    if "prompt_embeds" in given and "negative_prompt" in accepted:
+        keywords["negative_prompt"] = None  # some pipelines have a default that clashes with embeddings
+
+    def count(_pipe: Any, _step: int, _timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if on_step is not None:
+            on_step(len(seeds))
+        return values
+
+    if "callback_on_step_end" in accepted:
+        keywords["callback_on_step_end"] = count
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    steps = {"num_inference_steps": settings.inference_steps, "guidance_scale": settings.guidance}
+    try:
+        with final_norms_named(pipe):
+            result = pipe(**given, **keywords, **steps, generator=generators)
+    except ValueError as error:
+        raise ConfigError(f"{type(pipe).__name__}: {(str(error).splitlines() or ['?'])[0]}") from error
+    if blacked := sum(getattr(result, "nsfw_content_detected", None) or []):
+        logger.warning("the base's safety checker blacked out %d of %d images", blacked, len(seeds))
+    return list(result.images)
+
+
+def save_images(
+    images: Sequence[Image.Image],
+    settings: Settings,
+    folder: Path,
+    *,
+    sampler: str,
+    origins: Sequence[Mapping[str, Any]],
+) -> list[Path]:
+    """Write the images of a run as numbered PNG files whose text says how each was made; an origin for each image."""
+    paths = []
+    jobs = zip(images, settings.jobs(), origins, strict=True)
+    for number, (image, (prompt, seed), origin) in enumerate(jobs):
+        path = folder / f"{number:04d}.png"
+        with writing(path) as temporary:
+            Path(temporary).write_bytes(encode_png(image, describe(image, settings, prompt, seed, sampler, origin)))
+        paths.append(path)
+    return paths
+
+
+def describe(
+    image: Image.Image, settings: Settings, prompt: str, seed: int, sampler: str, origin: Mapping[str, Any]
+) -> dict[str, str]:
+    """The text entries of one image: A1111's ``parameters``, and everything in ``texforce_hub``."""
+    parameters = a1111_parameters(
+        prompt,
+        settings.negative,
+        steps=settings.inference_steps,
+        sampler=sampler,
+        guidance=settings.guidance,
+        seed=seed,
+        size=image.size,
+    )
+    whole = {"prompt": prompt, "seed": seed, **origin, "settings": asdict(settings)}
+    return {"parameters": parameters, "texforce_hub": json.dumps(whole, ensure_ascii=False, default=str)}

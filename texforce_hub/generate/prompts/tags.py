@@ -1,0 +1,153 @@
+"""Adapters inside a prompt, as A1111's web UI and its relatives write them.
+
+::
+
+    TAG    = "<" ("lora" | "lyco") ":" NAME {":" number} {":" ("te" | "unet") "=" number} ">"
+
+The first number is the text encoder's weight (1 without it), the second the U-Net's (the first without it), as
+in A1111's ``extra_networks_lora.py``; ComfyUI's tag loaders take the two the other way round. ``te=`` and
+``unet=`` win over a number in their place. ``lyco`` is an old spelling of ``lora``.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import NoReturn
+
+from texforce_hub.errors import PromptError, RefError
+from texforce_hub.grammar import fail, parse_number, write_number
+
+_TAG = re.compile(r"<(\w+):([^<>]*)(>?)", re.ASCII)
+_OPENED = re.compile(r"<(?:lora|lyco)\b")
+_WEIGHTS = {"te": "the text encoder's weight", "unet": "the U-Net's weight"}
+_DYNAMIC = "cuts the rank while loading, which is not done here; texforce-hub resize writes a file of that rank"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTag:
+    """One tag of a prompt: the adapter's name, and how much of its text encoder's and of its U-Net's change.
+
+    Raises:
+        RefError: a name that a tag cannot hold, or a weight that is not finite.
+    """
+
+    name: str
+    text_encoder: float = 1.0
+    unet: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or self.name != self.name.strip() or not set(self.name).isdisjoint("<>:=\n"):
+            raise RefError(f"{self.name!r} cannot stand in a tag; expected a name without < > : = around or in it")
+        if not math.isfinite(self.text_encoder) or not math.isfinite(self.unet):
+            raise RefError(f"<lora:{self.name}>: a weight is not finite")
+
+    @classmethod
+    def parse(cls, text: str) -> "PromptTag":
+        """The tag that ``text`` is.
+
+        Raises:
+            RefError: it is none; the message shows where, with a caret.
+        """
+        found = _TAG.fullmatch(text)
+        if found is None:
+            fail(text, 0, "not a tag; expected <lora:NAME:WEIGHT>")
+        return _read_tag(text, found)
+
+    def __str__(self) -> str:
+        second = "" if self.unet == self.text_encoder else f":{write_number(self.unet)}"
+        return f"<lora:{self.name}:{write_number(self.text_encoder)}{second}>"
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedPrompt:
+    """A prompt's words, and the tags that stood among them, in order."""
+
+    text: str
+    tags: tuple[PromptTag, ...] = ()
+
+    @classmethod
+    def parse(cls, prompt: str) -> "TaggedPrompt":
+        """The words and tags of a prompt; where tags stood, runs of blanks become one.
+
+        Raises:
+            RefError: a tag that cannot be read; the message shows where, with a caret.
+        """
+        tags = tuple(_read_tag(prompt, found) for found in _TAG.finditer(prompt))
+        text = _TAG.sub("", prompt)
+        if (opened := _OPENED.search(text)) is not None:
+            fail(prompt, prompt.index(opened[0]), "not a tag; expected <lora:NAME:WEIGHT>")
+        return cls(" ".join(text.split()) if tags else prompt, tags)
+
+    def __str__(self) -> str:
+        return " ".join([*([self.text] if self.text else []), *map(str, self.tags)])
+
+
+def refuse_tags(prompt: str, why: str) -> None:
+    """Refuse a prompt with a tag where none can act, so that it is not read as words.
+
+    Raises:
+        PromptError: it has one; ``why`` is the end of the sentence.
+    """
+    if (found := _TAG.search(prompt) or _OPENED.search(prompt)) is not None:
+        raise PromptError(f"{prompt!r} holds the tag {found[0]}; {why}")
+
+
+def _read_tag(text: str, found: re.Match[str]) -> PromptTag:
+    kind = found[1]
+    if not found[3]:
+        fail(text, found.start(), "a tag is not closed; expected '>' after its weight")
+    if kind not in ("lora", "lyco"):
+        fail(text, found.start(1), f"there is no {kind!r} tag here; expected <lora:NAME:WEIGHT>")
+    fields = _field_spans(text, found.start(2), found.end(2))
+    start, end = fields[0]
+    name = text[start:end]
+    if not name or "=" in name:
+        fail(text, start, "no adapter's name; expected <lora:NAME:WEIGHT>")
+    if "\n" in name:
+        fail(text, start, "a name ends with its line; expected <lora:NAME:WEIGHT>")
+    return PromptTag(name, *_read_weights(text, fields[1:]))
+
+
+def _field_spans(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """What lies between the colons of ``text[start:end]``, without the blanks around it."""
+    spans = []
+    for field in text[start:end].split(":"):
+        begin = start + len(field) - len(field.lstrip())
+        spans.append((begin, max(begin, start + len(field.rstrip()))))
+        start += len(field) + 1
+    return spans
+
+
+def _read_weights(text: str, spans: list[tuple[int, int]]) -> tuple[float, float]:
+    in_order: list[float] = []
+    named: dict[str, float] = {}
+    for start, end in spans:
+        key, equals, _ = text[start:end].partition("=")
+        if equals:
+            name = _check_key(text, start, key.strip(), named)
+            named[name] = _read_weight(text, start + len(key) + 1, end)
+        elif len(in_order) == 2:
+            _refuse_third(text, start)
+        else:
+            in_order.append(_read_weight(text, start, end))
+    text_encoder = named.get("te", in_order[0] if in_order else 1.0)
+    return text_encoder, named.get("unet", in_order[1] if len(in_order) > 1 else text_encoder)
+
+
+def _read_weight(text: str, start: int, end: int) -> float:
+    blanks = len(text[start:end]) - len(text[start:end].lstrip())
+    return parse_number(text, start + blanks, end, "a weight, e.g. <lora:NAME:0.8>")
+
+
+def _check_key(text: str, start: int, key: str, named: dict[str, float]) -> str:
+    if key == "dyn":
+        fail(text, start, f"'dyn=' {_DYNAMIC}")
+    if key not in _WEIGHTS:
+        fail(text, start, f"{key!r} is no weight of a tag; expected te= or unet=")
+    if key in named:
+        fail(text, start, f"{_WEIGHTS[key]} stands twice; give one")
+    return key
+
+
+def _refuse_third(text: str, start: int) -> NoReturn:
+    fail(text, start, f"a third number {_DYNAMIC}")

@@ -1,0 +1,175 @@
+"""A drawing run as a recipe: recorded with the hashes of what went in, replayed only if they still hold."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from texforce_hub.errors import RecipeError, RefError
+from texforce_hub.files.hashing import hash_files
+from texforce_hub.files.writing import writing
+from texforce_hub.generate.draw import Settings
+from texforce_hub.generate.prompts.tags import TaggedPrompt
+from texforce_hub.hub.find import find_bundle, find_local, find_remote_place, pin_source
+from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.recipe import Recipe, RecipeSource
+
+_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One drawing run: base, partner, stack, how it is put on, its columns, and how to sample.
+
+    The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
+    nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweep``:
+    ``NAME=FROM:TO:COUNT``, one for every weight.
+    """
+
+    base: str
+    adapters: tuple[AdapterRef, ...]
+    settings: Settings
+    unet: str = ""
+    mode: str = "attach"
+    rounding: str = "nearest"
+    scheduler: str = ""
+    each: bool = False
+    sweep: str = ""
+    tags: tuple[tuple[AdapterRef, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        written = [len(TaggedPrompt.parse(prompt).tags) for prompt in self.settings.prompts]
+        found = [len(refs) for refs in self.tags] or [0] * len(written)
+        if found != written:
+            raise RecipeError(f"the prompts have {written} tags, and there are {found} adapters for them")
+
+
+def record_run(run: Run, path: Path) -> None:
+    """Write a run's recipe.
+
+    Raises:
+        RecipeError: a run without adapters.
+    """
+    look_up = cache(_look_up)  # many prompts may ask for the same adapter
+    pairs: list[tuple[int | None, AdapterRef]] = [(None, ref) for ref in run.adapters]
+    pairs += [(number, ref) for number, refs in enumerate(run.tags) for ref in refs]
+    sources = [
+        RecipeSource(source, ref.weight, dict(ref.parts), ref.name or "", revision, sha256, prompt)
+        for prompt, ref in pairs
+        for source, revision, sha256 in [look_up(ref.source)]
+    ]
+    chosen = asdict(run.settings)
+    prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
+    table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
+    table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
+    table |= {name: getattr(run, name) for name in ("scheduler", "each", "sweep") if getattr(run, name)}
+    table |= {"unet": _pin_partner(run.unet)} if run.unet else {}
+    for name, source in (("base", run.base), ("unet", run.unet)):
+        if digest := _hash_local(source):
+            table[f"{name}_sha256"] = digest
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "texforce-hub")}
+    recipe = Recipe("apply", tuple(sources), settings=table, seed=seed, versions=versions)
+    with writing(path) as part:
+        part.write_text(str(recipe), encoding="utf-8")
+
+
+def _look_up(source: str) -> tuple[str, str, str]:
+    """A source as it can be found again, its commit if it is on the Hub, and the hash of its files."""
+    bundle = find_bundle(AdapterRef(source))
+    return *pin_source(source, bundle.path), hash_files(bundle.files)
+
+
+def _pin_partner(unet: str) -> str:
+    """A partner as it can be found again: from the Hub with its commit."""
+    ref = AdapterRef.parse(unet)
+    if find_local(ref) is not None:
+        return unet
+    return str(replace(ref, source=find_remote_place(ref).name))
+
+
+def replay_run(path: Path) -> Run:
+    """The run that a recipe describes, every local file checked against its hash.
+
+    Raises:
+        RecipeError: no recipe of a drawing run, or a file that is not the one recorded.
+    """
+    try:
+        recipe = Recipe.parse(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    if recipe.kind != "apply":
+        raise RecipeError(f"{path}: a recipe of kind {recipe.kind!r}; expected 'apply'")
+    table = dict(recipe.settings)
+    for source, recorded in dict.fromkeys((s.source, s.sha256) for s in recipe.sources):
+        _check_hash(source, hash_files(find_bundle(AdapterRef(source)).files), recorded)
+    for name in ("base", "unet"):
+        expected = str(table.pop(f"{name}_sha256", ""))
+        _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), expected)
+    refs: dict[int | None, list[AdapterRef]] = {}
+    for s in recipe.sources:
+        refs.setdefault(s.prompt, []).append(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())))
+    shared = tuple(refs.pop(None, ()))
+    outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
+    each = table.pop("each", False) is True
+    settings = _read_settings(table, recipe.seed, path)
+    tags = tuple(tuple(refs.pop(number, ())) for number in range(len(settings.prompts))) if refs else ()
+    if refs:
+        raise RecipeError(
+            f"{path}: an adapter for prompt {max(map(str, refs))}; it has {len(settings.prompts)} prompts"
+        )
+    try:
+        return Run(adapters=shared, settings=settings, each=each, tags=tags, **outer)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+_OUTER = ("base", "unet", "mode", "rounding", "scheduler", "sweep")
+_SETTINGS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
+    "prompts": Mapping,
+    "negative": str,
+    "guidance": (int, float),
+    "prompt_weights": str,
+    "long_prompts": bool,
+}
+
+
+def _read_settings(table: Mapping[str, Any], seed: int, path: Path) -> Settings:
+    for name, value in table.items():
+        if name not in _SETTINGS or not isinstance(value, _SETTINGS[name]):
+            raise RecipeError(f"{path}: {name} = {value!r} is no setting of a drawing run")
+    if "prompts" not in table:
+        raise RecipeError(f"{path}: it holds no prompts")
+    values = {name: value for name, value in table.items() if name != "prompts"}
+    return Settings(prompts=tuple(str(text) for text in table["prompts"].values()), seed=seed, **values)
+
+
+def _check_hash(source: str, found: str, recorded: str) -> None:
+    if recorded and found != recorded:
+        raise RecipeError(f"{source} is not what the recipe was made with: sha256 {found[:12]}…, not {recorded[:12]}…")
+
+
+def _hash_local(source: str) -> str:
+    """The hash of a local file or folder that a base or partner names; empty if it is not local."""
+    if not source or source == "shapes":
+        return ""
+    try:
+        place = Path(AdapterRef.parse(source).source)
+    except RefError:
+        return ""
+    return hash_place(place) if place.exists() else ""
+
+
+def hash_place(place: Path) -> str:
+    """SHA-256 of a file, or of a folder's weight files in the order of their names.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    files: Sequence[Path] = [place]
+    if place.is_dir():
+        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    return hash_files(files)

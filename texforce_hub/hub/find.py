@@ -1,0 +1,226 @@
+"""From a name to the file that it means: local paths, folders, catalogue names, the Hub. Torch-free."""
+
+import logging
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from texforce_hub.errors import DialectError, FileError, RefError
+from texforce_hub.files.container import open_header
+from texforce_hub.formats.plan.planning import plan
+from texforce_hub.hub.bundles import Bundle, bundle_file, bundle_folder, part_folders, plan_bundle
+from texforce_hub.hub.cache import hub_id_of
+from texforce_hub.hub.catalog import Entry, read_catalog
+from texforce_hub.hub.filenames import PREFERRED, SUFFIXES, choose_name, is_safetensors, list_names
+from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.refs.hub_id import HubId
+
+if TYPE_CHECKING:
+    from texforce_hub.hub.huggingface.repository import RemoteFile
+    from texforce_hub.hub.remote import RemotePlace
+_LOG = logging.getLogger("texforce_hub")
+_FORCED = "hf://"
+
+
+def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
+    """The files of the one adapter that a reference means; :mod:`texforce_hub.hub.bundles` has the rule.
+
+    Raises:
+        RefError: nothing of that name, or a folder in which no adapter or several could be meant.
+        HubError: the Hub has nothing of that name, or cannot be asked.
+    """
+    place = find_local(ref)
+    if place is None:
+        from texforce_hub.hub.remote import fetch_adapter
+
+        place = fetch_adapter(find_remote_place(ref))
+    return pick_bundle(place) if place.is_dir() else bundle_file(place)
+
+
+def find_place(ref: str | Path | AdapterRef) -> Path:
+    """The file or folder that a reference means; one on the Hub is fetched with all tensor files in it.
+
+    Raises:
+        RefError, HubError: nothing of that name.
+    """
+    place = find_local(ref)
+    if place is None:
+        from texforce_hub.hub.remote import fetch_place
+
+        return fetch_place(find_remote_place(ref))
+    return place
+
+
+def find_local(ref: str | Path | AdapterRef) -> Path | None:
+    """The path here that a reference means: an existing one, or a catalogue entry's; ``None``: it is on the Hub.
+
+    Raises:
+        RefError: nothing of that name here, and it can be none on the Hub.
+    """
+    source = _source_of(ref)
+    if not source.startswith(_FORCED) and "\0" not in source and os.path.lexists(source):
+        if isinstance(ref, str | AdapterRef):
+            _say_shadow(source)
+        return Path(source)
+    entry = None if isinstance(ref, Path) else read_catalog().get(source)
+    if entry is not None:
+        return None if entry.folder is None else _shipped_folder(entry, entry.folder)
+    if isinstance(ref, Path) or not _names_hub(source):
+        raise RefError(_not_found(source))
+    return None
+
+
+def _source_of(ref: str | Path | AdapterRef) -> str:
+    if isinstance(ref, str):
+        ref = AdapterRef.parse(ref)
+    return ref.source if isinstance(ref, AdapterRef) else str(ref)
+
+
+def find_remote_place(ref: str | Path | AdapterRef) -> "RemotePlace":
+    """What a reference means on the Hub, if :func:`find_local` says that it is there; nothing is fetched.
+
+    Raises:
+        RefError, HubError: as :func:`texforce_hub.hub.remote.find_remote`.
+    """
+    from texforce_hub.hub.remote import find_remote
+
+    source = _source_of(ref)
+    return find_remote(read_catalog().get(source) or source)
+
+
+@cache
+def _say_shadow(source: str) -> None:
+    """A folder here that is named as a repository could be: say once which of them is meant."""
+    if source.count("/") == 1 and _names_hub(source) and Path(source).is_dir():
+        _LOG.info(
+            "%s: the folder here is used; for the Hub repository of that name write %s%s", source, _FORCED, source
+        )
+
+
+def _names_hub(source: str) -> bool:
+    """Whether a name that is none here can be one on the Hub; ``hf://`` says so, and then it must be."""
+    if source.startswith(_FORCED):
+        HubId.parse(source)
+        return True
+    if source.startswith((".", "/", "~")) or (source.count("/") == 1 and source.lower().endswith(SUFFIXES)):
+        return False
+    try:
+        HubId.parse(source)
+    except RefError:
+        return False
+    return True
+
+
+def _shipped_folder(entry: Entry, folder: Path) -> Path:
+    if folder.exists():
+        return folder
+    raise RefError(f"catalogue entry {entry.name!r}: its weights are not in this installation ({folder})")
+
+
+def _not_found(source: str) -> str:
+    names = ", ".join(read_catalog()) or "none"
+    return (
+        f"{source!r} is no file or folder here and no catalogue name (known: {names}); "
+        f"expected a path, a name of the catalogue, or a Hub id owner/name"
+    )
+
+
+def pick_file(folder: Path) -> Path:
+    """The adapter's file in a folder: the usual names in order, else the only file that holds one.
+
+    Raises:
+        RefError: no file, or several of equal standing.
+    """
+    names = [path.name + ("/" if path.is_dir() else "") for path in sorted(folder.iterdir())]
+    return folder / choose_name(names, lambda name: _holds_adapter(folder / name), str(folder))
+
+
+def pick_bundle(folder: Path) -> Bundle:
+    """The one adapter in a folder: as :func:`pick_file` finds it, else the one that lies in several files.
+
+    Raises:
+        RefError: no adapter, or several of equal standing.
+    """
+    bundles = [] if any((folder / name).is_file() for name in PREFERRED) else bundle_folder(folder)
+    several = [bundle for bundle in bundles if not bundle.is_one_file and not _is_model(bundle)]
+    if not several:
+        return bundle_file(pick_file(folder))
+    single = [bundle for bundle in bundles if bundle.is_one_file and is_safetensors(bundle.path.name)]
+    rivals = [bundle.path for bundle in (*several, *(one for one in single if _holds_adapter(one.path)))]
+    if len(rivals) > 1:
+        names = list_names([path.name for path in rivals])
+        raise RefError(f"{folder}: holds {len(rivals)} adapters, {names}; name the one you mean")
+    return several[0]
+
+
+def _is_model(bundle: Bundle) -> bool:
+    """Whether shards are those of a whole model; what cannot be read may be an adapter, and is refused as one."""
+    try:
+        plan_bundle(bundle)
+    except DialectError:
+        return len(bundle.pieces) == 1
+    except FileError:
+        return False
+    return False
+
+
+def _holds_adapter(path: Path) -> bool:
+    try:
+        plan(open_header(path))
+    except (FileError, DialectError):
+        return False
+    return True
+
+
+def list_adapters(ref: str | Path | AdapterRef) -> "list[Bundle] | list[RemoteFile]":
+    """As :func:`find_bundles`, but what is on the Hub stays there, file by file.
+
+    Raises:
+        RefError, HubError: nothing of that name, or a folder without any.
+    """
+    place = find_local(ref)
+    if place is not None:
+        return _find_here(place)
+    from texforce_hub.hub.remote import list_remote_files
+
+    return list_remote_files(find_remote_place(ref))
+
+
+def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
+    """Every adapter that a reference can mean, as the files that it lies in; what is on the Hub is fetched.
+
+    Raises:
+        RefError, HubError: nothing of that name, or a folder without any.
+    """
+    return _find_here(find_place(ref))
+
+
+def _find_here(place: Path) -> list[Bundle]:
+    if not place.is_dir():
+        return [bundle_file(place)]
+    found = sorted(_walk(place), key=lambda bundle: bundle.path)
+    if not found:
+        seen = list_names([path.name + ("/" if path.is_dir() else "") for path in sorted(place.iterdir())]) or "nothing"
+        raise RefError(f"{place}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {seen}")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Bundle]:
+    yield from bundle_folder(folder)
+    pieces = part_folders(folder)
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and path not in pieces:
+            yield from _walk(path)
+
+
+def pin_source(source: str, place: Path) -> tuple[str, str]:
+    """A source as it can be found again, and its commit if ``place``, where it was found, is from the Hub.
+
+    What was found here or in the catalogue's own folders stays as it is named; a Hub reference gets its commit.
+    """
+    found = hub_id_of(place)
+    if found is None:
+        return source, ""
+    return source if find_local(source) is not None else f"{_FORCED}{found}", found.revision or ""

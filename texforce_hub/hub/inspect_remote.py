@@ -1,0 +1,51 @@
+"""What a file on the Hub says, looked at from here: its header by byte ranges, its hash from the repository."""
+
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+from texforce_hub.errors import TexForceHubError
+from texforce_hub.formats.plan.planning import plan
+from texforce_hub.hub.bundles import owns_config
+from texforce_hub.hub.filenames import is_safetensors
+from texforce_hub.hub.huggingface.ranges import RemoteHeader
+from texforce_hub.hub.huggingface.repository import RemoteFile
+from texforce_hub.hub.inspect import Inspection, describe, with_error
+from texforce_hub.hub.remote import find_remote_sidecars, open_remote_header
+
+_PICKLE = "a pickle, which cannot be looked into from here; texforce-hub convert --allow-pickle reads it"
+
+
+_SCATTERED = "its alphas lie scattered over the file and were not fetched"
+_LEFT = "alphas not fetched, or few of them; inspect one file alone for more, or with --weights for all"
+
+
+def inspect_remote_file(file: RemoteFile, *, alone: bool = True) -> Inspection:
+    """The facts of one file on the Hub, adapter or not; ``path`` is the reference that will always mean it.
+
+    Of one of many (not ``alone``) only the header is read, which takes two requests: alphas are known as far as they
+    lie beside it, and of sidecars their names. A file that cannot be looked at, damaged or behind a fault of the
+    network, gives its ``error``.
+    """
+    container = "safetensors" if is_safetensors(file.path) else "pickle"
+    sidecars = find_remote_sidecars(file, read=alone)
+    known = Inspection(Path(file.name), file.blob.size, file.blob.sha256, container, sidecars=sidecars)
+    if container == "pickle":
+        return replace(known, problems=(_PICKLE,))
+    try:
+        found = open_remote_header(file, numbers=alone)
+        planned = plan(found.header, owns_config=owns_config(PurePosixPath(file.path).name))
+    except TexForceHubError as error:
+        return with_error(known, str(error).removeprefix(f"{file}: "))
+    return _without_unread(describe(known, planned), found, alone=alone)
+
+
+def _without_unread(described: Inspection, found: RemoteHeader, *, alone: bool) -> Inspection:
+    """What is described, with no alpha said to be missing that is only unread."""
+    if not found.unread:
+        return described
+    alphas: dict[float | None, int] = {
+        alpha: count for alpha, count in (described.alphas or {}).items() if alpha is not None
+    }
+    some = f" but for {found.read} of {found.read + found.unread}" if alphas else ""
+    note = f"{_SCATTERED}{some}; inspect --weights fetches it" if alone else _LEFT
+    return replace(described, alphas=alphas or None, notes=(note,))

@@ -1,0 +1,189 @@
+"""A reference to an adapter: its files are found, their headers planned, their bytes decoded here."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter.finite import check_finite
+from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.value import Adapter
+from texforce_hub.errors import AdapterError, DialectError
+from texforce_hub.files.container import sniff
+from texforce_hub.files.header import Header, TensorInfo
+from texforce_hub.files.lazy_mapping import LazyMapping
+from texforce_hub.files.tensors import stream_tensors
+from texforce_hub.files.torch_dtypes import DTYPES
+from texforce_hub.formats.codec.decoding import decode_stored
+from texforce_hub.formats.codec.joining import join_outlines, join_stored
+from texforce_hub.formats.plan.joining import join_plans
+from texforce_hub.formats.plan.planning import Plan, plan
+from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece, owns_config
+from texforce_hub.hub.cache import _in_hub_cache
+from texforce_hub.hub.find import find_bundle
+from texforce_hub.hub.refs.adapter import AdapterRef
+
+_LOG = logging.getLogger("texforce_hub")
+_MOST_NOTES = 8
+_LONGEST_NOTE = 300  # characters
+
+
+def read_adapter(
+    path_or_ref: str | Path | AdapterRef,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> Adapter:
+    """The adapter that a path, a folder, a catalogue name or a reference means, its tensors on ``device``.
+
+    The change at weight 1: a reference's weight is for whoever applies it. ``alpha`` is the alpha of every layer
+    that stores none (``rank`` otherwise). Local pickles are read, tensors only; those in a Hub cache need
+    ``allow_pickle``.
+
+    Raises:
+        RefError: nothing, or nothing definite, of that name.
+        FileError: the file is damaged or not what it says.
+        DialectError: no layout fits the tensors' names.
+        AdapterError: shapes that make no adapter, NaN or infinity.
+    """
+    bundle = find_bundle(path_or_ref)
+    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
+    with _naming(bundle.path):
+        adapter = replace(stored.outline, layers=dict(stored.layers), extras=dict(stored.extras))
+        check_finite(adapter)
+        return adapter
+
+
+def open_adapter(
+    path_or_ref: str | Path | AdapterRef,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> StoredAdapter:
+    """As :func:`read_adapter`, of an adapter that stays in its files: layers are read when they are looked at.
+
+    All of it is read and checked once, here, so that what can be wrong with it is said before any work.
+
+    Raises:
+        RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`.
+    """
+    return open_bundle(find_bundle(path_or_ref), device=device, alpha=alpha, allow_pickle=allow_pickle)
+
+
+def open_bundle(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+) -> StoredAdapter:
+    """As :func:`open_adapter`, of the files that are known to be the adapter's.
+
+    Raises:
+        FileError, DialectError, AdapterError: as :func:`read_adapter`.
+    """
+    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
+    with _naming(bundle.path):
+        check_finite(stored)
+        return stored
+
+
+def store_bundle(
+    bundle: Bundle,
+    *,
+    device: str | torch.device | None = None,
+    alpha: float | None = None,
+    allow_pickle: bool = False,
+    aloud: bool = False,
+) -> StoredAdapter:
+    """The adapter in its files, its numbers not yet looked at: NaN and infinity may be among them.
+
+    ``aloud``: what is worth knowing of it goes to the log.
+
+    Raises:
+        FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
+    """
+    plans: dict[str, Plan] = {}
+    pieces: dict[str, StoredAdapter] = {}
+    for piece in bundle.pieces:
+        header, tensors = _open_piece(piece, device, allow_pickle=allow_pickle)
+        name = bundle.name_of(piece)
+        with _naming(piece.paths[0]):
+            plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
+            pieces[name] = decode_stored(plans[name], _outlines(header), tensors, alpha=alpha)
+    with _naming(bundle.path):
+        whole = join_plans(plans)
+        stored = pieces.popitem()[1] if len(pieces) == 1 else join_stored(whole, pieces, alpha=alpha)
+    if aloud:
+        _warn(bundle, whole.notes)
+    return stored
+
+
+def _warn(bundle: Bundle, notes: Sequence[str]) -> None:
+    """Nothing of a file is left out, or read otherwise than it says, without a word."""
+    for note in notes[:_MOST_NOTES]:
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in note[:_LONGEST_NOTE])
+        _LOG.warning("%s: %s%s", bundle.path, shown, "…" if len(note) > _LONGEST_NOTE else "")
+    if len(notes) > _MOST_NOTES:
+        _LOG.warning("%s: %d notes more; texforce-hub inspect lists them", bundle.path, len(notes) - _MOST_NOTES)
+
+
+def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
+    """As :func:`read_adapter`, from the files' headers alone: every tensor is on the ``meta`` device, a shape only.
+
+    Raises:
+        RefError, FileError, DialectError: as :func:`read_adapter`, as far as a header can tell.
+    """
+    bundle = find_bundle(path_or_ref)
+    plans: dict[str, Plan] = {}
+    outlines: dict[str, Adapter] = {}
+    for piece in bundle.pieces:
+        header, name = open_piece(piece), bundle.name_of(piece)
+        with _naming(piece.paths[0]):
+            plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
+            outlines[name] = decode_stored(plans[name], _outlines(header), {}).outline
+    if len(outlines) == 1:
+        return outlines.popitem()[1]
+    with _naming(bundle.path):
+        return join_outlines(join_plans(plans), outlines)
+
+
+def _open_piece(
+    piece: Piece, device: str | torch.device | None, *, allow_pickle: bool
+) -> tuple[Header, Mapping[str, Tensor]]:
+    """The header of a file, or of all its shards, and its tensors, to be read when they are asked for."""
+    check_shards(piece)
+    headers: list[Header] = []
+    homes: dict[str, Mapping[str, Tensor]] = {}
+    for path in piece.paths:
+        if sniff(path) == "pickle":
+            _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
+        header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
+        headers.append(header)
+        homes |= dict.fromkeys(tensors, tensors)
+    return join_headers(piece.paths, headers), LazyMapping(homes, lambda key: homes[key][key])
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in an error which file it is about."""
+    try:
+        yield
+    except (DialectError, AdapterError) as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _outlines(header: Header) -> dict[str, Tensor]:
+    return {name: _outline(name, info) for name, info in header.tensors.items()}
+
+
+def _outline(name: str, info: TensorInfo) -> Tensor:
+    if info.dtype not in DTYPES:
+        raise DialectError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold; convert it")
+    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")

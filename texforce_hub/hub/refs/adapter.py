@@ -1,0 +1,162 @@
+"""An adapter as a user names it: where it is, how much of it, during which steps."""
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+
+from texforce_hub.errors import RefError
+from texforce_hub.grammar import fail, parse_number, write_number
+
+Exists = Callable[[str], bool]
+
+WHOLE = (0.0, 1.0)
+"""The window of an adapter that acts during all steps."""
+
+_NAME = re.compile(r"\w[\w-]*", re.ASCII)
+_PART = re.compile(r"[\w.*?-]+", re.ASCII)
+_WINDOW = re.compile(r"\[([^\[\]/]*)\]\Z")
+_HYPHEN = re.compile(r"(?<![eE])-")  # not the sign of an exponent
+
+
+def exists_on_disk(source: str) -> bool:
+    """Whether a file or folder of exactly this name exists."""
+    return "\0" not in source and os.path.exists(source)  # noqa: PTH110  # a name, not a path yet
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter as a user names it: where it is, how much of it, during which steps.
+
+    ``weight`` holds for every layer; ``parts`` overrides it for parts (``text_encoder``), blocks
+    (``unet.up_blocks.1``) and patterns (``*attn2*``). ``window`` is the share of the denoising steps, from
+    its first number to its second, in [0, 1].
+
+    Raises:
+        RefError: an empty or unwritable source, a weight that is not finite, a window outside [0, 1].
+    """
+
+    source: str
+    name: str | None = None
+    weight: float = 1.0
+    parts: tuple[tuple[str, float], ...] = ()
+    window: tuple[float, float] = WHOLE
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise RefError("an adapter's source is empty; expected a path, a catalogue name or a Hub id")
+        if self.name is not None and not _NAME.fullmatch(self.name):
+            raise RefError(f"{self.name!r} cannot name an adapter; expected letters, digits, - and _")
+        if _splits_name(self.source):
+            raise RefError(f"{self.source!r} reads as a name and a source; write './{self.source}' for the path")
+        if not all(math.isfinite(w) for w in (self.weight, *(w for _, w in self.parts))):
+            raise RefError(f"{self.source}: a weight is not finite")
+        if self.parts and self.weight != 1.0:
+            raise RefError(f"{self.source}: give one weight, or one for each part, not both")
+        names = [part for part, _ in self.parts]
+        if len(set(names)) < len(names) or not all(_PART.fullmatch(part) for part in names):
+            raise RefError(f"{self.source}: parts {names}; expected each once, e.g. 'text_encoder'")
+        if not 0 <= self.window[0] < self.window[1] <= 1:
+            raise RefError(f"{self.source}: window {self.window}; expected 0 ≤ start < end ≤ 1")
+
+    @classmethod
+    def parse(cls, text: str, *, exists: Exists = exists_on_disk) -> "AdapterRef":
+        """The reference that ``text`` writes.
+
+        Raises:
+            RefError: it writes none; the message shows where, with a caret.
+        """
+        begin = text.index("=") + 1 if _splits_name(text) else 0
+
+        def is_known(end: int) -> bool:
+            return exists(text[:end]) or exists(text[begin:end])
+
+        end, window, weight = len(text), WHOLE, 1.0
+        parts: tuple[tuple[str, float], ...] = ()
+        found = _WINDOW.search(text)
+        if found and not is_known(end):
+            end, window = found.start(), _parse_window(text, found)
+        colon = _tail_colon(text, begin, end)
+        if colon is not None and not is_known(end):
+            weight, parts = _parse_weights(text, colon + 1, end)
+            end = colon
+        if begin and exists(text[:end]):
+            begin = 0
+        if begin == end:
+            fail(text, begin, "no source; expected a path, a catalogue name or a Hub id")
+        source = text[begin:end]
+        name = text[: begin - 1] if begin else None
+        return cls(f"./{source}" if _splits_name(source) else source, name, weight, parts, window)
+
+    def __str__(self) -> str:
+        name = "" if self.name is None else f"{self.name}="
+        weights = ",".join(f"{part}={write_number(w)}" for part, w in self.parts) or write_number(self.weight)
+        body = self.source
+        if weights != "1" or _tail_colon(body, 0, len(body)) is not None:
+            body += f":{weights}"
+        if self.window != WHOLE or _WINDOW.search(body):
+            body += f"[{write_number(self.window[0])}-{write_number(self.window[1])}]"
+        return name + body
+
+    @property
+    def label(self) -> str:
+        """What to call it in tables and pictures: its name, else the last component of its source."""
+        return self.name or PurePosixPath(self.source).name.removesuffix(".safetensors") or self.source
+
+    def weight_of(self, layer: str) -> float:
+        """The weight of one layer, by its canonical name; the longest fitting part or pattern decides."""
+        fitting = [(len(part), w) for part, w in self.parts if _covers(part, layer)]
+        return max(fitting, key=lambda found: found[0])[1] if fitting else self.weight
+
+
+def _covers(part: str, layer: str) -> bool:
+    return layer == part or layer.startswith(f"{part}.") or fnmatchcase(layer, part)
+
+
+def _splits_name(text: str) -> bool:
+    head, equals, _ = text.partition("=")
+    return bool(equals) and _NAME.fullmatch(head) is not None
+
+
+def _parse_window(text: str, found: re.Match[str]) -> tuple[float, float]:
+    hyphen = _HYPHEN.search(text, found.start(1) + 1, found.end(1))
+    if hyphen is None:
+        fail(text, found.start(1), "a window has no '-'; expected [start-end], e.g. [0-0.4]")
+    at = hyphen.start()
+    start = parse_number(text, found.start(1), at, "a fraction of the steps, e.g. [0-0.4]")
+    end = parse_number(text, at + 1, found.end(1), "a fraction of the steps, e.g. [0-0.4]")
+    if not 0 <= start < end <= 1:
+        fail(text, found.start(1), "a window must go forward inside 0 to 1, e.g. [0-0.4]")
+    return start, end
+
+
+def _tail_colon(text: str, begin: int, end: int) -> int | None:
+    """The last colon of ``text[begin:end]``, unless a path goes on after it (``hf://me/x``)."""
+    colon = text.rfind(":", begin, end)
+    return None if colon < 0 or "/" in text[colon:end] or "\\" in text[colon:end] else colon
+
+
+def _parse_weights(text: str, start: int, end: int) -> tuple[float, tuple[tuple[str, float], ...]]:
+    if "=" not in text[start:end]:
+        return parse_number(text, start, end, "a weight like 0.8 or text_encoder=0.8,unet=0.3"), ()
+    parts: dict[str, float] = {}
+    for begin, stop in _comma_spans(text, start, end):
+        equals = text.find("=", begin, stop)
+        if equals < 0 or not _PART.fullmatch(text[begin:equals]):
+            fail(text, begin, f"{text[begin:stop]!r} is no part's weight; expected e.g. text_encoder=0.8")
+        if text[begin:equals] in parts:
+            fail(text, begin, f"{text[begin:equals]!r} has two weights; give one")
+        parts[text[begin:equals]] = parse_number(text, equals + 1, stop, "a weight, e.g. text_encoder=0.8")
+    return 1.0, tuple(parts.items())
+
+
+def _comma_spans(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    while True:
+        comma = text.find(",", start, end)
+        yield start, end if comma < 0 else comma
+        if comma < 0:
+            return
+        start = comma + 1

@@ -1,0 +1,59 @@
+"""A repository on the Hub as a user names it."""
+
+import re
+from dataclasses import dataclass
+
+from texforce_hub.grammar import fail
+
+_REPO_WORD = re.compile(r"\w[\w.-]*", re.ASCII)
+_LONG_REVISION = re.compile(r"refs/(pr/\d+|convert/\w+)", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A repository on the Hub, one of its revisions, one of its files: ``owner/name[@revision][/file]``."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "HubId":
+        """The Hub id that ``text`` writes, with or without ``hf://``.
+
+        Raises:
+            RefError: it writes none, or its file would leave the repository's folder.
+        """
+        start = len("hf://") if text.startswith("hf://") else 0
+        owner, slash, rest = text[start:].partition("/")
+        if not slash or not _REPO_WORD.fullmatch(owner):
+            fail(text, start, "not a Hub id; expected owner/name, e.g. me/style@v1/lora.safetensors")
+        at = start + len(owner) + 1
+        found = _REPO_WORD.match(rest)
+        if found is None:
+            fail(text, at, "not a Hub id; expected a repository's name after the owner")
+        at += found.end()
+        revision, file = _parse_revision_and_file(text, at)
+        return cls(f"{owner}/{found[0]}", revision, file)
+
+    def __str__(self) -> str:
+        revision = "" if self.revision is None else f"@{self.revision}"
+        return f"{self.repo}{revision}" + ("" if self.file is None else f"/{self.file}")
+
+
+def _parse_revision_and_file(text: str, at: int) -> tuple[str | None, str | None]:
+    revision = None
+    if text[at : at + 1] == "@":
+        long = _LONG_REVISION.match(text, at + 1)
+        slash = text.find("/", at)
+        end = long.end() if long else len(text) if slash < 0 else slash
+        revision = text[at + 1 : end]
+        if not revision:
+            fail(text, at + 1, "no revision after '@'; expected a branch, a tag or a commit")
+        at = end
+    if at == len(text):
+        return revision, None
+    file = text[at + 1 :]
+    if text[at] != "/" or not file or "\\" in file or not set(file.split("/")).isdisjoint({"", ".", ".."}):
+        fail(text, at, "expected '/' and a file inside the repository")
+    return revision, file

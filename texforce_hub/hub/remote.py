@@ -1,0 +1,226 @@
+"""From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from texforce_hub.errors import DialectError, FileError, HubError, RefError
+from texforce_hub.files.container import open_header
+from texforce_hub.formats.plan.planning import plan
+from texforce_hub.hub.bundles import lies_in_pieces, shard_names
+from texforce_hub.hub.catalog import Entry
+from texforce_hub.hub.filenames import SUFFIXES, choose_name, is_candidate, list_names
+from texforce_hub.hub.huggingface.fetch import fetch_file, find_cached
+from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
+from texforce_hub.hub.huggingface.repository import RemoteFile, Repository, open_repository
+from texforce_hub.hub.refs.hub_id import HubId
+from texforce_hub.hub.sidecars import ENDINGS, Sidecar, read_sidecar
+
+_LONGEST_SIDECAR = 20_000_000  # bytes; previews can be short films
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePlace:
+    """A file or a folder in a repository; ``path`` is empty for all of it, ``sha256`` what a catalogue says of it."""
+
+    repository: Repository
+    path: str = ""
+    sha256: str = ""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a file, and not a folder."""
+        return self.path in self.repository.blobs
+
+    @property
+    def names(self) -> list[str]:
+        """The paths of the files in it, inside folders too, relative to it."""
+        prefix = f"{self.path}/" if self.path else ""
+        return sorted(name.removeprefix(prefix) for name in self.repository.blobs if name.startswith(prefix))
+
+    @property
+    def name(self) -> str:
+        """The reference that will always mean it."""
+        return f"hf://{HubId(self.repository.repo, self.repository.commit, self.path or None)}"
+
+    def file(self, name: str) -> RemoteFile:
+        """A file in it."""
+        return self.repository.file(f"{self.path}/{name}" if self.path else name)
+
+    def __str__(self) -> str:
+        return f"{self.repository}/{self.path}" if self.path else str(self.repository)
+
+
+def find_remote(source: str | Entry) -> RemotePlace:
+    """The place that a Hub id, or a catalogue entry on the Hub, means; nothing of it is fetched.
+
+    Raises:
+        HubError: the Hub cannot be asked, or says that there is no such thing.
+        RefError: the repository holds no such file.
+    """
+    if isinstance(source, Entry):
+        wanted, sha256 = HubId(source.repo or "", source.revision, source.file), source.sha256 or ""
+    else:
+        wanted, sha256 = HubId.parse(source), ""
+    try:
+        repository = open_repository(wanted.repo, wanted.revision)
+    except HubError as error:
+        if isinstance(source, Entry) or source.startswith("hf://"):
+            raise
+        raise HubError(f"{source!r} is no file or folder here, and as a Hub id: {error}") from error
+    place = RemotePlace(repository, wanted.file or "", sha256)
+    if not place.is_file and not place.names:
+        names = sorted(repository.blobs)
+        held = list_names([name for name in names if is_candidate(name)] or names) or "nothing"
+        raise RefError(f"{repository}: holds no file {place.path!r}; it holds {held}")
+    return place
+
+
+def pick_remote_file(place: RemotePlace) -> RemoteFile:
+    """The adapter's file in a place: the usual names in order, else the only one that holds an adapter.
+
+    Raises:
+        RefError: no file, or several of equal standing.
+    """
+    if place.is_file:
+        return place.repository.file(place.path)
+    return place.file(choose_name(place.names, lambda name: _holds_adapter(place.file(name)), str(place)))
+
+
+def _holds_adapter(file: RemoteFile) -> bool:
+    try:
+        plan(open_remote_header(file, numbers=False).header)
+    except (FileError, DialectError):
+        return False
+    return True
+
+
+def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> RemoteHeader:
+    """A file's header: from the cache if it lies there, else by byte ranges, with its single numbers or without.
+
+    Raises:
+        FileError: it is damaged, or a pickle, which cannot be read in parts.
+        HubError: the Hub cannot be asked.
+    """
+    path = find_cached(file)
+    if path is None:
+        return read_remote_header(file, numbers=numbers)
+    try:
+        header = open_header(path)
+    except FileError as error:
+        raise FileError(str(error).replace(str(path), str(file))) from error
+    return RemoteHeader(header, len(header.scalars))
+
+
+def find_remote_sidecars(file: RemoteFile, *, read: bool) -> tuple[Sidecar, ...]:
+    """What lies beside a file on the Hub, by its name; if ``read``, its texts are fetched and say what they say."""
+    return tuple(_find_sidecar(file, ending, read=read) for ending in _list_endings(file.repository, file.path))
+
+
+def _find_sidecar(file: RemoteFile, ending: str, *, read: bool) -> Sidecar:
+    beside = file.repository.file(_stem(file.path) + ending)
+    known = Sidecar(ENDINGS[ending], Path(beside.name), ending)
+    if not read or known.kind == "preview" or beside.blob.size > _LONGEST_SIDECAR:
+        return known
+    try:
+        said = read_sidecar(fetch_file(beside), ending)
+    except HubError as error:
+        return replace(known, problem=str(error).removeprefix(f"{beside}: "))
+    return replace(said, path=known.path)
+
+
+def fetch_sidecars(source: HubId) -> Iterator[str]:
+    """Fetch what lies beside a file of a repository into the cache, beside the file there; gives what was not fetched.
+
+    ``source`` need not be a file itself: an adapter in several has its sidecars where an only file would.
+    """
+    try:
+        repository = open_repository(source.repo, source.revision)
+    except HubError as error:
+        yield f"hf://{source}: what lies beside it on the Hub is not known: {error}"
+        return
+    for ending in _list_endings(repository, source.file or ""):
+        beside = repository.file(_stem(source.file or "") + ending)
+        if beside.blob.size > _LONGEST_SIDECAR:
+            yield f"{beside}: {beside.blob.size} bytes long, left on the Hub"
+            continue
+        try:
+            fetch_file(beside)
+        except HubError as error:
+            yield f"{beside}: left on the Hub: {str(error).removeprefix(f'{beside}: ')}"
+
+
+def _list_endings(repository: Repository, path: str) -> list[str]:
+    return [ending for ending in ENDINGS if _stem(path) + ending in repository.blobs]
+
+
+def _stem(path: str) -> str:
+    return path[: path.rindex(".")] if path.lower().endswith(SUFFIXES) else path
+
+
+def list_remote_files(place: RemotePlace) -> list[RemoteFile]:
+    """Every tensor file in a place and the folders in it.
+
+    Raises:
+        RefError: there is none.
+    """
+    if place.is_file:
+        return [place.repository.file(place.path)]
+    found = [place.file(name) for name in place.names if is_candidate(name)]
+    if not found:
+        raise RefError(f"{place}: holds no tensor file; it holds {list_names(place.names)}")
+    return found
+
+
+def fetch_remote_file(place: RemotePlace, file: RemoteFile) -> Path:
+    """Where a file of the place lies in the cache, fetched if it was not there.
+
+    Raises:
+        HubError: it cannot be fetched, or is not what the Hub lists or the catalogue says.
+    """
+    path = fetch_file(file)
+    if place.sha256:
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != place.sha256:
+            raise HubError(f"{file}: its SHA-256 is {found[:12]}…, the catalogue's {place.sha256[:12]}…; not used")
+    return path
+
+
+def fetch_adapter(place: RemotePlace) -> Path:
+    """The adapter in a place, fetched: its file in the cache, or the folder there of an adapter in several files.
+
+    Raises:
+        RefError: no adapter, or several of equal standing.
+        HubError: a file of it cannot be fetched.
+    """
+    if not place.is_file and lies_in_pieces(place.names) and not _are_shards_of_a_model(place):
+        return fetch_place(place)
+    file = pick_remote_file(place)
+    folder, _, name = file.path.rpartition("/")
+    beside = RemotePlace(place.repository, folder)
+    for other in shard_names(name, beside.names):
+        fetch_file(beside.file(other))
+    return fetch_remote_file(place, file)
+
+
+def _are_shards_of_a_model(place: RemotePlace) -> bool:
+    """Whether a folder's shards hold no adapter, so that their gigabytes are left where they are."""
+    shards = [name for name in place.names if "/" not in name and len(shard_names(name, place.names)) > 1]
+    return bool(shards) and not _holds_adapter(place.file(shards[0]))
+
+
+def fetch_place(place: RemotePlace) -> Path:
+    """The file in the cache, or the folder in it, that a place is, with all tensor files in it fetched.
+
+    Raises:
+        RefError: there is none.
+        HubError: one of them cannot be fetched.
+    """
+    if place.is_file:
+        return fetch_remote_file(place, place.repository.file(place.path))
+    files = list_remote_files(place)
+    paths = [fetch_remote_file(place, file) for file in files]
+    inside = files[0].path.removeprefix(place.path).strip("/")
+    return paths[0].parents[inside.count("/")]

@@ -1,0 +1,128 @@
+"""A stack of adapters as apply, merge's callers and the command line give it: read, labelled, weighted."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from texforce_hub.adapter.finite import check_finite
+from texforce_hub.adapter.value import Adapter
+from texforce_hub.errors import ConfigError
+from texforce_hub.hub.read import read_adapter
+from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
+from texforce_hub.hub.refs.stack import make_unique
+
+Weight = float | Mapping[str, float]
+Source = str | PathLike[str] | AdapterRef | Adapter
+Item = Source | tuple[Source, Weight]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One adapter of a stack: its label, itself, and how much of each layer."""
+
+    label: str
+    adapter: Adapter
+    weight: AdapterRef
+
+    @property
+    def item(self) -> tuple[Adapter, Weight]:
+        """The entry as ``apply_adapter`` takes it: nothing is read again."""
+        return self.adapter, dict(self.weight.parts) if self.weight.parts else self.weight.weight
+
+    def reweighted(self, weight: Weight) -> "Entry":
+        """The same entry with another weight.
+
+        Raises:
+            ConfigError: a weight that is not finite, or a pattern that fits no layer.
+        """
+        return replace(self, weight=_weights(weight, self.label, self.adapter))
+
+
+def read_stack(
+    adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Callable[[AdapterRef], Adapter] = read_adapter
+) -> list[Entry]:
+    """The stack's entries, adapters read and weights checked; labels are made unique.
+
+    ``weight`` is for the items that bring none; ``read`` may be ``read_outline`` where no values are needed.
+
+    Raises:
+        ConfigError: no adapter, or an impossible weight.
+        AdapterError: NaN or infinity in a layer.
+    """
+    many = isinstance(adapters, list | tuple) and not _is_pair(adapters)
+    items: list[Any] = list(adapters) if many else [adapters]  # type: ignore[arg-type]
+    if not items:
+        raise ConfigError("an empty stack; expected at least one adapter")
+    entries = [_read_entry(item, weight, read) for item in items]
+    labels = make_unique(entry.label for entry in entries)
+    return [replace(entry, label=label) for entry, label in zip(entries, labels)]
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping)
+
+
+def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter]) -> Entry:
+    source, weight = item if _is_pair(item) else (item, None)
+    if isinstance(source, Adapter):
+        label, adapter, ref = "adapter", source, AdapterRef("adapter")
+        check_finite(adapter)
+    else:
+        ref = source if isinstance(source, AdapterRef) else _parsed(source)
+        label, adapter = ref.label, read(ref)
+    if ref.window != WHOLE:
+        raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
+    if weight is None and (ref.weight != 1.0 or ref.parts):
+        check_patterns(label, adapter, ref)
+        return Entry(label, adapter, ref)
+    return Entry(label, adapter, _weights(default if weight is None else weight, label, adapter))
+
+
+def _parsed(source: str | PathLike[str]) -> AdapterRef:
+    if isinstance(source, str):
+        return AdapterRef.parse(source)
+    path = Path(source)
+    return AdapterRef(str(path) if path.is_absolute() else f"./{path}")
+
+
+def _weights(weight: Weight, label: str, adapter: Adapter) -> AdapterRef:
+    numbers = weight.values() if isinstance(weight, Mapping) else [weight]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ConfigError(f"{label}: weight {weight}; expected finite numbers")
+    if not isinstance(weight, Mapping):
+        return AdapterRef("adapter", weight=float(weight))
+    ref = AdapterRef("adapter", parts=tuple((part, float(number)) for part, number in weight.items()))
+    check_patterns(label, adapter, ref)
+    return ref
+
+
+def check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
+    """Refuse a weight of a part or pattern that no layer of the adapter has.
+
+    Raises:
+        ConfigError: names it, and the parts that there are.
+    """
+    for part, _ in ref.parts:
+        only = AdapterRef("adapter", parts=((part, 0.0),))
+        if all(only.weight_of(name) != 0.0 for name in adapter.layers):
+            parts = ", ".join(adapter.parts)
+            raise ConfigError(f"{label}: no layer is covered by {part!r}; its parts are {parts}, a pattern needs *")
+
+
+def reweighted(entries: Sequence[Entry], weights: Mapping[str, Weight] | Sequence[Weight]) -> list[Entry]:
+    """The entries with new weights, by label or in order.
+
+    Raises:
+        ConfigError: an unknown label, another number of weights, or an impossible weight.
+    """
+    labels = [entry.label for entry in entries]
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(entries):
+            raise ConfigError(f"{len(weights)} weights for a stack of {len(entries)}: {', '.join(labels)}")
+        weights = dict(zip(labels, weights))
+    if unknown := sorted(set(weights) - set(labels)):
+        raise ConfigError(f"no adapter {unknown[0]!r} in the stack; it has {', '.join(labels)}")
+    return [entry.reweighted(weights[entry.label]) if entry.label in weights else entry for entry in entries]

@@ -1,0 +1,128 @@
+"""How alike two adapters are, layer by layer, computed from their factors."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter.decomposed import Decomposed
+from texforce_hub.adapter.dense import Vector
+from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.value import Adapter, Layer, LayerName
+from texforce_hub.apply.model import Base, find_weight
+from texforce_hub.errors import MergeError
+from texforce_hub.formats.codec.renaming import share_names
+from texforce_hub.merge.methods.linear import products
+from texforce_hub.merge.methods.registry import Mergeable
+from texforce_hub.merge.methods.resolve import resolve
+from texforce_hub.merge.methods.spaces import matrices
+from texforce_hub.merge.methods.spectral import singular_triplets
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedLayer:
+    """One layer that both adapters change.
+
+    norms: of the two changes
+    cosine: between them as vectors, in [−1, 1]
+    angles: principal angles between what they read (right singular spaces) and what they write (left ones), the
+        smallest of each, in degrees; 90: they do not touch
+    overlap: share of the second's output space inside the first's, in [0, 1]
+    interference: share of the norm that summing both loses (above 0) or gains (below 0) against orthogonal
+        changes: ``1 − ‖a + b‖ / √(‖a‖² + ‖b‖²)``
+    """
+
+    name: LayerName
+    norms: tuple[float, float]
+    cosine: float
+    angles: tuple[float, float]
+    overlap: float
+    interference: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two adapters side by side.
+
+    missing: layers that only the first, and only the second, has
+    """
+
+    layers: tuple[ComparedLayer, ...]
+    missing: tuple[tuple[LayerName, ...], tuple[LayerName, ...]]
+    cosine: float
+    interference: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The comparison as plain data, ready for JSON."""
+        return asdict(self)
+
+
+def compare_adapters(a: Adapter | StoredAdapter, b: Adapter | StoredAdapter, *, base: Base | None = None) -> Comparison:
+    """Cosine, principal angles and interference of every layer that both adapters change, one layer at a time.
+
+    Args:
+        base: pipeline, model or mapping of weights; only DoRA layers need it.
+
+    Raises:
+        MergeError: no layer in common, layers of different shapes, or a DoRA layer without ``base``.
+        DialectError: one names a transformer's layers as the authors' code does, and they cannot be divided.
+    """
+    a, b = share_names([a, b])
+    shared = [name for name in a.layers if name in b.layers]
+    if not shared:
+        raise MergeError(f"no layer in common: one has {next(iter(a.layers), None)!r}, the other {_first(b)!r}")
+    layers = tuple(_compare_layer(name, a.layers[name], b.layers[name], base) for name in shared)
+    inner = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in layers)
+    squares = [math.fsum(layer.norms[side] ** 2 for layer in layers) for side in (0, 1)]
+    only = tuple(tuple(name for name in one.layers if name not in other.layers) for one, other in ((a, b), (b, a)))
+    return Comparison(layers, (only[0], only[1]), _cosine(inner, *squares), _interference(inner, *squares))
+
+
+def _first(adapter: Adapter | StoredAdapter) -> LayerName | None:
+    return next(iter(adapter.layers), None)
+
+
+def _compare_layer(name: LayerName, a: Layer, b: Layer, base: Base | None) -> ComparedLayer:
+    if a.shape != b.shape:
+        raise MergeError(f"{name}: shapes {a.shape} and {b.shape}; expected one family")
+    pair = [_resolved(name, layer, base) for layer in (a, b)]
+    (aa, ab), (_, bb) = products(pair).tolist()
+    reads, writes, overlap = (90.0, 90.0, 0.0) if isinstance(pair[0], Vector) or not aa * bb > 0 else _spaces(pair)
+    return ComparedLayer(
+        name,
+        (math.sqrt(max(0.0, aa)), math.sqrt(max(0.0, bb))),
+        _cosine(ab, aa, bb),
+        (reads, writes),
+        overlap,
+        _interference(ab, aa, bb),
+    )
+
+
+def _resolved(name: LayerName, layer: Layer, base: Base | None) -> Mergeable:
+    return resolve(name, layer, find_weight(base, name, layer.shape) if isinstance(layer, Decomposed) else None)
+
+
+def _cosine(inner: float, first: float, second: float) -> float:
+    return max(-1.0, min(1.0, inner / math.sqrt(first * second))) if first * second > 0 else 0.0
+
+
+def _interference(inner: float, first: float, second: float) -> float:
+    apart = first + second
+    return 1 - math.sqrt(max(0.0, apart + 2 * inner) / apart) if apart > 0 else 0.0
+
+
+def _spaces(pair: list[Mergeable]) -> tuple[float, float, float]:
+    """Smallest principal angle of the right and the left singular spaces, and the left spaces' overlap."""
+    factors: list[LowRank] = matrices(pair)
+    (left_a, _, right_a), (left_b, _, right_b) = (singular_triplets(layer) for layer in factors)
+    written = torch.linalg.svdvals((left_a.mT @ left_b).double())
+    read = torch.linalg.svdvals((right_a @ right_b.mT).double())
+    overlap = float(written.square().sum()) / min(left_a.shape[1], left_b.shape[1])
+    return _degrees(read[0]), _degrees(written[0]), min(1.0, overlap)
+
+
+def _degrees(cosine: Tensor) -> float:
+    return math.degrees(math.acos(max(-1.0, min(1.0, float(cosine)))))

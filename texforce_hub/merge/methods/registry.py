@@ -1,0 +1,164 @@
+"""The table of merge methods: names, options and laws, read from the functions themselves."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin
+
+from texforce_hub.adapter.dense import Dense, Vector
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.errors import MergeError
+
+Mergeable = LowRank | Dense | Vector
+MergeFunction = Callable[..., Mergeable]
+
+#: identity: one source at weight 1 comes back as it was.
+#: gauge: ``(up G, G⁻¹ down)`` instead of ``(up, down)`` changes nothing.
+#: scale: all changes times c > 0, and the result is times c.
+#: order: the sources' order does not matter.
+#: negation: a source at +w and again at −w leave nothing.
+Law = Literal["identity", "gauge", "scale", "order", "negation"]
+
+METHODS: dict[str, "Method"] = {}
+
+_AVERAGING = frozenset({"linear", "average", "mean", "weighted_average", "add"})
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a method may need to know beyond the layer in hand.
+
+    seed: of this layer, derived from the run's seed and the layer's name
+    positions: which source each change belongs to (a source may lack the layer); empty: 0, 1, 2 …
+    floors: smallest magnitude kept of each change, where the trim was surveyed over the whole adapter
+    """
+
+    seed: int = 0
+    positions: tuple[int, ...] = ()
+    floors: tuple[float, ...] | None = None
+
+    def with_floors(self, floors: Mapping[int, float] | None) -> "Context":
+        """The same context with the floors of the sources that have this layer."""
+        return self if floors is None else replace(self, floors=tuple(floors[p] for p in self.positions))
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of a method: its default, its choices if it is a word, and what it does."""
+
+    default: Any
+    choices: tuple[str, ...] = ()
+    help: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A registered merge method.
+
+    run: ``f(layers, weights, *, context, **options) -> layer``
+    most: the largest number of sources it is defined for; ``None``: any
+    view: what a survey over all layers looks at, where the formula works on stacked changes
+    """
+
+    name: str
+    run: MergeFunction
+    laws: frozenset[Law]
+    summary: str
+    options: Mapping[str, Option]
+    most: int | None = None
+    view: Callable[..., Any] | None = field(default=None, repr=False)
+    wants_context: bool = False
+
+    def merge(
+        self, layers: Sequence[Mergeable], weights: Sequence[float], options: Mapping[str, Any], context: Context
+    ) -> Mergeable:
+        """One merged layer; the context goes to the methods that ask for it."""
+        asked = {"context": context} if self.wants_context else {}
+        return self.run(layers, weights, **options, **asked)
+
+    def checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options in full, defaults filled in.
+
+        Raises:
+            MergeError: an unknown option, or a value of the wrong type or not among the choices.
+        """
+        for name in options:
+            if name not in self.options:
+                near = difflib.get_close_matches(name, self.options, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise MergeError(f"{self.name} has no option {name!r}; it has {_listed(self.options)}{hint}")
+        return {
+            name: _checked_value(f"{self.name}: {name}", option, options.get(name, option.default))
+            for name, option in self.options.items()
+        }
+
+
+def _checked_value(label: str, option: Option, value: Any) -> Any:
+    if option.choices:
+        if value not in option.choices:
+            raise MergeError(f"{label} {value!r}; expected one of {', '.join(option.choices)}")
+        return value
+    if value is None and option.default is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise MergeError(f"{label} {value!r}; expected a share in (0, 1]")
+    return float(value)
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(names) or "none"
+
+
+def merge_method(*, laws: set[Law], most: int | None = None) -> Callable[[MergeFunction], MergeFunction]:
+    """Register a merge method under its function's name; options and help come from signature and docstring."""
+
+    def register(function: MergeFunction) -> MergeFunction:
+        name = function.__name__
+        doc = inspect.getdoc(function) or ""
+        METHODS[name] = Method(
+            name=name,
+            run=function,
+            laws=frozenset(laws),
+            summary=doc.partition("\n")[0],
+            options=MappingProxyType(_read_options(function, doc)),
+            most=most,
+            view=getattr(function, "view", None),
+            wants_context="context" in inspect.signature(function).parameters,
+        )
+        return function
+
+    return register
+
+
+def _read_options(function: MergeFunction, doc: str) -> dict[str, Option]:
+    helps = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", doc, re.MULTILINE))
+    options = {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "context":
+            annotation = parameter.annotation
+            choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+            text = " ".join(helps.get(name, "").split())
+            options[name] = Option(parameter.default, choices, text)
+    return options
+
+
+def find_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        MergeError: there is none; averaging of factors is refused with the reason.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if name in _AVERAGING:
+        raise MergeError(
+            f"{name!r} averages the factors, and the product of averages is not the average of products (cross terms "
+            "upᵢ @ downⱼ; more than 100 % error on independent adapters); 'cat' is the exact sum, 'svd' the exact sum "
+            "at a rank"
+        )
+    near = difflib.get_close_matches(name, METHODS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise MergeError(f"no merge method {name!r}; {hint}there are {', '.join(METHODS)}")

@@ -1,0 +1,201 @@
+"""Give an adapter smaller ranks, each layer at its best (Eckart–Young), and say what share is kept."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter.algebra import count_for, singular_values, truncate
+from texforce_hub.adapter.batches import take_portions
+from texforce_hub.adapter.decomposed import Decomposed
+from texforce_hub.adapter.dense import Vector
+from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.value import Adapter, Layer, LayerName
+from texforce_hub.apply.model import Base, find_weight
+from texforce_hub.errors import MergeError
+from texforce_hub.merge.methods.resolve import resolve
+from texforce_hub.merge.methods.spaces import as_low_rank
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What bounds the ranks; every bound that is given holds.
+
+    rank: of each layer, at least 1
+    energy: the smallest rank that keeps this share of the layer's squared norm, in (0, 1]
+    ratio: singular values smaller than the largest divided by this are dropped, above 1
+    max_total_rank: the sum of the ranks, spent where the singular values are largest over all layers
+
+    Raises:
+        MergeError: a bound outside its range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    ratio: float | None = None
+    max_total_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for label, bound in (("rank", self.rank), ("max_total_rank", self.max_total_rank)):
+            if bound is not None and bound < 1:
+                raise MergeError(f"{label} {bound}; expected at least 1")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise MergeError(f"energy {self.energy}; expected a share in (0, 1], e.g. 0.99")
+        if self.ratio is not None and not self.ratio > 1:
+            raise MergeError(f"ratio {self.ratio}; expected more than 1, e.g. 100")
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is bounded at all."""
+        return any(b is not None for b in (self.rank, self.energy, self.ratio, self.max_total_rank))
+
+    def count(self, values: Tensor) -> int:
+        """How many of one layer's singular values the bounds of a single layer keep."""
+        keep = count_for(values, rank=self.rank, energy=self.energy)
+        if self.ratio is not None:
+            keep = min(keep, max(1, int((values >= values[0] / self.ratio).sum())))
+        return keep
+
+
+@dataclass(frozen=True, slots=True)
+class ResizedLayer:
+    """What became of one layer: rank before and after, share of its squared norm kept, norm before."""
+
+    name: LayerName
+    before: int | None
+    after: int | None
+    kept: float
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """A resized adapter and what it kept, layer by layer."""
+
+    adapter: Adapter
+    layers: tuple[ResizedLayer, ...]
+
+    @property
+    def kept(self) -> float:
+        """The share of the whole adapter's squared norm that is kept."""
+        total = math.fsum(layer.norm**2 for layer in self.layers)
+        return math.fsum(layer.kept * layer.norm**2 for layer in self.layers) / total if total > 0 else 1.0
+
+
+def shrink(
+    layers: Mapping[LayerName, LowRank], limits: Limits, *, ranks: Mapping[LayerName, int] | None = None
+) -> dict[LayerName, tuple[LowRank, float]]:
+    """The layers under the limits, and the shares kept; ``ranks`` bounds single layers besides."""
+    names, stacked = list(layers), list(layers.values())
+    budget = None
+    if limits.max_total_rank is not None:
+        budget = spend_budget(singular_values(stacked), limits)
+
+    def choose(index: int, values: Tensor) -> int:
+        bounds = [limits.count(values)]
+        if ranks is not None and names[index] in ranks:
+            bounds.append(ranks[names[index]])
+        if budget is not None:
+            bounds.append(budget[index])
+        return max(1, min(bounds))
+
+    return dict(zip(names, truncate(stacked, choose)))
+
+
+def spend_budget(spectra: list[Tensor], limits: Limits) -> list[int]:
+    """Ranks whose sum is at most ``max_total_rank`` and which keep the most energy; every layer gets 1.
+
+    Raises:
+        MergeError: fewer ranks than layers.
+    """
+    total = limits.max_total_rank or 0
+    if total < len(spectra):
+        raise MergeError(f"max_total_rank {total} for {len(spectra)} layers; expected at least 1 a layer")
+    if not spectra:
+        return []
+    allowed = [limits.count(values) for values in spectra]
+    beyond = [values[1:count].cpu() for values, count in zip(spectra, allowed)]
+    owners = torch.cat([torch.full((len(v),), i) for i, v in enumerate(beyond)])
+    best = torch.cat(beyond).argsort(descending=True, stable=True)[: total - len(spectra)]
+    return (torch.bincount(owners[best].long(), minlength=len(spectra)) + 1).tolist()
+
+
+def resize_adapter(
+    adapter: Adapter | StoredAdapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    ratio: float | None = None,
+    max_total_rank: int | None = None,
+    base: Base | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Resized:
+    """The adapter with smaller ranks; LoHa, LoKr, DoRA and dense layers become low rank, vectors stay as they are.
+
+    A few layers are in hand at a time, so that of a stored adapter only the result is ever whole in memory.
+
+    Args:
+        rank: the largest rank of a layer.
+        energy: the smallest rank that keeps this share of a layer's squared norm, in (0, 1].
+        ratio: keep singular values within this factor of the largest.
+        max_total_rank: the sum of all ranks, spent where it keeps the most.
+        base: pipeline, model or mapping of weights; only DoRA layers need it, whose change depends on it.
+        device: where to compute; the adapter's own by default.
+        dtype: of the result; float32 by default.
+
+    Raises:
+        MergeError: no limit, one outside its range, or a DoRA layer and no base that has its weight.
+    """
+    limits = Limits(rank, energy, ratio, max_total_rank)
+    if not limits.any:
+        raise MergeError("nothing to resize to: give rank, energy, ratio or max_total_rank")
+
+    def move(layer: Layer) -> Layer:
+        return layer.map(lambda tensor: tensor.to(device))
+
+    def factors() -> Iterator[tuple[LayerName, LowRank]]:
+        for name, layer in adapter.layers.items():
+            resolved = resolve(
+                name, move(layer), find_weight(base, name, layer.shape) if isinstance(layer, Decomposed) else None
+            )
+            if not isinstance(resolved, Vector):
+                yield name, as_low_rank(resolved)
+
+    each, ranks = _spread_budget(factors, limits)
+    kept: dict[LayerName, tuple[LowRank, float]] = {}
+    for together in take_portions(factors()):
+        kept |= shrink(together, each, ranks=ranks)
+    layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
+    before = adapter.outline if isinstance(adapter, StoredAdapter) else adapter
+    facts = tuple(_fact(before.layers[name], name, layer, kept.get(name)) for name, layer in layers.items())
+    return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=dtype), facts)
+
+
+def _spread_budget(
+    factors: Callable[[], Iterator[tuple[LayerName, LowRank]]], limits: Limits
+) -> tuple[Limits, dict[LayerName, int] | None]:
+    """The limits of each layer by itself, and the ranks that a limit of their sum allows."""
+    if limits.max_total_rank is None:
+        return limits, None
+    spectra: dict[LayerName, Tensor] = {}
+    for together in take_portions(factors()):
+        spectra |= zip(together, singular_values(list(together.values())))
+    ranks = spend_budget(list(spectra.values()), limits)
+    return replace(limits, max_total_rank=None), dict(zip(spectra, ranks))
+
+
+def _fact(before: Layer, name: LayerName, layer: Layer, kept: tuple[LowRank, float] | None) -> ResizedLayer:
+    if kept is None:
+        return ResizedLayer(name, None, None, 1.0, float(layer.delta().norm()))
+    return ResizedLayer(name, before.rank, layer.rank, kept[1], norm_before(*kept))
+
+
+def norm_before(shrunk: LowRank, share: float) -> float:
+    """The norm of a change before truncation, from what truncation left and the share that is."""
+    # Balanced halves: the squared lengths of the columns of up are the singular values.
+    squares = float(shrunk.up.double().square().sum(0).square().sum())
+    return math.sqrt(squares / share) if share > 0 else 0.0

@@ -1,0 +1,149 @@
+"""Rewards: functions ``f(images (b, 3, h, w) in [0, 1], prompts) -> (b,)``; more is better.
+
+A built-in is a module of this folder with a factory of the same name, ``alignment(device) -> f``, that does its
+heavy imports inside; somebody else's is ``python:module:function``, the scoring function itself. Whatever a
+reward returns is checked before it is used.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from texforce_hub.errors import RewardError
+from texforce_hub.rewards.ref import RewardRef
+from texforce_hub.settings import suggest_name
+
+Score = Callable[[Tensor, Sequence[str]], Any]  # a Tensor; somebody else's code may return anything
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A row of the table of built-in rewards."""
+
+    summary: str
+    differentiable: bool
+    downloads: str | None = None  # the weights it needs, a Hub id
+
+
+BUILT_IN: dict[str, BuiltIn] = {
+    "alignment": BuiltIn("does a picture of the shapes world show what its prompt says, 0 to 1", differentiable=True),
+    "brightness": BuiltIn("mean of all pixels, 0 to 1", differentiable=True),
+    "jpeg": BuiltIn("compressibility: minus the size as JPEG of quality 95, in kB", differentiable=False),
+}
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A scoring function with its name, its weight among several, and the contract checked at every call.
+
+    Raises:
+        RewardError: on a call, if the function raises or gives another shape, or a value that is not finite;
+            the message names the prompt.
+    """
+
+    name: str
+    function: Score
+    weight: float = 1.0
+    differentiable: bool = False
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores ``(b,)``, float32, on the images' device; images ``(b, 3, h, w)`` in [0, 1]."""
+        scores = self._score(images, prompts)
+        if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
+            seen = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise RewardError(
+                f"reward {self.name!r} gave {seen} for {len(prompts)} pictures, "
+                f"the first of {prompts[0]!r}; expected a tensor of shape ({len(prompts)},)"
+            )
+        bad = (~scores.detach().isfinite()).nonzero()
+        if len(bad):
+            first = int(bad[0])
+            raise RewardError(f"reward {self.name!r} gave {scores[first].item()} for the prompt {prompts[first]!r}")
+        checked: Tensor = scores.float().to(images.device)
+        return checked
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Any:
+        try:
+            return self.function(images, prompts)
+        except Exception as error:
+            culprit = self._find_culprit(images, prompts)
+            cause = str(error).splitlines()[0] if str(error) else "no message"
+            raise RewardError(
+                f"reward {self.name!r} raised {type(error).__name__} for the prompt {culprit!r}: {cause}"
+            ) from error
+
+    def _find_culprit(self, images: Tensor, prompts: Sequence[str]) -> str:
+        """The first prompt that fails alone; the batch's first if none does."""
+        for image, prompt in zip(images, prompts, strict=True):
+            try:
+                self.function(image[None], [prompt])
+            except Exception:  # noqa: BLE001  # which of them it was is all we ask; the error itself is on its way
+                return prompt
+        return prompts[0]
+
+
+def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
+    """The reward that ``NAME[=WEIGHT]`` names: a built-in, or ``python:module:function``.
+
+    Raises:
+        RefError: the weight is no number.
+        RewardError: there is no such reward, or its function cannot be imported.
+    """
+    ref = RewardRef.parse(spec)
+    name, weight = ref.name, ref.weight
+    if weight == 0:
+        raise RewardError(f"reward {spec!r} has weight 0; leave it out")
+    if name.startswith("python:"):
+        function = _import_function(name)
+        return Reward(name, function, weight, differentiable=bool(getattr(function, "differentiable", False)))
+    if name not in BUILT_IN:
+        hint = suggest_name(name, BUILT_IN, otherwise="built in are")
+        raise RewardError(f"no reward {name!r}; {hint} (your own: python:module:function)")
+    factory = getattr(import_module(f"texforce_hub.rewards.{name}"), name)
+    return Reward(name, factory(torch.device(device)), weight, BUILT_IN[name].differentiable)
+
+
+def resolve_rewards(specs: Sequence[str], device: str | torch.device = "cpu") -> list[Reward]:
+    """Several rewards, all different.
+
+    Raises:
+        RewardError: as :func:`resolve_reward`, or one is named twice.
+    """
+    rewards = [resolve_reward(spec, device) for spec in specs]
+    names = [reward.name for reward in rewards]
+    for name in names:
+        if names.count(name) > 1:
+            raise RewardError(f"reward {name!r} is given twice; give it once, with a weight: {name}=2")
+    return rewards
+
+
+@torch.no_grad()
+def score_images(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str], *, batch: int) -> Tensor:
+    """Every reward of every picture, ``(rewards, b)``, ``batch`` pictures at a time, without gradient.
+
+    Raises:
+        RewardError: a reward cannot be used; the message names the prompt.
+    """
+    starts = range(0, len(prompts), batch)
+    rows = [[reward(images[i : i + batch], prompts[i : i + batch]) for i in starts] for reward in rewards]
+    return torch.stack([torch.cat(row) for row in rows])
+
+
+def _import_function(spec: str) -> Score:
+    _, module, function = [*spec.split(":"), "", ""][:3]
+    if not module or not function or spec.count(":") != 2:
+        raise RewardError(f"reward {spec!r}; expected python:module:function, such as python:my_rewards:sharpness")
+    try:
+        found = getattr(import_module(module), function)
+    except ImportError as error:
+        raise RewardError(f"reward {spec!r}: cannot import {module!r}: {error}") from error
+    except AttributeError as error:
+        raise RewardError(f"reward {spec!r}: module {module!r} has no {function!r}") from error
+    if not callable(found):
+        raise RewardError(f"reward {spec!r}: {function!r} is a {type(found).__name__}, not a function")
+    score: Score = found
+    return score

@@ -1,0 +1,1 @@
+"""How a reward changes the weights: one file each."""

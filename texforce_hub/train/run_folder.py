@@ -1,0 +1,59 @@
+"""What a run leaves in its folder besides the checkpoints."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from texforce_hub.files.writing import writing
+from texforce_hub.generate.images.curve import plot_curve
+from texforce_hub.generate.images.sheet import column_sheet
+from texforce_hub.settings import write_settings
+from texforce_hub.train.config import TrainConfig
+
+ADAPTER = "pytorch_lora_weights.safetensors"  # the name that pipelines look for
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Reads and writes what lies in a run's folder."""
+
+    path: Path
+
+    def write_config(self, config: TrainConfig) -> None:
+        """The settings, all of them, as ``config.toml``; ``--config`` reads it back."""
+        self._write_text("config.toml", write_settings(asdict(config)))
+
+    def append_metrics(self, report: dict[str, Any]) -> None:
+        """One more line of ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
+
+    def trim_metrics(self, step: int) -> None:
+        """Forget what was noted after ``step``: those steps will be taken again."""
+        kept = [json.dumps(report) + "\n" for report in self._read_metrics() if report["step"] <= step]
+        self._write_text("metrics.jsonl", "".join(kept))
+
+    def write_curve(self, validations: Sequence[tuple[int, float]]) -> None:
+        """``reward.png``, from the metrics."""
+        if metrics := self._read_metrics():
+            points = [m["step"] for m in metrics], [m["reward"] for m in metrics]
+            with writing(self.path / "reward.png") as aside:
+                plot_curve(*points, validation=validations, title=self.path.name).save(aside, format="png")
+
+    def write_sheet(self, columns: Sequence[Tensor], rows: Sequence[str], names: Sequence[str], *, step: int) -> None:
+        """``samples/step-N.png``: a row a prompt, a column a policy; columns are ``(rows, 3, h, w)`` in [0, 1]."""
+        with writing(self.path / "samples" / f"step-{step}.png") as aside:
+            column_sheet(columns, rows=rows, names=names).save(aside, format="png")
+
+    def _read_metrics(self) -> list[dict[str, Any]]:
+        path = self.path / "metrics.jsonl"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last line's end was cut off
+
+    def _write_text(self, name: str, text: str) -> None:
+        with writing(self.path / name) as aside:
+            aside.write_text(text, encoding="utf-8")
