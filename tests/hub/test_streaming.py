@@ -17,7 +17,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import DialectError, FileError, TexForceHubError
 from texforce_hub.files.tensors import read_tensors, stream_tensors
 from texforce_hub.files.writing import write_stream, write_tensors
-from texforce_hub.formats.codec.encoding import encode, encode_stored
+from texforce_hub.formats.codec.encoding import encode, encode_lazily
 from texforce_hub.hub.convert import convert_adapter
 from texforce_hub.hub.measure import measure_file, measure_layers
 from texforce_hub.hub.read import open_adapter, read_adapter
@@ -75,7 +75,7 @@ def test_tensors_that_were_not_announced_write_nothing(tmp_path, came, phrase):
 def test_an_adapter_is_encoded_from_its_file_as_from_memory(tmp_path, dialect, dtype):
     source = write_adapter(some_adapter(), tmp_path / "x.safetensors", dialect="kohya")
     whole = encode(read_adapter(source), dialect, dtype=dtype)
-    outline, stream = encode_stored(open_adapter(source), dialect, dtype=dtype)
+    outline, stream = encode_lazily(open_adapter(source), dialect, dtype=dtype)
     tensors = dict(stream)
     assert (outline.metadata, outline.config, outline.filename) == (whole.metadata, whole.config, whole.filename)
     assert tensors.keys() == whole.tensors.keys() == outline.tensors.keys()

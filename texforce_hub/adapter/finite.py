@@ -2,12 +2,12 @@
 
 import torch
 
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.errors import AdapterError
 
 
-def check_finite(adapter: Adapter | StoredAdapter) -> None:
+def check_finite(adapter: Adapter | LazyAdapter) -> None:
     """Refuse NaN and infinity, which would spread through the whole model.
 
     Raises:

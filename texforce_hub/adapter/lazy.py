@@ -10,7 +10,7 @@ from texforce_hub.files.lazy_mapping import LazyMapping
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StoredAdapter:
+class LazyAdapter:
     """``outline`` is the adapter with every tensor on the ``meta`` device; ``layers`` and ``extras`` are the numbers.
 
     Each look into ``layers`` or ``extras`` reads anew: take one at a time, and memory stays at the largest.
@@ -20,7 +20,7 @@ class StoredAdapter:
     layers: Mapping[LayerName, Layer]
     extras: Mapping[str, Tensor]
 
-    def weighted(self, weight_of: Callable[[LayerName], float]) -> "StoredAdapter":
+    def weighted(self, weight_of: Callable[[LayerName], float]) -> "LazyAdapter":
         """Every layer's change times the weight that its name has."""
 
         def weigh(layers: Mapping[LayerName, Layer], name: LayerName) -> Layer:
@@ -29,10 +29,10 @@ class StoredAdapter:
         outline = replace(self.outline, layers={name: weigh(self.outline.layers, name) for name in self.outline.layers})
         return replace(self, outline=outline, layers=LazyMapping(self.layers, lambda name: weigh(self.layers, name)))
 
-    def only(self, part: str) -> "StoredAdapter":
+    def only(self, part: str) -> "LazyAdapter":
         """The layers of one part (``"text_encoder"``), without extras."""
         chosen = self.outline.only(part)
-        return StoredAdapter(chosen, LazyMapping(chosen.layers, self.layers.__getitem__), {})
+        return LazyAdapter(chosen, LazyMapping(chosen.layers, self.layers.__getitem__), {})
 
 
 def outline_adapter(adapter: Adapter) -> Adapter:

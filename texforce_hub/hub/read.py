@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.finite import check_finite
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import AdapterError, DialectError
 from texforce_hub.files.container import sniff
@@ -18,8 +18,8 @@ from texforce_hub.files.header import Header, TensorInfo
 from texforce_hub.files.lazy_mapping import LazyMapping
 from texforce_hub.files.tensors import stream_tensors
 from texforce_hub.files.torch_dtypes import DTYPES
-from texforce_hub.formats.codec.decoding import decode_stored
-from texforce_hub.formats.codec.joining import join_outlines, join_stored
+from texforce_hub.formats.codec.decoding import decode_lazily
+from texforce_hub.formats.codec.joining import join_lazy, join_outlines
 from texforce_hub.formats.plan.joining import join_plans
 from texforce_hub.formats.plan.planning import Plan, plan
 from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece, owns_config
@@ -65,7 +65,7 @@ def open_adapter(
     device: str | torch.device | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
-) -> StoredAdapter:
+) -> LazyAdapter:
     """As :func:`read_adapter`, of an adapter that stays in its files: layers are read when they are looked at.
 
     All of it is read and checked once, here, so that what can be wrong with it is said before any work.
@@ -82,7 +82,7 @@ def open_bundle(
     device: str | torch.device | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
-) -> StoredAdapter:
+) -> LazyAdapter:
     """As :func:`open_adapter`, of the files that are known to be the adapter's.
 
     Raises:
@@ -101,7 +101,7 @@ def store_bundle(
     alpha: float | None = None,
     allow_pickle: bool = False,
     aloud: bool = False,
-) -> StoredAdapter:
+) -> LazyAdapter:
     """The adapter in its files, its numbers not yet looked at: NaN and infinity may be among them.
 
     ``aloud``: what is worth knowing of it goes to the log.
@@ -110,16 +110,16 @@ def store_bundle(
         FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
     """
     plans: dict[str, Plan] = {}
-    pieces: dict[str, StoredAdapter] = {}
+    pieces: dict[str, LazyAdapter] = {}
     for piece in bundle.pieces:
         header, tensors = _open_piece(piece, device, allow_pickle=allow_pickle)
         name = bundle.name_of(piece)
         with _naming(piece.paths[0]):
             plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
-            pieces[name] = decode_stored(plans[name], _outlines(header), tensors, alpha=alpha)
+            pieces[name] = decode_lazily(plans[name], _outlines(header), tensors, alpha=alpha)
     with _naming(bundle.path):
         whole = join_plans(plans)
-        stored = pieces.popitem()[1] if len(pieces) == 1 else join_stored(whole, pieces, alpha=alpha)
+        stored = pieces.popitem()[1] if len(pieces) == 1 else join_lazy(whole, pieces, alpha=alpha)
     if aloud:
         _warn(bundle, whole.notes)
     return stored
@@ -147,7 +147,7 @@ def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
         header, name = open_piece(piece), bundle.name_of(piece)
         with _naming(piece.paths[0]):
             plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
-            outlines[name] = decode_stored(plans[name], _outlines(header), {}).outline
+            outlines[name] = decode_lazily(plans[name], _outlines(header), {}).outline
     if len(outlines) == 1:
         return outlines.popitem()[1]
     with _naming(bundle.path):

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from texforce_hub.adapter.finite import check_finite
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import FileError
 from texforce_hub.files.writing import write_stream, writing
-from texforce_hub.formats.codec.encoding import encode, encode_stored
+from texforce_hub.formats.codec.encoding import encode, encode_lazily
 from texforce_hub.hub.filenames import SUFFIXES, is_safetensors
 from texforce_hub.hub.peft_folder import check_readable, write_folder
 
@@ -18,7 +18,7 @@ _LOG = logging.getLogger("texforce_hub")
 
 
 def write_adapter(
-    adapter: Adapter | StoredAdapter,
+    adapter: Adapter | LazyAdapter,
     path: str | Path,
     *,
     dialect: str = "diffusers",
@@ -43,8 +43,8 @@ def write_adapter(
         check_finite(adapter)
     if dialect == "peft" and len(_outline_of(adapter).parts) > 1:
         return _write_parts(adapter, path, dtype)
-    if isinstance(adapter, StoredAdapter):
-        encoded, tensors = encode_stored(adapter, dialect, dtype=dtype)
+    if isinstance(adapter, LazyAdapter):
+        encoded, tensors = encode_lazily(adapter, dialect, dtype=dtype)
     else:
         encoded = encode(adapter, dialect, dtype=dtype)
         tensors = iter(encoded.tensors.items())
@@ -57,11 +57,11 @@ def write_adapter(
     return write_stream(file, encoded.tensors, tensors, encoded.metadata, check=check_readable)
 
 
-def _outline_of(adapter: Adapter | StoredAdapter) -> Adapter:
-    return adapter.outline if isinstance(adapter, StoredAdapter) else adapter
+def _outline_of(adapter: Adapter | LazyAdapter) -> Adapter:
+    return adapter.outline if isinstance(adapter, LazyAdapter) else adapter
 
 
-def _write_parts(adapter: Adapter | StoredAdapter, path: Path, dtype: torch.dtype | None) -> Path:
+def _write_parts(adapter: Adapter | LazyAdapter, path: Path, dtype: torch.dtype | None) -> Path:
     """A PEFT folder for each part, all of them or none."""
     parts = _outline_of(adapter).parts
     if path.exists() or is_safetensors(path.name):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Vector
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
@@ -60,7 +60,7 @@ class Comparison:
         return asdict(self)
 
 
-def compare_adapters(a: Adapter | StoredAdapter, b: Adapter | StoredAdapter, *, base: Base | None = None) -> Comparison:
+def compare_adapters(a: Adapter | LazyAdapter, b: Adapter | LazyAdapter, *, base: Base | None = None) -> Comparison:
     """Cosine, principal angles and interference of every layer that both adapters change, one layer at a time.
 
     Args:
@@ -81,7 +81,7 @@ def compare_adapters(a: Adapter | StoredAdapter, b: Adapter | StoredAdapter, *, 
     return Comparison(layers, (only[0], only[1]), _cosine(inner, *squares), _interference(inner, *squares))
 
 
-def _first(adapter: Adapter | StoredAdapter) -> LayerName | None:
+def _first(adapter: Adapter | LazyAdapter) -> LayerName | None:
     return next(iter(adapter.layers), None)
 
 

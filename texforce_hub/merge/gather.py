@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter.decomposed import Decomposed
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import ConfigError, MergeError, RefError
@@ -43,7 +43,7 @@ class Gathered:
     """
 
     entries: tuple[Entry, ...]
-    contents: tuple[Adapter | StoredAdapter, ...]
+    contents: tuple[Adapter | LazyAdapter, ...]
     sources: tuple[str, ...]
     part_weights: AdapterRef
     layer_weights: AdapterRef
@@ -100,7 +100,7 @@ def gather(
     seed: int,
     base: Base | None,
     device: str | torch.device | None,
-    read: Callable[[AdapterRef], Adapter | StoredAdapter] = open_adapter,
+    read: Callable[[AdapterRef], Adapter | LazyAdapter] = open_adapter,
 ) -> Gathered:
     """Read and check everything a merge needs; ``read`` may be ``read_outline`` where no values are needed.
 
@@ -111,7 +111,7 @@ def gather(
             does, and the former cannot be divided.
     """
     items = _checked_items(sources)
-    stored: dict[int, StoredAdapter] = {}
+    stored: dict[int, LazyAdapter] = {}
 
     def outline(ref: AdapterRef) -> Adapter:
         found = read(ref)
@@ -142,7 +142,7 @@ def gather(
     return gathered
 
 
-def _renamed(entry: Entry, content: Adapter | StoredAdapter) -> Entry:
+def _renamed(entry: Entry, content: Adapter | LazyAdapter) -> Entry:
     """The entry of an adapter whose layers may have got the names that the others' have."""
     adapter = content if isinstance(content, Adapter) else content.outline
     if adapter is not entry.adapter:

@@ -11,7 +11,7 @@ from texforce_hub.adapter.algebra import count_for, singular_values, truncate
 from texforce_hub.adapter.batches import take_portions
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Vector
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
@@ -124,7 +124,7 @@ def spend_budget(spectra: list[Tensor], limits: Limits) -> list[int]:
 
 
 def resize_adapter(
-    adapter: Adapter | StoredAdapter,
+    adapter: Adapter | LazyAdapter,
     *,
     rank: int | None = None,
     energy: float | None = None,
@@ -170,7 +170,7 @@ def resize_adapter(
     for together in take_portions(factors()):
         kept |= shrink(together, each, ranks=ranks)
     layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
-    before = adapter.outline if isinstance(adapter, StoredAdapter) else adapter
+    before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
     facts = tuple(_fact(before.layers[name], name, layer, kept.get(name)) for name, layer in layers.items())
     return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=dtype), facts)
 

@@ -12,7 +12,7 @@ from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Adapter, Layer
@@ -161,9 +161,9 @@ def describe_reading(plan: Plan, alpha: float | None) -> dict[str, str]:
     return found
 
 
-def decode_stored(
+def decode_lazily(
     plan: Plan, outlines: Mapping[str, Tensor], tensors: Mapping[str, Tensor], *, alpha: float | None = None
-) -> StoredAdapter:
+) -> LazyAdapter:
     """As :func:`decode`, of tensors that are read when they are asked for; ``outlines`` are their shapes.
 
     Raises:
@@ -172,4 +172,4 @@ def decode_stored(
     once = {name: replace(layer, twins=()) for name, layer in plan.layers.items()}  # shapes have no values to compare
     outline = decode(replace(plan, layers=once), outlines, alpha=alpha)
     layers = LazyMapping(plan.layers, lambda name: decode_layer(plan.layers[name], tensors, alpha))
-    return StoredAdapter(outline, layers, LazyMapping(plan.extras, tensors.__getitem__))
+    return LazyAdapter(outline, layers, LazyMapping(plan.extras, tensors.__getitem__))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub import __version__
-from texforce_hub.adapter.lazy import StoredAdapter, outline_adapter
+from texforce_hub.adapter.lazy import LazyAdapter, outline_adapter
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
 from texforce_hub.families.recognition import FamilyVerdict
@@ -68,8 +68,8 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     return Encoded(tensors | extras, metadata, config, layout.filename, left_out)
 
 
-def encode_stored(
-    adapter: StoredAdapter, dialect: str, *, dtype: torch.dtype | None = None
+def encode_lazily(
+    adapter: LazyAdapter, dialect: str, *, dtype: torch.dtype | None = None
 ) -> tuple[Encoded, Iterator[tuple[str, Tensor]]]:
     """As :func:`encode`, of an adapter that stays in its file: an outline, then the tensors one layer at a time.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import DialectError
 from texforce_hub.files.lazy_mapping import LazyMapping
@@ -12,7 +12,7 @@ from texforce_hub.formats.codec.decoding import describe_reading, equal_layers
 from texforce_hub.formats.plan.planning import Plan
 
 
-def join_stored(plan: Plan, stored: Mapping[str, StoredAdapter], *, alpha: float | None = None) -> StoredAdapter:
+def join_lazy(plan: Plan, stored: Mapping[str, LazyAdapter], *, alpha: float | None = None) -> LazyAdapter:
     """One adapter of those that its files hold; ``plan`` is the joined one, ``stored`` are by the files' names.
 
     ``alpha`` is that with which they were decoded. Layers that two files hold are read and compared here.
@@ -21,14 +21,14 @@ def join_stored(plan: Plan, stored: Mapping[str, StoredAdapter], *, alpha: float
         DialectError: the plan has faults, or two files hold one layer unequally, or an extra of one name.
     """
     _check_joined(plan)
-    homes: dict[str, StoredAdapter] = {}
+    homes: dict[str, LazyAdapter] = {}
     for file, one in stored.items():
         for name in one.layers:
             if homes.setdefault(name, one) is not one and not equal_layers(homes[name].layers[name], one.layers[name]):
                 raise DialectError(f"{name} is in {file} and in another file of it, with unequal values; name one file")
     outline = join_outlines(plan, {file: one.outline for file, one in stored.items()}, alpha=alpha)
     extras = {key: one for one in stored.values() for key in one.extras}
-    return StoredAdapter(
+    return LazyAdapter(
         outline,
         LazyMapping(homes, lambda name: homes[name].layers[name]),
         LazyMapping(extras, lambda key: extras[key].extras[key]),
@@ -36,7 +36,7 @@ def join_stored(plan: Plan, stored: Mapping[str, StoredAdapter], *, alpha: float
 
 
 def join_outlines(plan: Plan, outlines: Mapping[str, Adapter], *, alpha: float | None = None) -> Adapter:
-    """As :func:`join_stored`, of shapes without values, which cannot be compared.
+    """As :func:`join_lazy`, of shapes without values, which cannot be compared.
 
     Raises:
         DialectError: the plan has faults, or two files hold an extra of one name.

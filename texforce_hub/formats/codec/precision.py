@@ -18,7 +18,7 @@ _OWN = ("dora", "magnitude")
 """Roles that no other tensor's factor can move into."""
 
 
-def store(parts: Sequence[Part], dtype: torch.dtype | None, name: str) -> Iterator[tuple[str, Tensor]]:
+def fit_dtype(parts: Sequence[Part], dtype: torch.dtype | None, name: str) -> Iterator[tuple[str, Tensor]]:
     """Every part times its factor, by role, contiguous, in ``dtype`` (``None``: its own), rounded once.
 
     A dtype loses what is below its smallest normal number. Where that happens, the tensors whose product the change

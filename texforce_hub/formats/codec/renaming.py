@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from texforce_hub.adapter.dense import Dense
 from texforce_hub.adapter.kronecker import Kronecker
-from texforce_hub.adapter.lazy import StoredAdapter
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import AdapterError, DialectError, FamilyError
@@ -22,7 +22,7 @@ _LIBRARIES = ("diffusers", "diffusers-layers", "peft")
 
 _BLOCKS = ("transformer.transformer_blocks.", "transformer.single_transformer_blocks.")
 
-Either = TypeVar("Either", bound=Adapter | StoredAdapter)
+Either = TypeVar("Either", bound=Adapter | LazyAdapter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def fit_names(adapter: Either, dialect: str) -> Either:
         raise DialectError(f"{dialect}: {error}; write it as 'kohya'") from error
 
 
-def share_names(adapters: Sequence[Adapter | StoredAdapter]) -> list[Adapter | StoredAdapter]:
+def share_names(adapters: Sequence[Adapter | LazyAdapter]) -> list[Adapter | LazyAdapter]:
     """The same adapters, in which a layer has one name: ``diffusers``', where some have it and some the original.
 
     Raises:
@@ -91,7 +91,7 @@ def rename_originals(adapter: Either) -> Either:
     return replace(adapter, outline=replace(outline, layers=layers), layers=contents)
 
 
-def _outline(adapter: Adapter | StoredAdapter) -> Adapter:
+def _outline(adapter: Adapter | LazyAdapter) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else adapter.outline
 
 
