@@ -27,7 +27,7 @@ _HOMES: dict[str, str] = {
     "merge_adapters": "merge.merge",
     "Merged": "merge.merge",
     "read_adapter": "hub.read",
-    "read_tags": "generate.prompts.shelf",
+    "read_tags": "generate.prompts.adapter_index",
     "Recipe": "recipe",
     "repair_pipeline": "pipelines.repair",
     "resize_adapter": "merge.resize",

@@ -21,8 +21,8 @@ from texforce_hub.errors import PromptError, RecipeError, RefError, TexForceHubE
 from texforce_hub.files.writing import write_tensors
 from texforce_hub.generate.draw import Settings
 from texforce_hub.generate.images.png import read_png_text
+from texforce_hub.generate.prompts.adapter_index import AdapterIndex
 from texforce_hub.generate.prompts.sets import held_out_prompts
-from texforce_hub.generate.prompts.shelf import TagShelf
 from texforce_hub.generate.prompts.tags import PromptTag, TaggedPrompt
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.write import write_adapter
@@ -148,7 +148,7 @@ def folder(tmp_path_factory, pipe):
     ],
 )
 def test_a_name_is_a_file_a_path_a_folder_or_a_title(folder, name, file):
-    assert Path(TagShelf(folder).find(PromptTag(name)).source) == folder / file
+    assert Path(AdapterIndex(folder).find(PromptTag(name)).source) == folder / file
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_a_name_is_a_file_a_path_a_folder_or_a_title(folder, name, file):
 )
 def test_a_name_with_no_file_or_several_is_refused(folder, name, message):
     with pytest.raises(TexForceHubError, match=message):
-        TagShelf(folder).find(PromptTag(name))
+        AdapterIndex(folder).find(PromptTag(name))
 
 
 def test_a_part_takes_the_weight_that_its_tag_has_for_it(folder, caplog):

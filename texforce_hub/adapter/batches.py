@@ -13,22 +13,22 @@ TOGETHER = 1 << 22
 Some = TypeVar("Some", bound=Layer)
 
 
-def take_portions(
+def take_batches(
     layers: Iterable[tuple[LayerName, Some]], *, enough: float | None = None
 ) -> Iterator[Mapping[LayerName, Some]]:
-    """Layers together until they hold ``enough`` numbers (:data:`TOGETHER`); one portion is dropped before the next."""
+    """Layers together until they hold ``enough`` numbers (:data:`TOGETHER`); one batch is dropped before the next."""
     most = TOGETHER if enough is None else enough
-    portion: dict[LayerName, Some] = {}
+    batch: dict[LayerName, Some] = {}
     size = 0
     for name, layer in layers:
-        portion[name] = layer
+        batch[name] = layer
         size += count_numbers(layer)
         if size >= most:
-            yield portion
-            portion.clear()
+            yield batch
+            batch.clear()
             size = 0
-    if portion:
-        yield portion
+    if batch:
+        yield batch
 
 
 def count_numbers(layer: Layer) -> int:

@@ -65,8 +65,8 @@ def apply(
 ) -> None:
     """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
     from texforce_hub.generate.draw import Settings
+    from texforce_hub.generate.prompts.adapter_index import AdapterIndex
     from texforce_hub.generate.prompts.sets import gather_prompts
-    from texforce_hub.generate.prompts.shelf import TagShelf
     from texforce_hub.generate.recipe import Run, record_run, replay_run
     from texforce_hub.generate.run import Drawing
     from texforce_hub.hub.refs.adapter import AdapterRef
@@ -85,7 +85,7 @@ def apply(
     else:
         own = base == "shapes"
         given = gather_prompts(prompt or [], prompts) if prompt or prompts or output is not None else ("nothing",)
-        shelf = TagShelf(adapter_dir)
+        index = AdapterIndex(adapter_dir)
         settings = Settings(
             prompts=given,
             negative=negative_prompt or "",
@@ -111,7 +111,7 @@ def apply(
             scheduler=scheduler,
             each=each,
             sweep=sweep,
-            tags=shelf.find_all(given),
+            tags=index.find_all(given),
         )
     if run.tags and any(saves.values()):
         raise ConfigError("a model is saved for all prompts, a tag acts on its own; give its adapter with --adapter")

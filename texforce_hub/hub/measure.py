@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.algebra import singular_values
-from texforce_hub.adapter.batches import take_portions
+from texforce_hub.adapter.batches import take_batches
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
@@ -75,7 +75,7 @@ def measure_bundle(bundle: Bundle, *, device: str | torch.device | None = None) 
 
 def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:
     """The numbers of every layer, in their order; no more than a few are held at once."""
-    for together in take_portions(layers):
+    for together in take_batches(layers):
         yield from _measure(together)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.algebra import count_for, singular_values, truncate
-from texforce_hub.adapter.batches import take_portions
+from texforce_hub.adapter.batches import take_batches
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.lazy import LazyAdapter
@@ -167,7 +167,7 @@ def resize_adapter(
 
     each, ranks = _spread_budget(factors, limits)
     kept: dict[LayerName, tuple[LowRank, float]] = {}
-    for together in take_portions(factors()):
+    for together in take_batches(factors()):
         kept |= shrink(together, each, ranks=ranks)
     layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
     before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
@@ -182,7 +182,7 @@ def _spread_budget(
     if limits.max_total_rank is None:
         return limits, None
     spectra: dict[LayerName, Tensor] = {}
-    for together in take_portions(factors()):
+    for together in take_batches(factors()):
         spectra |= zip(together, singular_values(list(together.values())))
     ranks = spend_budget(list(spectra.values()), limits)
     return replace(limits, max_total_rank=None), dict(zip(spectra, ranks))

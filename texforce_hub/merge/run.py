@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.algebra import norm
-from texforce_hub.adapter.batches import take_portions
+from texforce_hub.adapter.batches import take_batches
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.merge.gather import Gathered, Group
@@ -42,7 +42,7 @@ class Work:
         done: dict[LayerName, Mergeable] = {}
         # The sum of all ranks is spent over all layers at once; other limits let a few layers go together.
         enough = None if self.limits.max_total_rank is None else math.inf
-        for together in take_portions(self._merged(), enough=enough):
+        for together in take_batches(self._merged(), enough=enough):
             low = {n: layer for n, layer in together.items() if isinstance(layer, LowRank) and self._truncates(n)}
             done.update(together)
             done.update(self._truncate(low))

@@ -22,19 +22,19 @@ _LOG = logging.getLogger("texforce_hub")
 def read_tags(prompt: str, folder: str | PathLike[str] | None = None) -> tuple[str, list[AdapterRef]]:
     """A prompt's words without its ``<lora:NAME:WEIGHT>`` tags, and the stack that the tags ask for.
 
-    Names are looked up in ``folder`` (see :class:`TagShelf`), without one in the catalogue. The stack may be
+    Names are looked up in ``folder`` (see :class:`AdapterIndex`), without one in the catalogue. The stack may be
     empty; ``apply_adapter`` and ``encode_prompts`` take it as it is.
 
     Raises:
         RefError: a tag that cannot be read, or a name with no adapter or with several.
         FileError, DialectError: an adapter that cannot be read.
     """
-    shelf = TagShelf(folder)
+    index = AdapterIndex(folder)
     tagged = TaggedPrompt.parse(prompt)
-    return tagged.text, [shelf.find(tag) for tag in tagged.tags]
+    return tagged.text, [index.find(tag) for tag in tagged.tags]
 
 
-class TagShelf:
+class AdapterIndex:
     """The adapters that tags can name.
 
     In a folder and the folders in it, an adapter goes by its file's name without or with its ending, by its path
