@@ -10,7 +10,7 @@ from texforce_hub.shapes import WEIGHTS
 from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_unet, make_vae
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.lora import attach_lora
-from texforce_hub.train.policies.stable_diffusion import Actor
+from texforce_hub.train.policies.stable_diffusion import Policy
 
 torch.set_num_threads(1)  # on models this small more threads only wait for each other
 
@@ -48,8 +48,8 @@ def short_config(output, **changes):
     return TrainConfig(output=str(output), **{**SHORT, **changes})
 
 
-def make_actor(*, disturbed=True, **changes):
-    """An actor and its LoRA's parameters, moved off their zeros unless told otherwise."""
+def make_policy(*, disturbed=True, **changes):
+    """An policy and its LoRA's parameters, moved off their zeros unless told otherwise."""
     config = short_config("unused", **changes)
     pipe = tiny_pipeline()
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
@@ -59,4 +59,4 @@ def make_actor(*, disturbed=True, **changes):
         generator = torch.Generator().manual_seed(2)
         for parameter in parameters.values():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return Actor(pipe, encoder, make_scheduler(), config), parameters
+    return Policy(pipe, encoder, make_scheduler(), config), parameters

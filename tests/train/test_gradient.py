@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.training import make_actor, tiny_pipeline
+from tests.support.training import make_policy, tiny_pipeline
 from texforce_hub.errors import TrainingError
 from texforce_hub.train.algorithms.ppo import accumulate_gradient, draw_timesteps, policy_loss, update_policy
 from texforce_hub.train.policies.rollout import sample_images, sample_rollout
@@ -13,14 +13,14 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.5, 0.3])
 
 
 def make_case(**changes):
-    actor, parameters = make_actor(**changes)
-    rollout = sample_rollout(actor, PROMPTS, torch.Generator().manual_seed(3))
+    policy, parameters = make_policy(**changes)
+    rollout = sample_rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
     # Half a step away from the policy that drew the pictures, so that ratios differ from 1.
     for name, parameter in parameters.items():
         if ".lora_B." in name:
             parameter.data *= 1.05
     rows, at = draw_timesteps(torch.arange(6), 3, 2, torch.Generator().manual_seed(4))
-    return actor, parameters, rollout, rows, at
+    return policy, parameters, rollout, rows, at
 
 
 def gradients(parameters):
@@ -29,14 +29,14 @@ def gradients(parameters):
 
 @pytest.mark.parametrize("changes", [{}, {"uncond": "base"}, {"uncond": "full"}, {"kl": 0.5}, {"guidance": 1.0}])
 def test_encoding_once_gives_the_naive_gradient(changes):
-    actor, parameters, rollout, rows, at = make_case(clip=10.0, batch=5, **changes)
-    accumulate_gradient(actor, rollout, ADVANTAGES, rows, at)
+    policy, parameters, rollout, rows, at = make_case(clip=10.0, batch=5, **changes)
+    accumulate_gradient(policy, rollout, ADVANTAGES, rows, at)
     once = gradients(parameters)
     for parameter in parameters.values():
         parameter.grad = None
-    texts = [*PROMPTS, ""] if actor.config.uncond == "full" else PROMPTS
+    texts = [*PROMPTS, ""] if policy.config.uncond == "full" else PROMPTS
     for some_rows, some_at in zip(rows.split(5), at.split(5), strict=True):  # encode again for every U-Net call
-        loss, _ = policy_loss(actor, rollout, ADVANTAGES, actor.encode(texts), some_rows, some_at)
+        loss, _ = policy_loss(policy, rollout, ADVANTAGES, policy.encode(texts), some_rows, some_at)
         (loss / len(rows)).backward()
     naive = gradients(parameters)
     assert naive.norm() > 0
@@ -45,14 +45,14 @@ def test_encoding_once_gives_the_naive_gradient(changes):
 
 @pytest.mark.parametrize("uncond", ["detach", "full"])
 def test_the_gradient_is_that_of_the_loss_by_finite_differences(uncond):
-    actor, parameters, rollout, rows, at = make_case(clip=10.0, uncond=uncond, kl=0.3)
+    policy, parameters, rollout, rows, at = make_case(clip=10.0, uncond=uncond, kl=0.3)
     texts = [*PROMPTS, ""] if uncond == "full" else PROMPTS
 
     def loss():
-        total, _ = policy_loss(actor, rollout, ADVANTAGES, actor.encode(texts), rows, at)
+        total, _ = policy_loss(policy, rollout, ADVANTAGES, policy.encode(texts), rows, at)
         return total.double().item() / len(rows)
 
-    accumulate_gradient(actor, rollout, ADVANTAGES, rows, at)
+    accumulate_gradient(policy, rollout, ADVANTAGES, rows, at)
     gradient = gradients(parameters)
     direction = gradient / gradient.norm()
     step, values = 1e-3, []
@@ -74,8 +74,8 @@ def _move(parameters, offset):
 def test_the_negative_prompt_has_a_gradient_only_with_full():
     results = {}
     for uncond in ("detach", "base", "full"):
-        actor, parameters, rollout, rows, at = make_case(clip=10.0, uncond=uncond)
-        accumulate_gradient(actor, rollout, ADVANTAGES, rows, at)
+        policy, parameters, rollout, rows, at = make_case(clip=10.0, uncond=uncond)
+        accumulate_gradient(policy, rollout, ADVANTAGES, rows, at)
         results[uncond] = gradients(parameters), rollout.images
     assert not torch.allclose(results["full"][0], results["detach"][0])
     assert torch.allclose(results["full"][1], results["detach"][1], atol=1e-5)  # the same policy draws
@@ -83,42 +83,42 @@ def test_the_negative_prompt_has_a_gradient_only_with_full():
 
 
 def test_ratios_are_one_before_the_first_update():
-    actor, _ = make_actor()
-    rollout = sample_rollout(actor, PROMPTS, torch.Generator().manual_seed(3))
+    policy, _ = make_policy()
+    rollout = sample_rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
     rows, at = draw_timesteps(torch.arange(6), 3, 3, torch.Generator().manual_seed(4))
     with torch.no_grad():
-        loss, facts = policy_loss(actor, rollout, ADVANTAGES, actor.encode(PROMPTS), rows, at)
+        loss, facts = policy_loss(policy, rollout, ADVANTAGES, policy.encode(PROMPTS), rows, at)
     assert facts[:, 0].sum() == 0
     assert facts[:, 1].abs().max() < 1e-5
     assert loss.item() == pytest.approx(-ADVANTAGES[rows].sum().item(), abs=1e-3)
 
 
 def test_an_update_raises_the_probability_of_what_was_good():
-    actor, parameters = make_actor(updates=1, train_timesteps=3)
-    rollout = sample_rollout(actor, PROMPTS, torch.Generator().manual_seed(3))
+    policy, parameters = make_policy(updates=1, train_timesteps=3)
+    rollout = sample_rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
     rows, at = draw_timesteps(torch.arange(6), 3, 3, torch.Generator().manual_seed(4))
 
     def surrogate():
         with torch.no_grad():
-            return policy_loss(actor, rollout, ADVANTAGES, actor.encode(PROMPTS), rows, at)[0].item()
+            return policy_loss(policy, rollout, ADVANTAGES, policy.encode(PROMPTS), rows, at)[0].item()
 
     before = surrogate()
     optimizer = torch.optim.SGD(parameters.values(), lr=1e-3)
     facts = update_policy(
-        actor, rollout, ADVANTAGES, optimizer, list(parameters.values()), torch.Generator().manual_seed(5)
+        policy, rollout, ADVANTAGES, optimizer, list(parameters.values()), torch.Generator().manual_seed(5)
     )
     assert surrogate() < before
     assert facts.grad_norm > 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_step():
-    actor, parameters = make_actor()
-    rollout = sample_rollout(actor, PROMPTS, torch.Generator().manual_seed(3))
+    policy, parameters = make_policy()
+    rollout = sample_rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
     before = [p.detach().clone() for p in parameters.values()]
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
     with pytest.raises(TrainingError, match="not finite"):
         update_policy(
-            actor, rollout, ADVANTAGES * float("nan"), optimizer, list(parameters.values()), torch.Generator()
+            policy, rollout, ADVANTAGES * float("nan"), optimizer, list(parameters.values()), torch.Generator()
         )
     assert all(torch.equal(a, b) for a, b in zip(before, parameters.values(), strict=True))
 
@@ -133,19 +133,19 @@ def test_timesteps_are_drawn_without_repetition_and_never_from_the_last():
 def test_the_batch_size_changes_nothing_but_rounding():
     images = []
     for batch in (1, 4, 64):
-        actor, _ = make_actor(batch=batch)
-        rollout = sample_rollout(actor, PROMPTS, torch.Generator().manual_seed(3))
-        images.append(torch.cat([rollout.images, sample_images(actor, PROMPTS, images=2, steps=3, seed=0)]))
+        policy, _ = make_policy(batch=batch)
+        rollout = sample_rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
+        images.append(torch.cat([rollout.images, sample_images(policy, PROMPTS, images=2, steps=3, seed=0)]))
     torch.testing.assert_close(images[0], images[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(images[1], images[2], rtol=1e-4, atol=1e-4)
 
 
 def test_deterministic_sampling_is_what_the_pipeline_draws():
-    actor, _ = make_actor(disturbed=False)
+    policy, _ = make_policy(disturbed=False)
     pipe = tiny_pipeline()
     noise = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(11))
     pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 5, "guidance_scale": actor.config.guidance, "output_type": "pt"}
+    settings = {"num_inference_steps": 5, "guidance_scale": policy.config.guidance, "output_type": "pt"}
     expected = pipe(PROMPTS, latents=noise, **settings).images
-    drawn = sample_images(actor, PROMPTS, images=1, steps=5, seed=11)
+    drawn = sample_images(policy, PROMPTS, images=1, steps=5, seed=11)
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)

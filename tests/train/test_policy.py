@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from texforce_hub.train.algorithms.ppo import group_advantages, ppo_losses
-from texforce_hub.train.policies.ddim import log_probability, make_schedule, step_distribution, step_divergence
+from texforce_hub.train.policies.ddim import log_probability, make_steps, step_distribution, step_divergence
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 
@@ -25,21 +25,21 @@ def scheduler_of(kind, spacing, *, to_one=False):
 @pytest.mark.parametrize("to_one", [False, True])
 def test_mean_and_std_are_the_ddim_step_of_diffusers(kind, spacing, eta, to_one):
     scheduler = scheduler_of(kind, spacing, to_one=to_one)
-    schedule = make_schedule(scheduler, 7, torch.device("cpu"))
+    steps = make_steps(scheduler, 7, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for k, timestep in enumerate(scheduler.timesteps):
         latents, prediction, noise = (torch.randn(3, 4, 5, 5, generator=generator) for _ in range(3))
         expected = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=noise).prev_sample
-        mean, std = step_distribution(latents, prediction, torch.full((3,), k), schedule, eta)
+        mean, std = step_distribution(latents, prediction, torch.full((3,), k), steps, eta)
         torch.testing.assert_close(mean + std * noise, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_picture_may_be_at_any_step_of_its_own():
-    schedule = make_schedule(scheduler_of("epsilon", "leading"), 5, torch.device("cpu"))
+    steps = make_steps(scheduler_of("epsilon", "leading"), 5, torch.device("cpu"))
     latents, prediction = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    together, spread = step_distribution(latents, prediction, torch.tensor([4, 0, 2]), schedule, 1.0)
+    together, spread = step_distribution(latents, prediction, torch.tensor([4, 0, 2]), steps, 1.0)
     for i, k in enumerate((4, 0, 2)):
-        mean, std = step_distribution(latents[i : i + 1], prediction[i : i + 1], torch.tensor([k]), schedule, 1.0)
+        mean, std = step_distribution(latents[i : i + 1], prediction[i : i + 1], torch.tensor([k]), steps, 1.0)
         assert torch.equal(together[i], mean[0])
         assert torch.equal(spread[i], std[0])
 

@@ -24,7 +24,7 @@ from texforce_hub.train.config import TrainConfig, differing, make_config
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.lora import attach_lora, describe_run, read_lora
 from texforce_hub.train.policies.rollout import sample_images, sample_rollout
-from texforce_hub.train.policies.stable_diffusion import Actor, frozen
+from texforce_hub.train.policies.stable_diffusion import Policy, frozen
 from texforce_hub.train.run_folder import ADAPTER, RunFolder
 
 _LOG = logging.getLogger("texforce_hub")
@@ -50,11 +50,11 @@ class StepReport:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """The machinery of one run."""
 
     config: TrainConfig
-    actor: Actor
+    policy: Policy
     learner: Learner
     prompts: PromptSet
     rewards: Sequence[Reward]
@@ -70,12 +70,12 @@ class Run:
         config, learner, started = self.config, self.learner, monotonic()
         torch.manual_seed(_mix(config.seed, learner.step, 0))  # for a reward that draws random numbers
         texts = self.prompts.draw(learner.step, config.prompts_per_step, config.seed)
-        rollout = sample_rollout(self.actor, texts, self._generator(1))
+        rollout = sample_rollout(self.policy, texts, self._generator(1))
         drawn = [texts[i] for i in rollout.group]
         scores = score_images(self.rewards, rollout.images, drawn, batch=config.batch)
         rate, advantages = learner.set_learning_rate(), self._advantages(scores)
         facts = update_policy(
-            self.actor, rollout, advantages, learner.optimizer, list(learner.parameters.values()), self._generator(2)
+            self.policy, rollout, advantages, learner.optimizer, list(learner.parameters.values()), self._generator(2)
         )
         learner.finish_step()
         total = self._weighted(scores)
@@ -96,7 +96,7 @@ class Run:
         config, number = self.config, self.config.validation_images
         texts = self.prompts.sample(config.validation_prompts)
         with self.learner.averaged():
-            images = sample_images(self.actor, texts, images=number, steps=config.validation_steps, seed=0)
+            images = sample_images(self.policy, texts, images=number, steps=config.validation_steps, seed=0)
         drawn = [text for text in texts for _ in range(number)]
         score = self._weighted(score_images(self.rewards, images, drawn, batch=config.batch)).mean().item()
         self.learner.note_validation(score)
@@ -117,8 +117,8 @@ class Run:
         """The sheet – the same prompts at the same noise, by the base and now – and the reward's curve."""
         texts, step, steps = self.prompts.sample(_SHEET_PROMPTS), self.learner.step, self.config.validation_steps
         with self.learner.averaged():
-            actors = (self.actor.reference, self.actor)
-            columns = [sample_images(actor, texts, images=1, steps=steps, seed=1) for actor in actors]
+            policies = (self.policy.reference, self.policy)
+            columns = [sample_images(policy, texts, images=1, steps=steps, seed=1) for policy in policies]
         self.folder.write_sheet(columns, texts, ["base", f"step {step}"], step=step)
         self.folder.write_curve(self.learner.validations)
 
@@ -160,13 +160,13 @@ def train_adapter(
     # A reward may draw from torch's own random numbers: the caller's state of them is put back.
     with own_folder(config.output) as folder, no_denormals(), torch.random.fork_rng(devices=[]):
         run = _make_run(config, pipeline, prompts, RunFolder(folder))
-        with frozen(run.actor.pipeline):
+        with frozen(run.policy.pipeline):
             _start(run)
             _train(run, on_step or (lambda _: None))
         return run.adapter()
 
 
-def _make_run(config: TrainConfig, pipeline: Any, prompts: PromptSet, folder: RunFolder) -> Run:
+def _make_run(config: TrainConfig, pipeline: Any, prompts: PromptSet, folder: RunFolder) -> TrainingRun:
     if pipeline is None:
         pipeline = load_pipeline(config.base, device=config.device, dtype=config.dtype)
     _check_pipeline(pipeline)
@@ -176,10 +176,10 @@ def _make_run(config: TrainConfig, pipeline: Any, prompts: PromptSet, folder: Ru
     # Latents have no range to be clipped to, whatever an old configuration leaves unsaid.
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
     learner = Learner(parameters, config)
-    return Run(config, Actor(pipeline, encoder, scheduler, config), learner, prompts, rewards, folder)
+    return TrainingRun(config, Policy(pipeline, encoder, scheduler, config), learner, prompts, rewards, folder)
 
 
-def _start(run: Run) -> None:
+def _start(run: TrainingRun) -> None:
     state = read_checkpoint(run.folder.path)
     if state is None:
         run.folder.write_config(run.config)
@@ -198,7 +198,7 @@ def _start(run: Run) -> None:
     _LOG.info("resuming from step %d", state.step)
 
 
-def _train(run: Run, on_step: Callable[[StepReport], None]) -> None:
+def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
     saved = run.learner.snapshot()
     try:
         while run.learner.step < run.config.steps:
@@ -219,7 +219,7 @@ def _train(run: Run, on_step: Callable[[StepReport], None]) -> None:
     run.draw()
 
 
-def _explain(error: BaseException, run: Run, step: int) -> None:
+def _explain(error: BaseException, run: TrainingRun, step: int) -> None:
     """Raise what went wrong in the step after ``step`` as one line, if it is something that can be helped."""
     kept = f"the state before it is in checkpoint-{step}"
     if isinstance(error, RewardError | TrainingError):

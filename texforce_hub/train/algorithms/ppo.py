@@ -9,7 +9,7 @@ from torch import Generator, Tensor, nn
 from texforce_hub.errors import TrainingError
 from texforce_hub.train.policies.ddim import log_probability, step_distribution, step_divergence
 from texforce_hub.train.policies.rollout import Rollout
-from texforce_hub.train.policies.stable_diffusion import Actor
+from texforce_hub.train.policies.stable_diffusion import Policy
 
 
 def group_advantages(rewards: Tensor, *, floor: float, clip: float) -> Tensor:
@@ -48,7 +48,7 @@ def draw_timesteps(rows: Tensor, trainable: int, count: int, generator: Generato
 
 
 def policy_loss(
-    actor: Actor, rollout: Rollout, advantages: Tensor, embeddings: Tensor, rows: Tensor, at: Tensor
+    policy: Policy, rollout: Rollout, advantages: Tensor, embeddings: Tensor, rows: Tensor, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Sum of the clipped surrogate (and ``kl`` times the divergence) over pairs of picture and step.
 
@@ -57,14 +57,14 @@ def policy_loss(
         the end, the negative prompt's; rows, at: ``(n,)``. Also returns ``(n, 3)``: was it clipped,
         divergence from the rollout's policy (k3 estimate), divergence from the base (0 without ``kl``).
     """
-    config = actor.config
-    mean, std = _distribution(actor, rollout, embeddings, rows, at)
+    config = policy.config
+    mean, std = _distribution(policy, rollout, embeddings, rows, at)
     log_ratio = log_probability(rollout.latents[rows, at + 1], mean, std) - rollout.log_probabilities[rows, at]
     losses = ppo_losses(log_ratio, advantages[rows], config.clip)
     from_base = torch.zeros_like(losses)
     if config.kl:
         with torch.no_grad():
-            reference, _ = _distribution(actor, rollout, actor.reference.encode(_texts(actor, rollout)), rows, at)
+            reference, _ = _distribution(policy, rollout, policy.reference.encode(_texts(policy, rollout)), rows, at)
         from_base = step_divergence(mean, reference, std)
         losses = losses + config.kl * from_base
     ratio = log_ratio.detach().exp()
@@ -72,34 +72,34 @@ def policy_loss(
     return losses.sum(), torch.stack([clipped, ratio - 1 - log_ratio.detach(), from_base.detach()], 1)
 
 
-def _texts(actor: Actor, rollout: Rollout) -> list[str]:
+def _texts(policy: Policy, rollout: Rollout) -> list[str]:
     """What has to be encoded: the prompts, and the negative one if it is trained, too."""
-    return [*rollout.prompts, *([actor.config.negative_prompt] if actor.trains_negative else [])]
+    return [*rollout.prompts, *([policy.config.negative_prompt] if policy.trains_negative else [])]
 
 
 def _distribution(
-    actor: Actor, rollout: Rollout, embeddings: Tensor, rows: Tensor, at: Tensor
+    policy: Policy, rollout: Rollout, embeddings: Tensor, rows: Tensor, at: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the rollout's steps ``at`` of its pictures ``rows`` under the embeddings of its texts."""
-    latents, timesteps = rollout.latents[rows, at], rollout.schedule.timesteps[at]
-    conditional = actor.predict(latents, timesteps, embeddings[rollout.group[rows]])
+    latents, timesteps = rollout.latents[rows, at], rollout.steps.timesteps[at]
+    conditional = policy.predict(latents, timesteps, embeddings[rollout.group[rows]])
     unconditional = rollout.unconditional[rows, at] if rollout.unconditional is not None else None
-    if actor.trains_negative:
-        unconditional = actor.predict(latents, timesteps, embeddings[-1:].expand(len(rows), -1, -1))
-    return step_distribution(latents, actor.guide(conditional, unconditional), at, rollout.schedule, actor.config.eta)
+    if policy.trains_negative:
+        unconditional = policy.predict(latents, timesteps, embeddings[-1:].expand(len(rows), -1, -1))
+    return step_distribution(latents, policy.guide(conditional, unconditional), at, rollout.steps, policy.config.eta)
 
 
-def accumulate_gradient(actor: Actor, rollout: Rollout, advantages: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+def accumulate_gradient(policy: Policy, rollout: Rollout, advantages: Tensor, rows: Tensor, at: Tensor) -> Tensor:
     """Add the mean loss's gradient to the LoRA's ``.grad``; returns the facts of :func:`policy_loss`.
 
     The embeddings are cut off from the encoder, every timestep adds its gradient to theirs, and one
     backward pass carries the sum through the encoder: the same gradient as encoding at every timestep.
     """
-    embeddings = actor.encode(_texts(actor, rollout))
+    embeddings = policy.encode(_texts(policy, rollout))
     cut = embeddings.detach().requires_grad_()
-    facts, size = [], actor.config.batch
+    facts, size = [], policy.config.batch
     for some_rows, some_at in zip(torch.split(rows, size), torch.split(at, size), strict=True):
-        loss, fact = policy_loss(actor, rollout, advantages, cut, some_rows, some_at)
+        loss, fact = policy_loss(policy, rollout, advantages, cut, some_rows, some_at)
         torch.autograd.backward(loss / len(rows))
         facts.append(fact)
     torch.autograd.backward(embeddings, cut.grad)
@@ -107,7 +107,7 @@ def accumulate_gradient(actor: Actor, rollout: Rollout, advantages: Tensor, rows
 
 
 def update_policy(
-    actor: Actor,
+    policy: Policy,
     rollout: Rollout,
     advantages: Tensor,
     optimizer: torch.optim.Optimizer,
@@ -119,13 +119,13 @@ def update_policy(
     Raises:
         TrainingError: the gradient is not finite; the parameters are then as before this optimiser step.
     """
-    config, facts, norms = actor.config, [], []
+    config, facts, norms = policy.config, [], []
     for _ in range(config.passes):
         for share in torch.randperm(len(rollout.group), generator=generator).chunk(config.updates):
             pairs = draw_timesteps(share, config.trainable_steps, config.train_timesteps, generator)
-            rows, at = (p.to(actor.device) for p in pairs)
+            rows, at = (p.to(policy.device) for p in pairs)
             optimizer.zero_grad()
-            facts.append(accumulate_gradient(actor, rollout, advantages, rows, at))
+            facts.append(accumulate_gradient(policy, rollout, advantages, rows, at))
             norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             if not norm.isfinite():
                 raise TrainingError('the gradient is not finite; lower learning_rate, or use dtype = "float32"')

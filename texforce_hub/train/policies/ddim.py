@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Schedule:
+class Steps:
     """The denoising steps of a chain, first to last.
 
     Shapes:
@@ -22,29 +22,29 @@ class Schedule:
     prediction_type: str
 
 
-def make_schedule(scheduler: Any, steps: int, device: torch.device) -> Schedule:
+def make_steps(scheduler: Any, steps: int, device: torch.device) -> Steps:
     """The ``steps`` denoising steps of a diffusers ``DDIMScheduler``, with that scheduler's own spacing."""
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     after = timesteps - scheduler.config.num_train_timesteps // steps
     alphas = scheduler.alphas_cumprod.float()
     alpha_next = torch.where(after >= 0, alphas[after.clamp(min=0)], scheduler.final_alpha_cumprod)
-    return Schedule(
+    return Steps(
         timesteps.to(device), alphas[timesteps].to(device), alpha_next.to(device), scheduler.config.prediction_type
     )
 
 
 def step_distribution(
-    latents: Tensor, prediction: Tensor, at: Tensor, schedule: Schedule, eta: float
+    latents: Tensor, prediction: Tensor, at: Tensor, steps: Steps, eta: float
 ) -> tuple[Tensor, Tensor]:
     """Mean ``(b, c, h, w)`` and standard deviation ``(b, 1, 1, 1)`` of DDIM's next latents (arXiv 2010.02502, (12)).
 
     Shapes:
-        latents, prediction: ``(b, c, h, w)``; at: ``(b,)``, indices into the schedule
+        latents, prediction: ``(b, c, h, w)``; at: ``(b,)``, indices into the steps
     """
-    alpha = schedule.alpha[at].view(-1, 1, 1, 1)
-    alpha_next = schedule.alpha_next[at].view(-1, 1, 1, 1)
-    clean, noise = _clean_and_noise(latents, prediction, alpha, schedule.prediction_type)
+    alpha = steps.alpha[at].view(-1, 1, 1, 1)
+    alpha_next = steps.alpha_next[at].view(-1, 1, 1, 1)
+    clean, noise = _clean_and_noise(latents, prediction, alpha, steps.prediction_type)
     variance = (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
     std = eta * variance.clamp(min=0).sqrt()
     return alpha_next.sqrt() * clean + (1 - alpha_next - std**2).clamp(min=0).sqrt() * noise, std

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from texforce_hub.train.policies.ddim import Schedule, log_probability, make_schedule, step_distribution
-from texforce_hub.train.policies.stable_diffusion import Actor, in_slices
+from texforce_hub.train.policies.ddim import Steps, log_probability, make_steps, step_distribution
+from texforce_hub.train.policies.stable_diffusion import Policy, in_slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,39 +27,39 @@ class Rollout:
     log_probabilities: Tensor
     unconditional: Tensor | None
     images: Tensor
-    schedule: Schedule
+    steps: Steps
 
 
 @torch.no_grad()
-def sample_rollout(actor: Actor, prompts: Sequence[str], generator: Generator) -> Rollout:
+def sample_rollout(policy: Policy, prompts: Sequence[str], generator: Generator) -> Rollout:
     """Draw ``images_per_prompt`` pictures of every prompt with stochastic DDIM and keep every step."""
-    config = actor.config
-    schedule = make_schedule(actor.scheduler, config.inference_steps, actor.device)
-    group = torch.arange(len(prompts), device=actor.device).repeat_interleave(config.images_per_prompt)
-    steps = list(_denoise(actor, actor.encode(prompts)[group], schedule, generator, config.eta))
-    constant = actor.guided and not actor.trains_negative
+    config = policy.config
+    steps = make_steps(policy.scheduler, config.inference_steps, policy.device)
+    group = torch.arange(len(prompts), device=policy.device).repeat_interleave(config.images_per_prompt)
+    chain = list(_denoise(policy, policy.encode(prompts)[group], steps, generator, config.eta))
+    constant = policy.guided and not policy.trains_negative
     return Rollout(
         prompts=tuple(prompts),
         group=group,
-        latents=torch.stack([steps[0].before, *(step.after for step in steps)], 1),
-        log_probabilities=torch.stack([step.log_probability for step in steps], 1),
-        unconditional=torch.stack([step.unconditional for step in steps], 1) if constant else None,
-        images=actor.decode(steps[-1].after, batch=config.batch),
-        schedule=schedule,
+        latents=torch.stack([chain[0].before, *(step.after for step in chain)], 1),
+        log_probabilities=torch.stack([step.log_probability for step in chain], 1),
+        unconditional=torch.stack([step.unconditional for step in chain], 1) if constant else None,
+        images=policy.decode(chain[-1].after, batch=config.batch),
+        steps=steps,
     )
 
 
 @torch.no_grad()
-def sample_images(actor: Actor, prompts: Sequence[str], *, images: int, steps: int, seed: int) -> Tensor:
+def sample_images(policy: Policy, prompts: Sequence[str], *, images: int, steps: int, seed: int) -> Tensor:
     """``images`` pictures of every prompt by deterministic DDIM, ``(len(prompts) · images, 3, h, w)`` in [0, 1].
 
     The same seed gives the same starting noise, so that two policies can be compared picture by picture.
     """
-    schedule = make_schedule(actor.scheduler, steps, actor.device)
-    embeddings = actor.encode(prompts).repeat_interleave(images, 0)
-    for step in _denoise(actor, embeddings, schedule, Generator().manual_seed(seed), 0.0):
+    chain = make_steps(policy.scheduler, steps, policy.device)
+    embeddings = policy.encode(prompts).repeat_interleave(images, 0)
+    for step in _denoise(policy, embeddings, chain, Generator().manual_seed(seed), 0.0):
         latents = step.after
-    return actor.decode(latents, batch=actor.config.batch)
+    return policy.decode(latents, batch=policy.config.batch)
 
 
 class _Step(NamedTuple):
@@ -71,31 +71,31 @@ class _Step(NamedTuple):
     unconditional: Any  # a Tensor; None without guidance
 
 
-def _denoise(actor: Actor, embeddings: Tensor, schedule: Schedule, generator: Generator, eta: float) -> Iterator[_Step]:
+def _denoise(policy: Policy, embeddings: Tensor, steps: Steps, generator: Generator, eta: float) -> Iterator[_Step]:
     def noise() -> Tensor:
-        return actor.draw_noise(len(embeddings), generator, resolution=actor.config.resolution)
+        return policy.draw_noise(len(embeddings), generator, resolution=policy.config.resolution)
 
-    negative, latents = actor.encode_negative(), noise()
-    for k, timestep in enumerate(schedule.timesteps):
-        conditional, unconditional = _predict_both(actor, latents, timestep, embeddings, negative)
-        at = torch.full((len(latents),), k, device=actor.device)
-        mean, std = step_distribution(latents, actor.guide(conditional, unconditional), at, schedule, eta)
+    negative, latents = policy.encode_negative(), noise()
+    for k, timestep in enumerate(steps.timesteps):
+        conditional, unconditional = _predict_both(policy, latents, timestep, embeddings, negative)
+        at = torch.full((len(latents),), k, device=policy.device)
+        mean, std = step_distribution(latents, policy.guide(conditional, unconditional), at, steps, eta)
         after = mean + std * noise() if eta else mean
         yield _Step(latents, after, log_probability(after, mean, std), unconditional)
         latents = after
 
 
 def _predict_both(
-    actor: Actor, latents: Tensor, timestep: Tensor, embeddings: Tensor, negative: Tensor | None
+    policy: Policy, latents: Tensor, timestep: Tensor, embeddings: Tensor, negative: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The prompt's and the negative prompt's prediction, both in one U-Net call."""
-    size = actor.config.batch
+    size = policy.config.batch
     if negative is None:
-        return in_slices(lambda x, e: actor.predict(x, timestep, e), size, latents, embeddings), None
+        return in_slices(lambda x, e: policy.predict(x, timestep, e), size, latents, embeddings), None
 
     def predict(some: Tensor, prompt: Tensor) -> Tensor:
         texts = torch.cat([prompt, negative.expand_as(prompt)])
-        return torch.stack(actor.predict(some.repeat(2, 1, 1, 1), timestep, texts).chunk(2), 1)
+        return torch.stack(policy.predict(some.repeat(2, 1, 1, 1), timestep, texts).chunk(2), 1)
 
     conditional, unconditional = in_slices(predict, size, latents, embeddings).unbind(1)
     return conditional, unconditional

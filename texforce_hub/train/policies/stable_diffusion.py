@@ -84,14 +84,14 @@ def frozen(pipeline: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True, eq=False)
-class Actor(Parts):
+class Policy(Parts):
     """A frozen pipeline and the copy of its text encoder that carries the LoRA: the policy."""
 
     scheduler: Any  # diffusers' DDIMScheduler of the pipeline's noise
     config: TrainConfig
 
     @property
-    def reference(self) -> "Actor":
+    def reference(self) -> "Policy":
         """The same with the frozen encoder."""
         return replace(self, encoder=self.pipeline.text_encoder)
 
