@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from texforce_hub import apply_adapter, load_pipeline
-from texforce_hub.generate.draw import Settings, generate_images
+from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.images.sheet import contact_sheet
 
 PROMPTS = ("a red circle", "a blue square")
@@ -16,7 +16,7 @@ PROMPTS = ("a red circle", "a blue square")
 
 def main(adapters: Sequence[str], unet: str, output: Path) -> Path:
     """Draw, and give the sheet that shows it."""
-    settings = Settings(tuple(PROMPTS), inference_steps=15, guidance=5.0)
+    settings = DrawSettings(tuple(PROMPTS), inference_steps=15, guidance=5.0)
     groups, columns = [], []
     for partner in (None, unet):
         pipe = load_pipeline("shapes", unet=partner)

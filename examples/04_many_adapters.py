@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from texforce_hub import encode_prompts, load_pipeline
-from texforce_hub.generate.draw import Settings, sample
+from texforce_hub.generate.draw import DrawSettings, sample
 from texforce_hub.generate.images.sheet import contact_sheet
 
 PROMPTS = ("a red circle", "a blue square")
@@ -17,7 +17,7 @@ PROMPTS = ("a red circle", "a blue square")
 def main(adapters: Sequence[str], output: Path) -> Path:
     """Draw, and give the sheet that shows it."""
     pipe = load_pipeline("shapes")
-    settings = Settings(tuple(PROMPTS), inference_steps=15, guidance=5.0)
+    settings = DrawSettings(tuple(PROMPTS), inference_steps=15, guidance=5.0)
     stacks = [None, *adapters, list(adapters)]
     cells = [(prompt, stack) for prompt in PROMPTS for stack in stacks]
     calls: list[int] = []

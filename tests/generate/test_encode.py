@@ -10,7 +10,7 @@ import torch
 from tests.support.pipelines_tiny import random_adapter, text_parts, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import ConfigError, PromptError
-from texforce_hub.generate.draw import Settings, generate_images
+from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.prompts.encode import encode_prompts
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def test_clip_skip_reads_an_earlier_layer_through_the_final_norm():
         gold = pipe.text_encoder.final_layer_norm(states[-2])
     assert torch.allclose(found, gold, atol=1e-6)
     assert not hasattr(pipe.text_encoder, "text_model")
-    settings = Settings(("a red cat",), inference_steps=2, width=16, height=16, clip_skip=1)
+    settings = DrawSettings(("a red cat",), inference_steps=2, width=16, height=16, clip_skip=1)
     with_skip, without = generate_images(pipe, settings), generate_images(pipe, replace(settings, clip_skip=None))
     assert with_skip[0].tobytes() != without[0].tobytes()
 

@@ -15,7 +15,7 @@ from texforce_hub.cli import app
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import ConfigError, PromptError, RecipeError, TexForceHubError
 from texforce_hub.generate.columns import sweep_weights
-from texforce_hub.generate.draw import Settings, generate_images
+from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.images.png import a1111_parameters, encode_png, read_png_text
 from texforce_hub.generate.images.sheet import contact_sheet
 from texforce_hub.generate.prompts.sets import gather_prompts
@@ -72,12 +72,12 @@ def test_image_i_has_seed_i_whatever_the_batch_size():
         "height": 16,
         "num_images": 2,
     }
-    one = generate_images(pipe, Settings(**keywords, batch_size=1, guidance=2.0))
-    four = generate_images(pipe, Settings(**keywords, batch_size=4, guidance=2.0))
+    one = generate_images(pipe, DrawSettings(**keywords, batch_size=1, guidance=2.0))
+    four = generate_images(pipe, DrawSettings(**keywords, batch_size=4, guidance=2.0))
     for a, b in zip(one, four, strict=True):
         difference = torch.tensor(list(a.tobytes())).int() - torch.tensor(list(b.tobytes())).int()
         assert difference.abs().max() <= 1
-    assert Settings(**keywords, seed=5).jobs() == [("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)]
+    assert DrawSettings(**keywords, seed=5).jobs() == [("a cat", 5), ("a cat", 6), ("a dog", 5), ("a dog", 6)]
 
 
 @pytest.mark.parametrize("name", sorted(SCHEDULERS))
@@ -85,14 +85,14 @@ def test_every_scheduler_by_name_draws(name):
     pipe = tiny_pipeline("sd1")
     pipe.set_progress_bar_config(disable=True)
     set_scheduler(pipe, name)
-    assert len(generate_images(pipe, Settings(("a cat",), inference_steps=3, width=16, height=16))) == 1
+    assert len(generate_images(pipe, DrawSettings(("a cat",), inference_steps=3, width=16, height=16))) == 1
 
 
 def test_impossible_settings_are_named():
     with pytest.raises(PromptError):
-        Settings(("  ",))
+        DrawSettings(("  ",))
     with pytest.raises(ConfigError, match="inference_steps is 0"):
-        Settings(("x",), inference_steps=0)
+        DrawSettings(("x",), inference_steps=0)
     with pytest.raises(ConfigError, match="no scheduler 'magic'"):
         set_scheduler(tiny_pipeline("sd1"), "magic")
     with pytest.raises(ConfigError, match="no dtype"):
@@ -251,7 +251,7 @@ def test_a_recipe_of_other_files_or_of_nonsense_is_refused(shelf, tmp_path):
     from texforce_hub.hub.refs.adapter import AdapterRef
 
     where = write_adapter(random_adapter(load_pipeline("shapes", device="cpu")), tmp_path / "a")
-    run_ = Run("shapes", (AdapterRef(str(where)),), Settings(("x",)))
+    run_ = Run("shapes", (AdapterRef(str(where)),), DrawSettings(("x",)))
     record_run(run_, tmp_path / "r.toml")
     assert replay_run(tmp_path / "r.toml") == run_
     text = (tmp_path / "r.toml").read_text()

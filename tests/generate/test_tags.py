@@ -19,7 +19,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.cli import app
 from texforce_hub.errors import PromptError, RecipeError, RefError, TexForceHubError
 from texforce_hub.files.writing import write_tensors
-from texforce_hub.generate.draw import Settings
+from texforce_hub.generate.draw import DrawSettings
 from texforce_hub.generate.images.png import read_png_text
 from texforce_hub.generate.prompts.adapter_index import AdapterIndex
 from texforce_hub.generate.prompts.sets import held_out_prompts
@@ -349,4 +349,4 @@ def test_prompts_for_training_and_evaluation_have_no_tags_and_no_weights(tmp_pat
 
 def test_a_setting_with_a_tag_in_its_negative_prompt_cannot_be_made():
     with pytest.raises(PromptError, match="below 0 in the prompt"):
-        Settings(("a",), negative="<lora:x:1>")
+        DrawSettings(("a",), negative="<lora:x:1>")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.support.pipelines_tiny import TOKENS, random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import ConfigError, FamilyError, PromptError, RefError
-from texforce_hub.generate.draw import Settings, generate_images
+from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.prompts.emphasis import Emphasis, is_weighted, read_emphasis
 from texforce_hub.generate.prompts.encode import encode_prompts
 
@@ -217,9 +217,9 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it(family):
         "negative": "big",
         "long_prompts": True,
     }
-    together = generate_images(pipe, Settings(prompts, **how))
+    together = generate_images(pipe, DrawSettings(prompts, **how))
     for prompt, image in zip(prompts, together, strict=True):
-        alone = generate_images(pipe, Settings((prompt,), **how))[0]
+        alone = generate_images(pipe, DrawSettings((prompt,), **how))[0]
         difference = torch.tensor(list(image.tobytes())).int() - torch.tensor(list(alone.tobytes())).int()
         assert difference.abs().max() <= 1
 

@@ -83,12 +83,12 @@ def with_safety_checker(pipe):
 
 
 def test_a_base_with_a_safety_checker_keeps_it(tmp_path, caplog):
-    from texforce_hub.generate.draw import Settings, generate_images
+    from texforce_hub.generate.draw import DrawSettings, generate_images
 
     with_safety_checker(tiny_pipeline("sd1")).save_pretrained(tmp_path / "base")
     where, _ = write_partner("checkpoint folder", tmp_path / "partner")
     pipe = load(tmp_path / "base", unet=where)
-    settings = Settings(("a cat", "a dog"), inference_steps=2, width=16, height=16)
+    settings = DrawSettings(("a cat", "a dog"), inference_steps=2, width=16, height=16)
     with apply_adapter(pipe, random_adapter(pipe)), caplog.at_level("WARNING", logger="texforce_hub"):
         images = generate_images(pipe, settings)
     assert all(set(image.tobytes()) == {0} for image in images)

@@ -64,7 +64,7 @@ def apply(
     as_json: Annotated[bool, typer.Option("--json", help="Print the files written as JSON.")] = False,
 ) -> None:
     """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
-    from texforce_hub.generate.draw import Settings
+    from texforce_hub.generate.draw import DrawSettings
     from texforce_hub.generate.prompts.adapter_index import AdapterIndex
     from texforce_hub.generate.prompts.sets import gather_prompts
     from texforce_hub.generate.recipe import Run, record_run, replay_run
@@ -86,7 +86,7 @@ def apply(
         own = base == "shapes"
         given = gather_prompts(prompt or [], prompts) if prompt or prompts or output is not None else ("nothing",)
         index = AdapterIndex(adapter_dir)
-        settings = Settings(
+        settings = DrawSettings(
             prompts=given,
             negative=negative_prompt or "",
             inference_steps=inference_steps or (INFERENCE_STEPS if own else 30),

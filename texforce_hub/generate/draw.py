@@ -22,7 +22,7 @@ logger = logging.getLogger("texforce_hub")
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class DrawSettings:
     """How to sample. Image ``i`` of a prompt has seed ``seed + i``, whatever the batch size.
 
     ``prompt_weights`` and ``long_prompts`` are as in :func:`~texforce_hub.generate.prompts.encode.encode_prompts`.
@@ -60,7 +60,7 @@ Cell = tuple[str, int, Stack]
 
 
 def generate_images(
-    pipe: Any, settings: Settings, *, on_step: Callable[[int], None] | None = None
+    pipe: Any, settings: DrawSettings, *, on_step: Callable[[int], None] | None = None
 ) -> list[Image.Image]:
     """One image a job, in the jobs' order; ``on_step(images)`` is called after each denoising step of a batch.
 
@@ -85,7 +85,7 @@ def generate_images(
 
 
 def generate_cells(
-    pipe: Any, settings: Settings, cells: Sequence[Cell], *, on_step: Callable[[int], None] | None = None
+    pipe: Any, settings: DrawSettings, cells: Sequence[Cell], *, on_step: Callable[[int], None] | None = None
 ) -> list[Image.Image]:
     """One image a cell, each prompt encoded under its own stack; a batch holds prompts of equal length only.
 
@@ -103,12 +103,12 @@ def generate_cells(
     return [images[i] for i in range(len(cells))]
 
 
-def _reading(settings: Settings) -> dict[str, Any]:
+def _reading(settings: DrawSettings) -> dict[str, Any]:
     names = ("negative", "prompt_weights", "long_prompts")
     return {name: getattr(settings, name) for name in names}
 
 
-def _batches(pipe: Any, settings: Settings, prompts: Sequence[str]) -> Iterator[list[int]]:
+def _batches(pipe: Any, settings: DrawSettings, prompts: Sequence[str]) -> Iterator[list[int]]:
     """Places of the prompts, as many as a batch holds, all of as many chunks: padding would change an image."""
     by_length: dict[int, list[int]] = {}
     lengths = {
@@ -123,7 +123,7 @@ def _batches(pipe: Any, settings: Settings, prompts: Sequence[str]) -> Iterator[
 
 def sample(
     pipe: Any,
-    settings: Settings,
+    settings: DrawSettings,
     seeds: Sequence[int],
     given: Mapping[str, Any],
     *,
@@ -159,7 +159,7 @@ def sample(
 
 def save_images(
     images: Sequence[Image.Image],
-    settings: Settings,
+    settings: DrawSettings,
     folder: Path,
     *,
     sampler: str,
@@ -177,7 +177,7 @@ def save_images(
 
 
 def describe(
-    image: Image.Image, settings: Settings, prompt: str, seed: int, sampler: str, origin: Mapping[str, Any]
+    image: Image.Image, settings: DrawSettings, prompt: str, seed: int, sampler: str, origin: Mapping[str, Any]
 ) -> dict[str, str]:
     """The text entries of one image: A1111's ``parameters``, and everything in ``texforce_hub``."""
     parameters = a1111_parameters(

@@ -10,7 +10,7 @@ from typing import Any
 from texforce_hub.errors import RecipeError, RefError
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.writing import writing
-from texforce_hub.generate.draw import Settings
+from texforce_hub.generate.draw import DrawSettings
 from texforce_hub.generate.prompts.tags import TaggedPrompt
 from texforce_hub.hub.find import find_bundle, find_local, find_remote_place, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
@@ -30,7 +30,7 @@ class Run:
 
     base: str
     adapters: tuple[AdapterRef, ...]
-    settings: Settings
+    settings: DrawSettings
     unet: str = ""
     mode: str = "attach"
     rounding: str = "nearest"
@@ -137,14 +137,14 @@ _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
-def _read_settings(table: Mapping[str, Any], seed: int, path: Path) -> Settings:
+def _read_settings(table: Mapping[str, Any], seed: int, path: Path) -> DrawSettings:
     for name, value in table.items():
         if name not in _SETTINGS or not isinstance(value, _SETTINGS[name]):
             raise RecipeError(f"{path}: {name} = {value!r} is no setting of a drawing run")
     if "prompts" not in table:
         raise RecipeError(f"{path}: it holds no prompts")
     values = {name: value for name, value in table.items() if name != "prompts"}
-    return Settings(prompts=tuple(str(text) for text in table["prompts"].values()), seed=seed, **values)
+    return DrawSettings(prompts=tuple(str(text) for text in table["prompts"].values()), seed=seed, **values)
 
 
 def _check_hash(source: str, found: str, recorded: str) -> None:

@@ -60,7 +60,7 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class LayerSettings:
     """What a configuration says of one layer: the alpha it states, and its rank; ``None`` where it says nothing."""
 
     config: Config | None = None
@@ -89,17 +89,17 @@ class Configs:
     collated: Mapping[str | None, Config]
     layers: int
 
-    def of(self, name: str, stem: str, *, in_folder: bool) -> Settings:
+    def of(self, name: str, stem: str, *, in_folder: bool) -> LayerSettings:
         """What counts for the layer ``name`` that the file spells ``stem``; ``in_folder``: PEFT's config is for it."""
         part, _, path = name.partition(".")
         config = self.folder if in_folder else None
         config = config or self.collated.get(part) or self.collated.get(None)
         if config is None:
-            return Settings()
+            return LayerSettings()
         _, spelt = unwrap(stem.partition(" (")[0])
         path = spelt if publish(part, spelt) == name else path
         stated, rank = config.alphas.find(path, self.layers), config.ranks.find(path, self.layers)
-        return Settings(config, config.alpha if stated is None else stated, config.rank if rank is None else rank)
+        return LayerSettings(config, config.alpha if stated is None else stated, config.rank if rank is None else rank)
 
 
 def read_configs(header: Header) -> Configs:
@@ -116,7 +116,7 @@ def read_configs(header: Header) -> Configs:
     )
 
 
-def find_alpha(name: str, stored: float | None, settings: Settings) -> Alpha:
+def find_alpha(name: str, stored: float | None, settings: LayerSettings) -> Alpha:
     """The layer's alpha: its own tensor, PEFT's config, ``diffusers``' header, in this order.
 
     Raises:

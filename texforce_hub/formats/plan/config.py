@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from texforce_hub.errors import DialectError
-from texforce_hub.formats.plan.alpha import DEFAULT_ALPHA, Config, Settings
+from texforce_hub.formats.plan.alpha import DEFAULT_ALPHA, Config, LayerSettings
 from texforce_hub.formats.plan.layers import LayerPlan
 
 _KINDS = {"LORA": "LowRank", "LOHA": "Hadamard", "LOKR": "Kronecker"}
@@ -66,7 +66,7 @@ def check_config(config: Mapping[str, Any]) -> None:
             raise DialectError(f"this is a PEFT adapter with {option}: {reason}; it cannot be read")
 
 
-def find_contradictions(layer: LayerPlan, settings: Settings) -> Iterator[str]:
+def find_contradictions(layer: LayerPlan, settings: LayerSettings) -> Iterator[str]:
     """What the configuration says of a layer and its tensors deny, one line each."""
     config = settings.config
     if config is None or layer.kind is None:
@@ -91,7 +91,7 @@ def _find_magnitudes(layer: LayerPlan, config: Config) -> Iterator[str]:
         yield f"{layer.name}: has DoRA magnitudes, the configuration says use_dora false"
 
 
-def note_config(config: Mapping[str, Any], used: Iterable[Settings]) -> Iterator[str]:
+def note_config(config: Mapping[str, Any], used: Iterable[LayerSettings]) -> Iterator[str]:
     """What is worth knowing of the configuration that counts: what it lacks, and what it promises beside the layers."""
     assumed = sum(one.assumes_alpha for one in used)
     if assumed:

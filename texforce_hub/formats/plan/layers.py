@@ -7,7 +7,7 @@ from typing import Literal
 
 from texforce_hub.files.dtypes import FLOATING
 from texforce_hub.files.header import Header, TensorInfo
-from texforce_hub.formats.plan.alpha import ABSURD, Settings, find_alpha
+from texforce_hub.formats.plan.alpha import ABSURD, LayerSettings, find_alpha
 
 Shape = tuple[int, ...]
 _BESIDE = ("alpha", "dora", "magnitude", "unused")
@@ -70,7 +70,7 @@ def changed_shape(stem: Stem) -> Shape:
     return () if isinstance(outcome, str) else outcome.shape
 
 
-def plan_layer(stem: Stem, header: Header, settings: Settings) -> LayerPlan:
+def plan_layer(stem: Stem, header: Header, settings: LayerSettings) -> LayerPlan:
     """The plan of the tensors that share a stem.
 
     Raises:

@@ -14,7 +14,7 @@ from texforce_hub.files.header import Header
 from texforce_hub.formats.dialects import DIALECTS
 from texforce_hub.formats.dialects.layout import Dialect, Reading
 from texforce_hub.formats.peft_config import peft_twin
-from texforce_hub.formats.plan.alpha import Settings, read_configs
+from texforce_hub.formats.plan.alpha import LayerSettings, read_configs
 from texforce_hub.formats.plan.config import check_config, find_contradictions, note_config
 from texforce_hub.formats.plan.layers import LayerPlan, Shape, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.formats.plan.leftovers import find_trained, sort_leftovers
@@ -211,7 +211,7 @@ def _is_wrapped(name: str) -> bool:
     return (place[1] if place else name).startswith(WRAPPERS[0])
 
 
-def _plan_layer(stem: Stem, header: Header, settings: Settings) -> LayerPlan:
+def _plan_layer(stem: Stem, header: Header, settings: LayerSettings) -> LayerPlan:
     """As :func:`plan_layer`, with what the configuration denies; its alpha is no stored one if PEFT assumes it."""
     layer = plan_layer(stem, header, settings)
     if "alpha" in stem.roles:  # the configuration does not count
