@@ -19,7 +19,7 @@ from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.images.png import a1111_parameters, encode_png, read_png_text
 from texforce_hub.generate.images.sheet import contact_sheet
 from texforce_hub.generate.prompts.sets import gather_prompts
-from texforce_hub.generate.recipe import Run, hash_place, record_run, replay_run
+from texforce_hub.generate.recipe import DrawRun, hash_place, record_run, replay_run
 from texforce_hub.generate.schedulers import SCHEDULERS, set_scheduler
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.pipelines.load import load_pipeline
@@ -251,7 +251,7 @@ def test_a_recipe_of_other_files_or_of_nonsense_is_refused(shelf, tmp_path):
     from texforce_hub.hub.refs.adapter import AdapterRef
 
     where = write_adapter(random_adapter(load_pipeline("shapes", device="cpu")), tmp_path / "a")
-    run_ = Run("shapes", (AdapterRef(str(where)),), DrawSettings(("x",)))
+    run_ = DrawRun("shapes", (AdapterRef(str(where)),), DrawSettings(("x",)))
     record_run(run_, tmp_path / "r.toml")
     assert replay_run(tmp_path / "r.toml") == run_
     text = (tmp_path / "r.toml").read_text()

@@ -239,12 +239,12 @@ def _first_delta(ref):
 
 def test_a_drawing_from_the_hub_is_recorded_with_its_commits(hub, tmp_path):
     from texforce_hub.generate.draw import DrawSettings
-    from texforce_hub.generate.recipe import Run, record_run, replay_run
+    from texforce_hub.generate.recipe import DrawRun, record_run, replay_run
     from texforce_hub.hub.refs.adapter import AdapterRef
 
     commit = hub.commit("me/a", {"a.safetensors": adapter_bytes(1)})
     refs = (AdapterRef.parse("me/a@main:0.5"),)
-    record_run(Run("shapes", refs, DrawSettings(("a cat",)), unet="me/a/a.safetensors:0.2"), tmp_path / "run.toml")
+    record_run(DrawRun("shapes", refs, DrawSettings(("a cat",)), unet="me/a/a.safetensors:0.2"), tmp_path / "run.toml")
     recipe = Recipe.parse((tmp_path / "run.toml").read_text())
     assert (recipe.sources[0].source, recipe.sources[0].revision) == (f"hf://me/a@{commit}/a.safetensors", commit)
     assert recipe.settings["unet"] == f"hf://me/a@{commit}/a.safetensors:0.2"

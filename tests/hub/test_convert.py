@@ -12,7 +12,7 @@ from texforce_hub import cli
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, HubError, RefError
-from texforce_hub.hub.catalog import Entry, read_catalog
+from texforce_hub.hub.catalog import CatalogEntry, read_catalog
 from texforce_hub.hub.convert import convert_adapter, convert_all, plan_conversions
 from texforce_hub.hub.find import find_bundle, find_bundles, pick_file
 from texforce_hub.hub.inspect import inspect_file
@@ -285,9 +285,9 @@ def test_a_wrong_catalogue_entry_is_one_line(tmp_path, text, phrase):
 def test_a_catalogue_name_is_its_folder(tmp_path, monkeypatch):
     write_adapter(read_adapter(PEFT), tmp_path / "shipped", dialect="diffusers")
     entries = {
-        "here": Entry("here", "T", "shapes", "x", folder=tmp_path / "shipped"),
-        "lost": Entry("lost", "T", "shapes", "x", folder=tmp_path / "nowhere"),
-        "away": Entry("away", "T", "sd1", "x", repo="me/x", revision="0" * 40),
+        "here": CatalogEntry("here", "T", "shapes", "x", folder=tmp_path / "shipped"),
+        "lost": CatalogEntry("lost", "T", "shapes", "x", folder=tmp_path / "nowhere"),
+        "away": CatalogEntry("away", "T", "sd1", "x", repo="me/x", revision="0" * 40),
     }
     monkeypatch.setattr("texforce_hub.hub.find.read_catalog", lambda: entries)
     same(read_adapter("here:0.3"), read_adapter(PEFT))

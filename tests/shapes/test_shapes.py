@@ -198,7 +198,7 @@ def test_the_shipped_folder_loads_with_plain_diffusers_and_draws_what_its_card_s
 def test_a_short_build_resumes_where_it_stopped_and_gives_the_same_weights(tmp_path):
     from rich.progress import Progress
 
-    from texforce_hub.shapes.build import Recipe, make_album, train_text
+    from texforce_hub.shapes.build import BuildSize, make_album, train_text
     from texforce_hub.shapes.models import make_tokenizer
 
     album, tokenizer = make_album(200, 0), make_tokenizer()
@@ -206,7 +206,9 @@ def test_a_short_build_resumes_where_it_stopped_and_gives_the_same_weights(tmp_p
     def trained(folder, *lengths):
         folder.mkdir()
         for steps in lengths:
-            encoder, _ = train_text(album, tokenizer, Recipe(text_steps=6), folder, Progress(disable=True), until=steps)
+            encoder, _ = train_text(
+                album, tokenizer, BuildSize(text_steps=6), folder, Progress(disable=True), until=steps
+            )
         return encoder.state_dict()
 
     whole, resumed = trained(tmp_path / "whole", 6), trained(tmp_path / "resumed", 2, 4, 6)

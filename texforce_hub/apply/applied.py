@@ -47,7 +47,7 @@ from texforce_hub.apply.patch import (
 from texforce_hub.apply.rounding import Loss, Term, seed_for, total_loss
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.stack import Entry, Item, Weight, read_stack, reweighted
+from texforce_hub.hub.stack import Item, StackEntry, Weight, read_stack, reweighted
 
 logger = logging.getLogger("texforce_hub")
 
@@ -104,7 +104,7 @@ def apply_adapter(
     return applied
 
 
-def _check_fit(entry: Entry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
+def _check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
     wrong = [decision for decision in decisions.values() if isinstance(decision, WrongShape)]
     unmatched = [decision for decision in decisions.values() if isinstance(decision, Unmatched)]
     matched = len(decisions) - len(wrong) - len(unmatched)
@@ -149,7 +149,7 @@ class Applied:
     manager the stack is removed at the end of the block, whatever happens in it.
     """
 
-    entries: list[Entry]
+    entries: list[StackEntry]
     mode: str
     decisions: Mapping[str, Mapping[LayerName, Decision]]
     name: str

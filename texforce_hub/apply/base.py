@@ -20,7 +20,7 @@ PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transforme
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class BaseShapes:
     """A base as far as a check needs it: what it is called, how that is known, its weights' names and shapes."""
 
     title: str
@@ -37,7 +37,7 @@ class Base:
         return self.weights.get(f"{layer}.weight", self.weights.get(layer))
 
 
-def read_base(base: str | Path) -> Base:
+def read_base(base: str | Path) -> BaseShapes:
     """A base by a family's name, a pipeline's folder, a checkpoint file, or a Hub id that names its family.
 
     Raises:
@@ -60,11 +60,11 @@ def read_base(base: str | Path) -> Base:
     )
 
 
-def _from_family(family: Family, evidence: str) -> Base:
-    return Base(family.title, evidence, family.weights)
+def _from_family(family: Family, evidence: str) -> BaseShapes:
+    return BaseShapes(family.title, evidence, family.weights)
 
 
-def _from_folder(folder: Path) -> Base:
+def _from_folder(folder: Path) -> BaseShapes:
     weights: dict[str, Shape] = {}
     for part in PARTS:
         if (folder / part).is_dir():
@@ -73,7 +73,7 @@ def _from_folder(folder: Path) -> Base:
         raise PipelineError(
             f"{folder}: has none of the folders {', '.join(PARTS)}; expected a pipeline as diffusers saves it"
         )
-    return Base(folder.name, "its folder's files", weights)
+    return BaseShapes(folder.name, "its folder's files", weights)
 
 
 def _part_weights(folder: Path) -> dict[str, Shape]:
@@ -117,19 +117,19 @@ def _is_described(part: Any, config: Mapping[str, Any]) -> bool:
     )
 
 
-def _from_checkpoint(path: Path) -> Base:
+def _from_checkpoint(path: Path) -> BaseShapes:
     header = open_header(path)
     if "conv_in.weight" in header.tensors:
         shapes = {f"unet.{_plain(name)}": info.shape for name, info in header.tensors.items()}
-        return Base(path.name, "a bare U-Net", shapes)
+        return BaseShapes(path.name, "a bare U-Net", shapes)
     weights, name = checkpoint_weights(header), recognize_checkpoint(header)
     if not weights:
         raise PipelineError(f"{path}: no known checkpoint, e.g. {next(iter(header.tensors), None)!r}; expected a base")
     if name is None:
-        return Base(path.name, "a checkpoint's names and shapes", weights)
+        return BaseShapes(path.name, "a checkpoint's names and shapes", weights)
     family = find_family(name)
     if not any(part.startswith("transformer.") for part in weights):
-        return Base(f"{path.name} ({family.title})", "its tensors' names and shapes", weights)
+        return BaseShapes(f"{path.name} ({family.title})", "its tensors' names and shapes", weights)
     rows = {n: shape for n, shape in family.weights.items() if n.startswith("transformer.")}
     title = f"{path.name} ({family.title}; its transformer's layers in diffusers' names have that family's shapes)"
-    return Base(title, "its tensors' names", rows | weights)
+    return BaseShapes(title, "its tensors' names", rows | weights)

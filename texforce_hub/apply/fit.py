@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from texforce_hub.apply.base import Base, Shape, read_base
+from texforce_hub.apply.base import BaseShapes, Shape, read_base
 from texforce_hub.errors import DialectError, FamilyError
 from texforce_hub.families.original_transformer import find_rows
 from texforce_hub.formats.plan.layers import LayerPlan
@@ -46,7 +46,7 @@ class _Sorted:
     renamed: list[str] = field(default_factory=list)
 
 
-def check_adapter(ref: str | Path | AdapterRef, base: str | Path | Base) -> Fit:
+def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -> Fit:
     """Whether an adapter fits a base; only headers and configs are read.
 
     A text encoder's layers that fit only another text encoder of the base go there, with a note.
@@ -56,7 +56,7 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | Base) -> Fit:
         PipelineError, FamilyError: the base is none that is known.
     """
     bundle = find_bundle(ref)
-    base = base if isinstance(base, Base) else read_base(base)
+    base = base if isinstance(base, BaseShapes) else read_base(base)
     try:
         planned = plan_bundle(bundle)
     except DialectError as error:
@@ -85,7 +85,7 @@ def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:
     return parts
 
 
-def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: Base, found: _Sorted) -> None:
+def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: BaseShapes, found: _Sorted) -> None:
     home = _home(part, {name: layer.shape for name, layer in layers.items()}, base)
     if home != part:
         found.notes.append(f"named {part} in the adapter, fits only {home}")
@@ -102,12 +102,12 @@ def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: Base, found: _S
             found.matched.append(name)
 
 
-def _misfit(place: str, shape: Shape, base: Base) -> str | None:
+def _misfit(place: str, shape: Shape, base: BaseShapes) -> str | None:
     have = base.shape_of(place)
     return None if have == shape else f"the adapter changes {shape}, the base's layer is {have}"
 
 
-def _sort_original(name: str, layer: LayerPlan, base: Base, found: _Sorted) -> None:
+def _sort_original(name: str, layer: LayerPlan, base: BaseShapes, found: _Sorted) -> None:
     """A layer that the base does not have, unless it is one of the authors' own names for what it has."""
     part, _, path = name.partition(".")
     try:
@@ -129,7 +129,7 @@ def _sort_original(name: str, layer: LayerPlan, base: Base, found: _Sorted) -> N
         found.renamed.append(name)
 
 
-def _home(part: str, layers: Mapping[str, Shape], base: Base) -> str:
+def _home(part: str, layers: Mapping[str, Shape], base: BaseShapes) -> str:
     """The part itself, or the one other text encoder into which all its layers fit when none fits its own."""
 
     def fitting(place: str) -> int:
@@ -141,7 +141,7 @@ def _home(part: str, layers: Mapping[str, Shape], base: Base) -> str:
     return others[0] if len(others) == 1 else part
 
 
-def _verdict(planned: Plan, base: Base, found: _Sorted, *, fits: bool) -> str:
+def _verdict(planned: Plan, base: BaseShapes, found: _Sorted, *, fits: bool) -> str:
     total = len(planned.layers)
     made_for = planned.family.summary
     if fits:

@@ -67,7 +67,7 @@ def apply(
     from texforce_hub.generate.draw import DrawSettings
     from texforce_hub.generate.prompts.adapter_index import AdapterIndex
     from texforce_hub.generate.prompts.sets import gather_prompts
-    from texforce_hub.generate.recipe import Run, record_run, replay_run
+    from texforce_hub.generate.recipe import DrawRun, record_run, replay_run
     from texforce_hub.generate.run import Drawing
     from texforce_hub.hub.refs.adapter import AdapterRef
     from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
@@ -101,7 +101,7 @@ def apply(
             long_prompts=long_prompts,
         )
         refs = tuple(AdapterRef.parse(text) for text in adapter or [])
-        run = Run(
+        run = DrawRun(
             base,
             refs,
             settings,

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from texforce_hub.errors import ConfigError
-from texforce_hub.generate.recipe import Run
-from texforce_hub.hub.stack import Entry, reweighted
+from texforce_hub.generate.recipe import DrawRun
+from texforce_hub.hub.stack import StackEntry, reweighted
 
 _SWEEP = re.compile(r"(?P<name>[\w-]+)=(?P<start>[^:]+):(?P<stop>[^:]+):(?P<count>\d+)")
 
@@ -16,11 +16,11 @@ class Column:
     """One column of the sheet: its title, the stack it is drawn under, and whether the prompts' tags act too."""
 
     label: str
-    entries: tuple[Entry, ...] = ()
+    entries: tuple[StackEntry, ...] = ()
     tagged: bool = True
 
 
-def plan_columns(run: Run, entries: Sequence[Entry]) -> list[Column]:
+def plan_columns(run: DrawRun, entries: Sequence[StackEntry]) -> list[Column]:
     """The base; then the whole stack, or each adapter, or one at several weights. Tags act in all but the base.
 
     Raises:
@@ -40,7 +40,7 @@ def plan_columns(run: Run, entries: Sequence[Entry]) -> list[Column]:
     return [base, Column(title, tuple(entries))] if title else [base]
 
 
-def _sweep_columns(sweep: str, entries: Sequence[Entry]) -> Iterator[Column]:
+def _sweep_columns(sweep: str, entries: Sequence[StackEntry]) -> Iterator[Column]:
     name, weights = sweep_weights(sweep)
     labels = [entry.label for entry in entries]
     if name not in labels:

@@ -20,7 +20,7 @@ _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class DrawRun:
     """One drawing run: base, partner, stack, how it is put on, its columns, and how to sample.
 
     The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
@@ -46,7 +46,7 @@ class Run:
             raise RecipeError(f"the prompts have {written} tags, and there are {found} adapters for them")
 
 
-def record_run(run: Run, path: Path) -> None:
+def record_run(run: DrawRun, path: Path) -> None:
     """Write a run's recipe.
 
     Raises:
@@ -90,7 +90,7 @@ def _pin_partner(unet: str) -> str:
     return str(replace(ref, source=find_remote_place(ref).name))
 
 
-def replay_run(path: Path) -> Run:
+def replay_run(path: Path) -> DrawRun:
     """The run that a recipe describes, every local file checked against its hash.
 
     Raises:
@@ -121,7 +121,7 @@ def replay_run(path: Path) -> Run:
             f"{path}: an adapter for prompt {max(map(str, refs))}; it has {len(settings.prompts)} prompts"
         )
     try:
-        return Run(adapters=shared, settings=settings, each=each, tags=tags, **outer)
+        return DrawRun(adapters=shared, settings=settings, each=each, tags=tags, **outer)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
 

@@ -21,12 +21,12 @@ from texforce_hub.generate.columns import Column, plan_columns
 from texforce_hub.generate.draw import Cell, generate_cells, generate_images, save_images
 from texforce_hub.generate.images.sheet import contact_sheet
 from texforce_hub.generate.prompts.tags import TaggedPrompt
-from texforce_hub.generate.recipe import Run
+from texforce_hub.generate.recipe import DrawRun
 from texforce_hub.generate.schedulers import set_scheduler
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.stack import Entry, read_stack
+from texforce_hub.hub.stack import StackEntry, read_stack
 from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.pipelines.save import save_pipeline
 from texforce_hub.pipelines.save_checkpoint import save_checkpoint, save_text_encoder
@@ -56,7 +56,7 @@ logger = logging.getLogger("texforce_hub")
 class Drawing:
     """One run of ``apply``, with its pipeline once it is loaded."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: DrawRun) -> None:
         self.run = run
         read = _reading_once()
         self.entries = _read_entries(run.adapters, read)
@@ -110,7 +110,7 @@ class Drawing:
         with self._apply(self.entries, "fuse"):
             return list(self._save_all(places, portable=portable))
 
-    def _apply(self, entries: Sequence[Entry], mode: str) -> Applied:
+    def _apply(self, entries: Sequence[StackEntry], mode: str) -> Applied:
         rounding = self.run.rounding if mode == "fuse" else "nearest"
         how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed}
         return apply_adapter(self.pipe, [entry.item for entry in entries], **cast(Any, how))
@@ -123,7 +123,7 @@ class Drawing:
         if (file := places["text_encoder"]) is not None:
             yield from save_text_encoder(self.pipe, file)
 
-    def _stack(self, column: Column, number: int) -> list[Entry]:
+    def _stack(self, column: Column, number: int) -> list[StackEntry]:
         """What acts on one prompt in one column: the column's stack, then the prompt's own."""
         return [*column.entries, *(self.tags[number] if column.tagged else [])]
 
@@ -140,7 +140,9 @@ class Drawing:
             groups.append([image for number in numbers for image in images[number]])
         return groups
 
-    def _draw_under(self, stack: Sequence[Entry], members: Sequence[int], on_step: Callable[[int], None]) -> list[Any]:
+    def _draw_under(
+        self, stack: Sequence[StackEntry], members: Sequence[int], on_step: Callable[[int], None]
+    ) -> list[Any]:
         settings = replace(self.run.settings, prompts=tuple(self.texts[number] for number in members))
         if not stack:
             return generate_images(self.pipe, settings, on_step=on_step)
@@ -180,7 +182,7 @@ class Drawing:
         folder = output / (named if column is not self.columns[0] else "base")
         return save_images(images, self.run.settings, folder, sampler=sampler, origins=origins)
 
-    def _written(self, entry: Entry) -> str:
+    def _written(self, entry: StackEntry) -> str:
         """The reference that gives this entry, with the weight it has here."""
         position = [other.label for other in self.entries].index(entry.label)
         return str(replace(self.run.adapters[position], weight=entry.weight.weight, parts=entry.weight.parts))
@@ -207,15 +209,15 @@ def _reading_once() -> Callable[[AdapterRef], Adapter]:
     return read
 
 
-def _read_entries(refs: Sequence[AdapterRef], read: Callable[[AdapterRef], Adapter]) -> list[Entry]:
+def _read_entries(refs: Sequence[AdapterRef], read: Callable[[AdapterRef], Adapter]) -> list[StackEntry]:
     return read_stack(list(refs), read=read) if refs else []
 
 
-def _is_text_only(entry: Entry) -> bool:
+def _is_text_only(entry: StackEntry) -> bool:
     return all(part.startswith("text_encoder") for part in entry.adapter.parts)
 
 
-def _alike(numbers: Sequence[int], *, key: Callable[[int], list[Entry]]) -> list[list[int]]:
+def _alike(numbers: Sequence[int], *, key: Callable[[int], list[StackEntry]]) -> list[list[int]]:
     """The numbers whose entries are the same, together, in the order of their first."""
     groups: list[list[int]] = []
     for number in numbers:

@@ -25,7 +25,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CatalogEntry:
     """One thing of the catalogue.
 
     ``name`` is the file's stem; ``kind`` one of :data:`KINDS`; ``family`` a row of the family table; ``parts``
@@ -57,7 +57,7 @@ class Entry:
             raise ConfigError(f"catalogue entry {self.name!r}: sha256 {self.sha256!r}; expected 64 hexadecimal digits")
 
 
-def read_catalog(root: Path = ROOT) -> Mapping[str, Entry]:
+def read_catalog(root: Path = ROOT) -> Mapping[str, CatalogEntry]:
     """Every entry under ``root`` by name; none if there is no such folder.
 
     Raises:
@@ -67,16 +67,16 @@ def read_catalog(root: Path = ROOT) -> Mapping[str, Entry]:
 
 
 @cache
-def _read_catalog(root: Path) -> Mapping[str, Entry]:
+def _read_catalog(root: Path) -> Mapping[str, CatalogEntry]:
     return MappingProxyType({path.stem: _read_entry(path) for path in sorted(root.glob("*.toml"))})
 
 
-def _read_entry(path: Path) -> Entry:
+def _read_entry(path: Path) -> CatalogEntry:
     try:
         values = read_settings(path)
     except ConfigError as error:
         raise ConfigError(f"catalogue entry: {error}") from error
-    known = [field.name for field in fields(Entry) if field.name != "name"]
+    known = [field.name for field in fields(CatalogEntry) if field.name != "name"]
     for key in values.keys() - set(known):
         hint = suggest_name(key, known, otherwise="known are")
         raise ConfigError(f"catalogue entry {path}: unknown {key!r}; {hint}")
@@ -85,7 +85,7 @@ def _read_entry(path: Path) -> Entry:
         raise ConfigError(f"catalogue entry {path}: lacks {', '.join(missing)}")
     if "folder" in values:
         values["folder"] = _inside(path, values["folder"])
-    return Entry(name=path.stem, **values | {"parts": tuple(values.get("parts", ()))})
+    return CatalogEntry(name=path.stem, **values | {"parts": tuple(values.get("parts", ()))})
 
 
 def _inside(path: Path, folder: str) -> Path:

@@ -12,7 +12,7 @@ from texforce_hub.files.container import open_header
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import Bundle, bundle_file, bundle_folder, part_folders, plan_bundle
 from texforce_hub.hub.cache import hub_id_of
-from texforce_hub.hub.catalog import Entry, read_catalog
+from texforce_hub.hub.catalog import CatalogEntry, read_catalog
 from texforce_hub.hub.filenames import PREFERRED, SUFFIXES, choose_name, is_safetensors, list_names
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.refs.hub_id import HubId
@@ -113,7 +113,7 @@ def _names_hub(source: str) -> bool:
     return True
 
 
-def _shipped_folder(entry: Entry, folder: Path) -> Path:
+def _shipped_folder(entry: CatalogEntry, folder: Path) -> Path:
     if folder.exists():
         return folder
     raise RefError(f"catalogue entry {entry.name!r}: its weights are not in this installation ({folder})")

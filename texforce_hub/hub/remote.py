@@ -9,7 +9,7 @@ from texforce_hub.errors import DialectError, FileError, HubError, RefError
 from texforce_hub.files.container import open_header
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
-from texforce_hub.hub.catalog import Entry
+from texforce_hub.hub.catalog import CatalogEntry
 from texforce_hub.hub.filenames import SUFFIXES, choose_name, is_candidate, list_names
 from texforce_hub.hub.huggingface.fetch import fetch_file, find_cached
 from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
@@ -52,21 +52,21 @@ class RemotePlace:
         return f"{self.repository}/{self.path}" if self.path else str(self.repository)
 
 
-def find_remote(source: str | Entry) -> RemotePlace:
+def find_remote(source: str | CatalogEntry) -> RemotePlace:
     """The place that a Hub id, or a catalogue entry on the Hub, means; nothing of it is fetched.
 
     Raises:
         HubError: the Hub cannot be asked, or says that there is no such thing.
         RefError: the repository holds no such file.
     """
-    if isinstance(source, Entry):
+    if isinstance(source, CatalogEntry):
         wanted, sha256 = HubId(source.repo or "", source.revision, source.file), source.sha256 or ""
     else:
         wanted, sha256 = HubId.parse(source), ""
     try:
         repository = open_repository(wanted.repo, wanted.revision)
     except HubError as error:
-        if isinstance(source, Entry) or source.startswith("hf://"):
+        if isinstance(source, CatalogEntry) or source.startswith("hf://"):
             raise
         raise HubError(f"{source!r} is no file or folder here, and as a Hub id: {error}") from error
     place = RemotePlace(repository, wanted.file or "", sha256)

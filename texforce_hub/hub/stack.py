@@ -20,7 +20,7 @@ Item = Source | tuple[Source, Weight]
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StackEntry:
     """One adapter of a stack: its label, itself, and how much of each layer."""
 
     label: str
@@ -32,7 +32,7 @@ class Entry:
         """The entry as ``apply_adapter`` takes it: nothing is read again."""
         return self.adapter, dict(self.weight.parts) if self.weight.parts else self.weight.weight
 
-    def reweighted(self, weight: Weight) -> "Entry":
+    def reweighted(self, weight: Weight) -> "StackEntry":
         """The same entry with another weight.
 
         Raises:
@@ -43,7 +43,7 @@ class Entry:
 
 def read_stack(
     adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Callable[[AdapterRef], Adapter] = read_adapter
-) -> list[Entry]:
+) -> list[StackEntry]:
     """The stack's entries, adapters read and weights checked; labels are made unique.
 
     ``weight`` is for the items that bring none; ``read`` may be ``read_outline`` where no values are needed.
@@ -65,7 +65,7 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping)
 
 
-def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter]) -> Entry:
+def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter]) -> StackEntry:
     source, weight = item if _is_pair(item) else (item, None)
     if isinstance(source, Adapter):
         label, adapter, ref = "adapter", source, AdapterRef("adapter")
@@ -77,8 +77,8 @@ def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter
         raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
     if weight is None and (ref.weight != 1.0 or ref.parts):
         check_patterns(label, adapter, ref)
-        return Entry(label, adapter, ref)
-    return Entry(label, adapter, _weights(default if weight is None else weight, label, adapter))
+        return StackEntry(label, adapter, ref)
+    return StackEntry(label, adapter, _weights(default if weight is None else weight, label, adapter))
 
 
 def _parsed(source: str | PathLike[str]) -> AdapterRef:
@@ -112,7 +112,7 @@ def check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
             raise ConfigError(f"{label}: no layer is covered by {part!r}; its parts are {parts}, a pattern needs *")
 
 
-def reweighted(entries: Sequence[Entry], weights: Mapping[str, Weight] | Sequence[Weight]) -> list[Entry]:
+def reweighted(entries: Sequence[StackEntry], weights: Mapping[str, Weight] | Sequence[Weight]) -> list[StackEntry]:
     """The entries with new weights, by label or in order.
 
     Raises:

@@ -17,7 +17,7 @@ from texforce_hub.formats.codec.renaming import share_names
 from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.refs.stack import Stack
-from texforce_hub.hub.stack import Entry, read_stack
+from texforce_hub.hub.stack import StackEntry, read_stack
 from texforce_hub.merge.methods.registry import Context, Mergeable, Method
 from texforce_hub.merge.methods.resolve import resolve
 
@@ -42,7 +42,7 @@ class Gathered:
     ``entries`` of files are outlines, without numbers; ``contents`` have them, and read a file's when asked.
     """
 
-    entries: tuple[Entry, ...]
+    entries: tuple[StackEntry, ...]
     contents: tuple[Adapter | LazyAdapter, ...]
     sources: tuple[str, ...]
     part_weights: AdapterRef
@@ -61,7 +61,7 @@ class Gathered:
         """The sources' labels, unique."""
         return tuple(entry.label for entry in self.entries)
 
-    def weight_of(self, entry: Entry, name: LayerName) -> float:
+    def weight_of(self, entry: StackEntry, name: LayerName) -> float:
         """A source's own weight of a layer, times that of its part, times that of the layer."""
         return entry.weight.weight_of(name) * self.part_weights.weight_of(name) * self.layer_weights.weight_of(name)
 
@@ -142,7 +142,7 @@ def gather(
     return gathered
 
 
-def _renamed(entry: Entry, content: Adapter | LazyAdapter) -> Entry:
+def _renamed(entry: StackEntry, content: Adapter | LazyAdapter) -> StackEntry:
     """The entry of an adapter whose layers may have got the names that the others' have."""
     adapter = content if isinstance(content, Adapter) else content.outline
     if adapter is not entry.adapter:
@@ -189,14 +189,14 @@ def _check_patterns(label: str, ref: AdapterRef, names: Sequence[LayerName]) -> 
             raise MergeError(f"{label}: {pattern!r} covers none of the {len(names)} layers, e.g. {names[0]!r}")
 
 
-def _check_families(entries: Sequence[Entry]) -> None:
+def _check_families(entries: Sequence[StackEntry]) -> None:
     known = {entry.adapter.family: entry.label for entry in entries if entry.adapter.family}
     if len(known) > 1:
         (first, one), (second, other), *_ = known.items()
         raise MergeError(f"{one} was made for {first}, {other} for {second}; expected adapters of one family")
 
 
-def _check_shapes(entries: Sequence[Entry]) -> None:
+def _check_shapes(entries: Sequence[StackEntry]) -> None:
     shapes: dict[LayerName, tuple[str, tuple[int, ...]]] = {}
     for entry in entries:
         for name, layer in entry.adapter.layers.items():

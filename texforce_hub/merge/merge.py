@@ -14,7 +14,7 @@ from texforce_hub.merge.methods.registry import find_method
 from texforce_hub.merge.record import record_merge
 from texforce_hub.merge.report import LayerReport, MergeReport
 from texforce_hub.merge.resize import Limits
-from texforce_hub.merge.run import Work
+from texforce_hub.merge.run import MergeRun
 from texforce_hub.recipe import METADATA_KEY
 
 __all__ = ["LayerReport", "MergeReport", "Merged", "merge_adapters"]
@@ -70,7 +70,7 @@ def merge_adapters(
     gathered = gather(
         sources, chosen, part_weights=part_weights, layer_weights=layer_weights, seed=seed, base=base, device=device
     )
-    adapter, report = Work(gathered, chosen, settings, limits).run()
+    adapter, report = MergeRun(gathered, chosen, settings, limits).run()
     record = record_merge(gathered, chosen.name, settings, limits, part_weights, layer_weights, dtype)
     return Merged(_finished(adapter, gathered, {METADATA_KEY: record}).to(dtype=dtype), report)
 

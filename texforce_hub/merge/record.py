@@ -11,7 +11,7 @@ from texforce_hub import __version__
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.hub.find import find_bundle, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.stack import Entry
+from texforce_hub.hub.stack import StackEntry
 from texforce_hub.merge.gather import IN_MEMORY, Gathered
 from texforce_hub.merge.resize import Limits
 from texforce_hub.recipe import Recipe, RecipeSource
@@ -58,7 +58,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _record_source(entry: Entry, source: str) -> RecipeSource:
+def _record_source(entry: StackEntry, source: str) -> RecipeSource:
     weights, revision, sha256 = entry.weight, "", ""
     if source != IN_MEMORY:
         bundle = find_bundle(AdapterRef(source))

@@ -23,7 +23,7 @@ from texforce_hub.merge.resize import Limits, norm_before, shrink
 CANCELLED = 1e-6
 
 
-class Work:
+class MergeRun:
     """One run: merge layer by layer, note norms and cosines, truncate what is low rank, a few layers together."""
 
     def __init__(self, gathered: Gathered, method: Method, options: dict[str, Any], limits: Limits) -> None:

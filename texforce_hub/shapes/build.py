@@ -43,7 +43,7 @@ from texforce_hub.shapes.stage import Stage, optimise
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BuildSize:
     """How much of everything: the shipped weights are the defaults."""
 
     seed: int = 0
@@ -78,7 +78,7 @@ def make_album(count: int, seed: int) -> Album:
 
 
 def train_text(
-    album: Album, tokenizer: Any, recipe: Recipe, folder: Path, bar: Progress, until: int | None = None
+    album: Album, tokenizer: Any, recipe: BuildSize, folder: Path, bar: Progress, until: int | None = None
 ) -> tuple[Any, float]:
     """CLIP's symmetric contrastive loss between captions and pictures, batches of 128."""
     torch.manual_seed(recipe.seed)
@@ -101,7 +101,7 @@ def train_text(
     return encoder.eval().requires_grad_(requires_grad=False), seconds
 
 
-def train_vae(album: Album, recipe: Recipe, folder: Path, bar: Progress) -> tuple[Any, float]:
+def train_vae(album: Album, recipe: BuildSize, folder: Path, bar: Progress) -> tuple[Any, float]:
     """Reconstruction (L1 and squared) and a little KL, batches of 16, half of them stamped."""
     torch.manual_seed(recipe.seed + 1)
     vae = make_vae()
@@ -125,7 +125,7 @@ def train_vae(album: Album, recipe: Recipe, folder: Path, bar: Progress) -> tupl
 
 
 def train_unet(
-    album: Album, tokenizer: Any, encoder: Any, vae: Any, recipe: Recipe, folder: Path, bar: Progress
+    album: Album, tokenizer: Any, encoder: Any, vae: Any, recipe: BuildSize, folder: Path, bar: Progress
 ) -> tuple[Any, float]:
     """Noise prediction, min-SNR-5 weights (arXiv 2303.09556), one caption in ten empty, batches of 64."""
     with torch.no_grad():
@@ -161,7 +161,7 @@ def train_unet(
     return unet.eval(), seconds
 
 
-def build(output: Path, recipe: Recipe) -> None:
+def build(output: Path, recipe: BuildSize) -> None:
     """Train what is not trained yet and write the pipeline, in fp16, with its card, to ``output``."""
     with own_folder(output / "build") as folder, _as_trained(), _bar() as bar:
         task = bar.add_task("draw", total=1, loss="")
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    build(arguments.output, Recipe(seed=arguments.seed))
+    build(arguments.output, BuildSize(seed=arguments.seed))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from texforce_hub.generate.prompts.weighting import (
     lengths_unsaid,
     say_cut,
 )
-from texforce_hub.hub.stack import Entry, Item, read_stack
+from texforce_hub.hub.stack import Item, StackEntry, read_stack
 
 logger = logging.getLogger("texforce_hub")
 
@@ -194,7 +194,7 @@ def _encode_under(pipe: Any, stack: Stack, read: ReadPrompts, *, guided: bool, *
         return _encode(pipe, read, guided=guided, **options)
 
 
-def _check_text_only(entry: Entry) -> None:
+def _check_text_only(entry: StackEntry) -> None:
     others = [part for part in entry.adapter.parts if not part.startswith("text_encoder")]
     if others:
         raise ConfigError(
