@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.training import make_actor, short_config, tiny_pipeline
+from tests.support.training import make_policy, short_config, tiny_pipeline
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling, bootstrap_mean
 from texforce_hub.evaluate.variants import Variant, evaluate_variants
@@ -12,11 +12,11 @@ from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.train.lora import describe_run, read_lora
 
 PROMPTS = ["a red circle", "a crimson square", "a blue triangle", "a lime disc"]
-FAST = Sampling(seeds=(0, 1), steps=2, batch=3)
+FAST = Sampling(seeds=(0, 1), inference_steps=2, batch_size=3)
 
 
 def make_adapter():
-    _, parameters = make_actor()
+    _, parameters = make_policy()
     return read_lora(parameters, rank=4, alpha=8.0, metadata=describe_run(short_config("unused"), 0))
 
 
@@ -56,8 +56,8 @@ def test_the_pipeline_is_afterwards_as_it_was():
 
 def test_a_score_depends_neither_on_the_batch_nor_on_the_other_prompts():
     pipe, rewards, variants = tiny_pipeline(), resolve_rewards(["brightness"]), {"base": Variant()}
-    whole = evaluate_variants(pipe, variants, PROMPTS, rewards, sampling=Sampling((0, 1), 2, batch=8))
-    single = evaluate_variants(pipe, variants, PROMPTS[:2], rewards, sampling=Sampling((0, 1), 2, batch=1))
+    whole = evaluate_variants(pipe, variants, PROMPTS, rewards, sampling=Sampling((0, 1), 2, batch_size=8))
+    single = evaluate_variants(pipe, variants, PROMPTS[:2], rewards, sampling=Sampling((0, 1), 2, batch_size=1))
     np.testing.assert_allclose(whole.per_prompt("base")[:2], single.per_prompt("base"), atol=1e-5)
 
 

@@ -33,9 +33,9 @@ def test_each_row_equals_the_prompt_encoded_alone_under_its_stack(family):
     a, b = random_adapter(pipe, seed=1), random_adapter(pipe, seed=2)
     stacks = [None, a, [(a, 0.5), (b, -0.3)], a]
     prompts = ["a red cat", "a red cat", "the blue circle", "a green square"]
-    together = encode_prompts(pipe, prompts, stacks, negative="big", **OPTIONS.get(family, {}))
+    together = encode_prompts(pipe, prompts, stacks, negative_prompt="big", **OPTIONS.get(family, {}))
     for row, (prompt, stack) in enumerate(zip(prompts, stacks)):
-        alone = encode_prompts(pipe, [prompt], [stack], negative="big", **OPTIONS.get(family, {}))
+        alone = encode_prompts(pipe, [prompt], [stack], negative_prompt="big", **OPTIONS.get(family, {}))
         assert alone.keys() == together.keys()
         for name in alone:
             assert torch.allclose(together[name][row].float(), alone[name][0].float(), atol=1e-5), name

@@ -349,4 +349,4 @@ def test_prompts_for_training_and_evaluation_have_no_tags_and_no_weights(tmp_pat
 
 def test_a_setting_with_a_tag_in_its_negative_prompt_cannot_be_made():
     with pytest.raises(PromptError, match="below 0 in the prompt"):
-        DrawSettings(("a",), negative="<lora:x:1>")
+        DrawSettings(("a",), negative_prompt="<lora:x:1>")

@@ -135,7 +135,7 @@ def test_embeddings_are_what_compel_gives_for_its_own_spelling(family):
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_a_long_prompt_is_read_to_its_end_and_its_negative_is_as_long(family):
     pipe = shared_pipeline(family)
-    found = encode_prompts(pipe, [LONG, "a cat"], [None, None], negative="big", long_prompts=True)
+    found = encode_prompts(pipe, [LONG, "a cat"], [None, None], negative_prompt="big", long_prompts=True)
     expected = reference(pipe, LONG, whole=True)
     assert expected.shape[1] > TOKENS
     assert torch.allclose(found["prompt_embeds"][:1], expected, atol=1e-6)
@@ -174,7 +174,9 @@ def test_without_a_negative_prompt_a_long_one_has_the_pipelines_own():
 
 
 def test_a_short_prompt_is_padded_to_a_long_negative_prompt():
-    found = encode_prompts(shared_pipeline("sd1"), ["a cat"], [None], negative=f"({LONG}:1.2)", long_prompts=True)
+    found = encode_prompts(
+        shared_pipeline("sd1"), ["a cat"], [None], negative_prompt=f"({LONG}:1.2)", long_prompts=True
+    )
     assert found["prompt_embeds"].shape == found["negative_prompt_embeds"].shape
     assert found["prompt_embeds"].shape[1] > TOKENS
 
@@ -184,7 +186,7 @@ def test_each_row_is_weighted_under_its_own_stack(family):
     pipe = shared_pipeline(family)
     a, b = random_adapter(pipe, seed=1, size=0.3), random_adapter(pipe, seed=2, size=0.3)
     text, away = "a (red:1.4) cat", "a (dog:0.7)"
-    found = encode_prompts(pipe, [text] * 3, [None, a, [(b, -0.5)]], negative=away)
+    found = encode_prompts(pipe, [text] * 3, [None, a, [(b, -0.5)]], negative_prompt=away)
     for row, stack in enumerate([None, a, (b, -0.5)]):
         if stack is None:
             alone = reference(pipe, "a (red)1.4 cat"), reference(pipe, "a (dog)0.7")
@@ -214,7 +216,7 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it(family):
         "width": 16,
         "height": 16,
         "guidance": 2.0,
-        "negative": "big",
+        "negative_prompt": "big",
         "long_prompts": True,
     }
     together = generate_images(pipe, DrawSettings(prompts, **how))
@@ -228,7 +230,7 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it(family):
 def test_words_that_are_cut_are_said(family, caplog):
     pipe = shared_pipeline(family)
     options: dict[str, Any] = {"max_sequence_length": 16} if family == "flux" else {}
-    encode_prompts(pipe, [LONG], [None], negative=f"{LONG} cat", **options)
+    encode_prompts(pipe, [LONG], [None], negative_prompt=f"{LONG} cat", **options)
     said = [record.message for record in caplog.records if record.name == "texforce_hub"]
     assert len(said) == 2
     assert all("not read" in line for line in said)
@@ -266,7 +268,9 @@ def test_words_below_one_are_placed_in_later_chunks(text):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_keep_the_encoders_dtype(dtype):
     pipe = tiny_pipeline("sdxl").to(dtype)
-    found = encode_prompts(pipe, ["a (red:1.3) cat", LONG], [None, None], negative="(big:0.5)", long_prompts=True)
+    found = encode_prompts(
+        pipe, ["a (red:1.3) cat", LONG], [None, None], negative_prompt="(big:0.5)", long_prompts=True
+    )
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
@@ -276,8 +280,8 @@ def test_weights_keep_the_encoders_dtype(dtype):
 def test_weights_and_long_prompts_are_the_same_on_a_gpu(family):
     pipe = tiny_pipeline(family)
     prompts, stacks = ["a (red:1.3) cat", LONG], [random_adapter(pipe, seed=1), None]
-    here = encode_prompts(pipe, prompts, stacks, negative="(big:0.5)", long_prompts=True)
-    there = encode_prompts(pipe.to("cuda"), prompts, stacks, negative="(big:0.5)", long_prompts=True)
+    here = encode_prompts(pipe, prompts, stacks, negative_prompt="(big:0.5)", long_prompts=True)
+    there = encode_prompts(pipe.to("cuda"), prompts, stacks, negative_prompt="(big:0.5)", long_prompts=True)
     for name, tensor in here.items():
         assert there[name].is_cuda
         assert torch.allclose(tensor, there[name].cpu(), atol=1e-3), name

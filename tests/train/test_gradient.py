@@ -29,7 +29,7 @@ def gradients(parameters):
 
 @pytest.mark.parametrize("changes", [{}, {"uncond": "base"}, {"uncond": "full"}, {"kl": 0.5}, {"guidance": 1.0}])
 def test_encoding_once_gives_the_naive_gradient(changes):
-    policy, parameters, rollout, rows, at = make_case(clip=10.0, batch=5, **changes)
+    policy, parameters, rollout, rows, at = make_case(clip=10.0, batch_size=5, **changes)
     accumulate_gradient(policy, rollout, ADVANTAGES, rows, at)
     once = gradients(parameters)
     for parameter in parameters.values():
@@ -133,7 +133,7 @@ def test_timesteps_are_drawn_without_repetition_and_never_from_the_last():
 def test_the_batch_size_changes_nothing_but_rounding():
     images = []
     for batch in (1, 4, 64):
-        policy, _ = make_policy(batch=batch)
+        policy, _ = make_policy(batch_size=batch)
         rollout = sample_rollout(policy, PROMPTS, torch.Generator().manual_seed(3))
         images.append(torch.cat([rollout.images, sample_images(policy, PROMPTS, images=2, steps=3, seed=0)]))
     torch.testing.assert_close(images[0], images[2], rtol=1e-4, atol=1e-4)

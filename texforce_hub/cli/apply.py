@@ -46,7 +46,7 @@ def apply(
     height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
     scheduler: Annotated[str, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++, lcm …")] = "",
     num_images: Annotated[int, typer.Option("--num-images", min=1, help="For each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch", min=1, help="Images drawn at once.")] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Images drawn at once.")] = 8,
     clip_skip: Annotated[int | None, typer.Option("--clip-skip", min=0, help="Last CLIP layers to skip.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
@@ -88,7 +88,7 @@ def apply(
         index = AdapterIndex(adapter_dir)
         settings = DrawSettings(
             prompts=given,
-            negative=negative_prompt or "",
+            negative_prompt=negative_prompt or "",
             inference_steps=inference_steps or (INFERENCE_STEPS if own else 30),
             guidance=guidance if guidance is not None else (GUIDANCE if own else 7.5),
             seed=seed,

@@ -32,7 +32,9 @@ def evaluate(
     inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 15,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
     negative_prompt: Annotated[str, typer.Option(help="What guidance steers away from.")] = "",
-    batch: Annotated[int, typer.Option(min=1, help="Pictures in one call; lower it if memory runs out.")] = 64,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", min=1, help="Pictures in one call; lower it if memory runs out.")
+    ] = 64,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -51,7 +53,7 @@ def evaluate(
     pipe = load_pipeline(base, device=device)
     variants = _make_variants(adapter or [], load_pipeline(base, unet=unet, device=device).unet if unet else None)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
-    sampling = Sampling(tuple(range(seed, seed + seeds)), inference_steps, guidance, negative_prompt, batch)
+    sampling = Sampling(tuple(range(seed, seed + seeds)), inference_steps, guidance, negative_prompt, batch_size)
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=len(texts) * seeds) for name in variants}
         result = evaluate_variants(
@@ -92,6 +94,6 @@ def _print(result: "Evaluation") -> None:
         put_table(["variant", f"{reward}, mean", f"minus {first}, paired"], rows)
     s = result.sampling
     say(
-        f"{len(result.prompts)} prompts × {len(s.seeds)} seeds, {s.steps} steps, guidance {s.guidance:g}; "
+        f"{len(result.prompts)} prompts × {len(s.seeds)} seeds, {s.inference_steps} steps, guidance {s.guidance:g}; "
         "95 % bootstrap intervals over prompts"
     )

@@ -44,7 +44,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
     kl: Annotated[float | None, typer.Option(help="Weight of the divergence from the base.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of a running average of the LoRA.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Pictures in one U-Net call; lower it if memory runs out.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", "--batch", help="Pictures in one U-Net call; lower it if memory runs out."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: float32, float16 or bfloat16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,

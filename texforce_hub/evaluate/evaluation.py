@@ -14,10 +14,10 @@ class Sampling:
     """How pictures are drawn; recorded with every figure."""
 
     seeds: tuple[int, ...] = (0, 1)  # a picture per prompt and seed
-    steps: int = 15  # denoising steps of the pipeline's own scheduler
+    inference_steps: int = 15  # denoising steps of the pipeline's own scheduler
     guidance: float = 5.0
     negative_prompt: str = ""
-    batch: int = 64  # pictures in one call; the result does not depend on it beyond rounding
+    batch_size: int = 64  # pictures in one call; the result does not depend on it beyond rounding
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,12 @@ def draw_images(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Iterat
     """
     jobs = [(text, seed * 1_000_003 + place) for place, text in enumerate(prompts) for seed in sampling.seeds]
     with _quiet(pipe), torch.no_grad():
-        for start in range(0, len(jobs), sampling.batch):
-            texts, noise = zip(*jobs[start : start + sampling.batch], strict=True)
+        for start in range(0, len(jobs), sampling.batch_size):
+            texts, noise = zip(*jobs[start : start + sampling.batch_size], strict=True)
             images = pipe(
                 list(texts),
                 negative_prompt=[sampling.negative_prompt] * len(texts),
-                num_inference_steps=sampling.steps,
+                num_inference_steps=sampling.inference_steps,
                 guidance_scale=sampling.guidance,
                 generator=[Generator().manual_seed(seed) for seed in noise],
                 output_type="pt",

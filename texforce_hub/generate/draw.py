@@ -29,7 +29,7 @@ class DrawSettings:
     """
 
     prompts: tuple[str, ...]
-    negative: str = ""
+    negative_prompt: str = ""
     inference_steps: int = 30
     guidance: float = 7.5
     seed: int = 0
@@ -48,7 +48,7 @@ class DrawSettings:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
         check_way(self.prompt_weights)
-        refuse_tags(self.negative, "no tag acts in a negative prompt; give it a weight below 0 in the prompt")
+        refuse_tags(self.negative_prompt, "no tag acts in a negative prompt; give it a weight below 0 in the prompt")
 
     def jobs(self) -> list[tuple[str, int]]:
         """Prompt and seed of every image, prompt by prompt."""
@@ -104,7 +104,7 @@ def generate_cells(
 
 
 def _reading(settings: DrawSettings) -> dict[str, Any]:
-    names = ("negative", "prompt_weights", "long_prompts")
+    names = ("negative_prompt", "prompt_weights", "long_prompts")
     return {name: getattr(settings, name) for name in names}
 
 
@@ -182,7 +182,7 @@ def describe(
     """The text entries of one image: A1111's ``parameters``, and everything in ``texforce_hub``."""
     parameters = a1111_parameters(
         prompt,
-        settings.negative,
+        settings.negative_prompt,
         steps=settings.inference_steps,
         sampler=sampler,
         guidance=settings.guidance,

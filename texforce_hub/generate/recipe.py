@@ -102,7 +102,7 @@ def replay_run(path: Path) -> DrawRun:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     if recipe.kind != "apply":
         raise RecipeError(f"{path}: a recipe of kind {recipe.kind!r}; expected 'apply'")
-    table = dict(recipe.settings)
+    table = {_RENAMED.get(name, name): value for name, value in recipe.settings.items()}
     for source, recorded in dict.fromkeys((s.source, s.sha256) for s in recipe.sources):
         _check_hash(source, hash_files(find_bundle(AdapterRef(source)).files), recorded)
     for name in ("base", "unet"):
@@ -126,11 +126,12 @@ def replay_run(path: Path) -> DrawRun:
         raise RecipeError(f"{path}: {error}") from error
 
 
+_RENAMED = {"negative": "negative_prompt"}  # as recipes of version 0.1 have it
 _OUTER = ("base", "unet", "mode", "rounding", "scheduler", "sweep")
 _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
     "prompts": Mapping,
-    "negative": str,
+    "negative_prompt": str,
     "guidance": (int, float),
     "prompt_weights": str,
     "long_prompts": bool,

@@ -26,7 +26,7 @@ class TrainConfig(Settings):
     device: str | None = None  # where to run; by default a GPU if there is one
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the frozen weights; the LoRA is float32
     resolution: Annotated[int | None, at_least(8)] = None  # pictures' side in pixels; by default the U-Net's own
-    batch: Count = 64  # pictures in one U-Net call; lower it when memory runs out, the result is the same
+    batch_size: Count = 64  # pictures in one U-Net call; lower it when memory runs out, the result is the same
 
     rank: Count = 16  # of the LoRA
     alpha: Positive = 16.0  # the LoRA's change is alpha / rank · up @ down

@@ -72,7 +72,7 @@ class TrainingRun:
         texts = self.prompts.draw(learner.step, config.prompts_per_step, config.seed)
         rollout = sample_rollout(self.policy, texts, self._generator(1))
         drawn = [texts[i] for i in rollout.group]
-        scores = score_images(self.rewards, rollout.images, drawn, batch=config.batch)
+        scores = score_images(self.rewards, rollout.images, drawn, batch=config.batch_size)
         rate, advantages = learner.set_learning_rate(), self._advantages(scores)
         facts = update_policy(
             self.policy, rollout, advantages, learner.optimizer, list(learner.parameters.values()), self._generator(2)
@@ -98,7 +98,7 @@ class TrainingRun:
         with self.learner.averaged():
             images = sample_images(self.policy, texts, images=number, steps=config.validation_steps, seed=0)
         drawn = [text for text in texts for _ in range(number)]
-        score = self._weighted(score_images(self.rewards, images, drawn, batch=config.batch)).mean().item()
+        score = self._weighted(score_images(self.rewards, images, drawn, batch=config.batch_size)).mean().item()
         self.learner.note_validation(score)
         return score
 
@@ -225,7 +225,7 @@ def _explain(error: BaseException, run: TrainingRun, step: int) -> None:
     if isinstance(error, RewardError | TrainingError):
         raise TrainingError(f"step {step + 1}: {error}; {kept}") from error
     if isinstance(error, torch.OutOfMemoryError):
-        lower = f"lower batch from {run.config.batch} to {max(1, run.config.batch // 2)}"
+        lower = f"lower batch_size from {run.config.batch_size} to {max(1, run.config.batch_size // 2)}"
         raise TrainingError(f"step {step + 1}: out of memory; {lower}; {kept}") from error
 
 

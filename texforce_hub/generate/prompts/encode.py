@@ -91,7 +91,7 @@ def read_prompts(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    negative: str = "",
+    negative_prompt: str = "",
     prompt_weights: str = "auto",
     long_prompts: bool = False,
     longest: int | None = None,
@@ -105,14 +105,14 @@ def read_prompts(
         RefError: weights that cannot be read.
         FamilyError: weights or long prompts for a pipeline that cannot have them.
     """
-    for prompt in (*prompts, negative):
+    for prompt in (*prompts, negative_prompt):
         refuse_tags(prompt, "take it out with read_tags(prompt, folder), which gives its adapter too")
     texts = tuple(read_emphasis(prompt, prompt_weights) for prompt in prompts)
-    away = read_emphasis(negative, prompt_weights)
+    away = read_emphasis(negative_prompt, prompt_weights)
     everything = [*texts, away]
     if not long_prompts:
         say_cut(pipe, everything, longest=longest)
-    for prompt, read in zip((*prompts, negative), everything) if prompt_weights == "auto" else ():
+    for prompt, read in zip((*prompts, negative_prompt), everything) if prompt_weights == "auto" else ():
         if read.text == prompt and may_be_weighted(prompt):
             logger.info("%r: brackets and capital words are read as text; --prompt-weights on reads A1111's", prompt)
         if big := [f"{words!r} at {weight:g}" for words, weight in read.fragments if weight > UNUSUAL]:
@@ -126,7 +126,7 @@ def encode_prompts(
     prompts: Sequence[str],
     stacks: Sequence[Stack],
     *,
-    negative: str = "",
+    negative_prompt: str = "",
     guided: bool = True,
     prompt_weights: str = "auto",
     long_prompts: bool = False,
@@ -140,7 +140,7 @@ def encode_prompts(
         prompts: ``b`` of them.
         stacks: one for each prompt, as :func:`~texforce_hub.apply.applied.apply_adapter` takes them; ``None`` or
             an empty list: the pipeline as it is.
-        negative: the negative prompt of all; empty: what the pipeline does without one.
+        negative_prompt: the one of all prompts; empty: what the pipeline does without one.
         guided: whether negative embeddings are needed (guidance above 1).
         prompt_weights: ``on``: ``(word:1.2)`` and the rest of A1111's syntax
             (:mod:`texforce_hub.generate.prompts.emphasis`);
@@ -162,7 +162,11 @@ def encode_prompts(
     """
     if not prompts or len(prompts) != len(stacks):
         raise PromptError(f"{len(prompts)} prompts and {len(stacks)} stacks; expected one stack for each prompt")
-    how: dict[str, Any] = {"negative": negative, "prompt_weights": prompt_weights, "long_prompts": long_prompts}
+    how: dict[str, Any] = {
+        "negative_prompt": negative_prompt,
+        "prompt_weights": prompt_weights,
+        "long_prompts": long_prompts,
+    }
     read = read_prompts(pipe, prompts, **how, longest=options.get("max_sequence_length"))
     rows: list[dict[str, Tensor]] = [{}] * len(prompts)
     for stack, members in _grouped(stacks):

@@ -97,7 +97,7 @@ def accumulate_gradient(policy: Policy, rollout: Rollout, advantages: Tensor, ro
     """
     embeddings = policy.encode(_texts(policy, rollout))
     cut = embeddings.detach().requires_grad_()
-    facts, size = [], policy.config.batch
+    facts, size = [], policy.config.batch_size
     for some_rows, some_at in zip(torch.split(rows, size), torch.split(at, size), strict=True):
         loss, fact = policy_loss(policy, rollout, advantages, cut, some_rows, some_at)
         torch.autograd.backward(loss / len(rows))

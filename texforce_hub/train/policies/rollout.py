@@ -44,7 +44,7 @@ def sample_rollout(policy: Policy, prompts: Sequence[str], generator: Generator)
         latents=torch.stack([chain[0].before, *(step.after for step in chain)], 1),
         log_probabilities=torch.stack([step.log_probability for step in chain], 1),
         unconditional=torch.stack([step.unconditional for step in chain], 1) if constant else None,
-        images=policy.decode(chain[-1].after, batch=config.batch),
+        images=policy.decode(chain[-1].after, batch=config.batch_size),
         steps=steps,
     )
 
@@ -59,7 +59,7 @@ def sample_images(policy: Policy, prompts: Sequence[str], *, images: int, steps:
     embeddings = policy.encode(prompts).repeat_interleave(images, 0)
     for step in _denoise(policy, embeddings, chain, Generator().manual_seed(seed), 0.0):
         latents = step.after
-    return policy.decode(latents, batch=policy.config.batch)
+    return policy.decode(latents, batch=policy.config.batch_size)
 
 
 class _Step(NamedTuple):
@@ -89,7 +89,7 @@ def _predict_both(
     policy: Policy, latents: Tensor, timestep: Tensor, embeddings: Tensor, negative: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The prompt's and the negative prompt's prediction, both in one U-Net call."""
-    size = policy.config.batch
+    size = policy.config.batch_size
     if negative is None:
         return in_slices(lambda x, e: policy.predict(x, timestep, e), size, latents, embeddings), None
 
