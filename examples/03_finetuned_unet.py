@@ -18,12 +18,12 @@ def main(adapters: Sequence[str], unet: str, output: Path) -> Path:
     """Draw, and give the sheet that shows it."""
     settings = DrawSettings(tuple(PROMPTS), inference_steps=15, guidance=5.0)
     groups, columns = [], []
-    for partner in (None, unet):
-        pipe = load_pipeline("shapes", unet=partner)
+    for tuned in (None, unet):
+        pipe = load_pipeline("shapes", unet=tuned)
         groups.append(generate_images(pipe, settings))
         with apply_adapter(pipe, list(adapters)):
             groups.append(generate_images(pipe, settings))
-        columns += ["base", "text"] if partner is None else ["U-Net", "both"]
+        columns += ["base", "text"] if tuned is None else ["U-Net", "both"]
     cells_by_row = [image for row in zip(*groups, strict=True) for image in row]
     output.mkdir(parents=True, exist_ok=True)
     sheet = output / "sheet.png"

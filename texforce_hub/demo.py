@@ -32,7 +32,7 @@ from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.run import StepReport, train_adapter
 
 TEXT_ADAPTER = "shapes-colour"
-UNET_PARTNER = "shapes-refl"
+TUNED_UNET = "shapes-refl"
 PROMPTS, PROMPT_SEED, SEEDS = 96, 7, (0, 1)
 SHEET_PROMPTS = 2  # of each noisy word
 ROWS = ("base", "text", "unet", "both")
@@ -76,7 +76,7 @@ def run_demo(
         train_adapter(config, pipeline=pipe, on_step=on_step)
         adapter_file = folder / "train" / adapter_file.name
     text = read_adapter(adapter_file, device=str(pipe.device))
-    tuned = load_pipeline("shapes", unet=UNET_PARTNER, device=device).unet
+    tuned = load_pipeline("shapes", unet=TUNED_UNET, device=device).unet
     variants = dict(zip(ROWS, (Variant(), Variant(text), Variant(unet=tuned), Variant(text, tuned)), strict=True))
     rewards = resolve_rewards(["alignment"], pipe.device)
     sampling = Sampling(SEEDS, INFERENCE_STEPS, GUIDANCE)
@@ -102,7 +102,7 @@ def _shipped_file(name: str) -> Path:
 
 
 def _hashes(adapter_file: Path) -> dict[str, Any]:
-    files = {"text": adapter_file, "unet": _shipped_file(UNET_PARTNER)}
+    files = {"text": adapter_file, "unet": _shipped_file(TUNED_UNET)}
     return {"sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}}
 
 

@@ -188,7 +188,7 @@ def test_every_option_of_an_image_command_reaches_the_pipeline(shelf, tmp_path):
     assert plain.exit_code == 0, plain.output
 
 
-def test_a_checkpoint_is_saved_with_the_stack_and_the_partner_baked_in(tmp_path):
+def test_a_checkpoint_is_saved_with_the_stack_and_the_unet_baked_in(tmp_path):
     from safetensors.torch import load_file
 
     pipe = original_topology("sd1")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
-from tests.support.pipelines_saved import load, original_topology, saved, text_out, write_partner
+from tests.support.pipelines_saved import load, original_topology, saved, text_out, write_tuned_unet
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import FamilyError, HubError, PipelineError
@@ -86,7 +86,7 @@ def test_a_base_with_a_safety_checker_keeps_it(tmp_path, caplog):
     from texforce_hub.generate.draw import DrawSettings, generate_images
 
     with_safety_checker(tiny_pipeline("sd1")).save_pretrained(tmp_path / "base")
-    where, _ = write_partner("checkpoint folder", tmp_path / "partner")
+    where, _ = write_tuned_unet("checkpoint folder", tmp_path / "tuned")
     pipe = load(tmp_path / "base", unet=where)
     settings = DrawSettings(("a cat", "a dog"), inference_steps=2, width=16, height=16)
     with apply_adapter(pipe, random_adapter(pipe)), caplog.at_level("WARNING", logger="texforce_hub"):

@@ -38,8 +38,8 @@ def test_a_pipeline_saved_with_live_adapters_is_repaired_both_ways(tmp_path, cap
         pipe = load(tmp_path / "spoilt")
     assert torch.allclose(unet_out(pipe.unet), tuned[0], atol=1e-5)
     assert "saved with live adapters" in caplog.text
-    tuned_partner = load(save_pipeline(tiny_pipeline("sd1"), tmp_path / "base"), unet=tmp_path / "spoilt")
-    assert torch.allclose(unet_out(tuned_partner.unet), tuned[0], atol=1e-5)
+    with_unet = load(save_pipeline(tiny_pipeline("sd1"), tmp_path / "base"), unet=tmp_path / "spoilt")
+    assert torch.allclose(unet_out(with_unet.unet), tuned[0], atol=1e-5)
 
 
 def test_a_pipeline_whose_encoder_was_saved_as_an_adapter_only_is_named(tmp_path):

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from tests.support.pipelines_saved import load, original_topology, saved, text_out, tuned_unet, unet_out, write_partner
+from tests.support.pipelines_saved import (
+    load,
+    original_topology,
+    saved,
+    text_out,
+    tuned_unet,
+    unet_out,
+    write_tuned_unet,
+)
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import FamilyError, PipelineError
@@ -15,7 +23,7 @@ KINDS = ["pipeline", "checkpoint folder", "old pickle", "ema", "repository root"
 
 @pytest.mark.parametrize("kind", [*KINDS, "bare in a folder", "fp16 files"])
 def test_every_layout_of_a_full_unet_is_put_in_under_a_text_stack(kind, shelf, tmp_path):
-    where, unet = write_partner(kind, tmp_path / "partner")
+    where, unet = write_tuned_unet(kind, tmp_path / "tuned")
     pipe = load(saved(shelf), unet=where)
     assert torch.equal(unet_out(pipe.unet), unet_out(unet))
     adapter = random_adapter(pipe)
@@ -37,7 +45,7 @@ def test_a_training_run_gives_its_latest_checkpoint(shelf, tmp_path):
     assert torch.equal(unet_out(load(saved(shelf), unet=tmp_path / "logs").unet), unet_out(gold.unet))
 
 
-def test_a_checkpoint_in_the_original_layout_is_a_partner_too(tmp_path):
+def test_a_checkpoint_in_the_original_layout_is_a_tuned_unet_too(tmp_path):
     pipe = original_topology("sd1")
     pipe.save_pretrained(tmp_path / "base")
     gold = unet_out(pipe.unet)
@@ -70,7 +78,7 @@ def test_a_unet_of_another_family_is_refused_before_it_is_read(shelf, tmp_path, 
         load(saved(shelf), unet=f"{saved(shelf)}:0.5")
 
 
-def test_a_text_adapter_is_no_partner(shelf, tmp_path):
+def test_a_text_adapter_is_no_unet(shelf, tmp_path):
     where = write_adapter(random_adapter(tiny_pipeline("sd1")), tmp_path / "text")
     with pytest.raises(PipelineError, match="--adapter"):
         load(saved(shelf), unet=where)

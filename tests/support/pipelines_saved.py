@@ -74,7 +74,7 @@ def tuned_unet(seed=9):
     return pipe.unet
 
 
-def write_partner(kind, folder):
+def write_tuned_unet(kind, folder):
     """A tuned U-Net as a trainer leaves it; gives what ``unet=`` takes and the U-Net that is meant."""
     unet = tuned_unet()
     if kind == "pipeline":

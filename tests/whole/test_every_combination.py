@@ -1,4 +1,4 @@
-"""The whole cube: every U-Net partner, under every text dialect, attached and fused; and the true sizes."""
+"""The whole cube: every tuned U-Net, under every text dialect, attached and fused; and the true sizes."""
 
 import itertools
 import json
@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from tests.pipelines.test_unet import KINDS
-from tests.support.pipelines_saved import load, text_out, unet_out, write_partner
+from tests.support.pipelines_saved import load, text_out, unet_out, write_tuned_unet
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
@@ -20,15 +20,15 @@ from texforce_hub.pipelines.build import build_unet
 from texforce_hub.pipelines.save_checkpoint import save_checkpoint
 from texforce_hub.pipelines.single_file import write_config
 
-PARTNERS = [*KINDS, "bare in a folder", "fp16 files", "lora diffusers", "lora peft", "lora kohya", "none"]
+UNETS = [*KINDS, "bare in a folder", "fp16 files", "lora diffusers", "lora peft", "lora kohya", "none"]
 DIALECTS = ["diffusers", "kohya", "comfy", "peft"]
 
 
-def partner_of(kind, folder):
+def unet_of(kind, folder):
     if kind == "none":
         return None, tiny_pipeline("sd1").unet
     if not kind.startswith("lora"):
-        return write_partner(kind, folder)
+        return write_tuned_unet(kind, folder)
     pipe = tiny_pipeline("sd1")
     adapter = random_adapter(pipe, parts=["unet"], seed=11)
     apply_adapter(pipe, adapter, mode="fuse").keep()
@@ -36,10 +36,10 @@ def partner_of(kind, folder):
 
 
 @pytest.mark.campaign
-@pytest.mark.parametrize(("partner", "dialect"), list(itertools.product(PARTNERS, DIALECTS)))
-def test_the_cube(partner, dialect, tmp_path):
+@pytest.mark.parametrize(("kind", "dialect"), list(itertools.product(UNETS, DIALECTS)))
+def test_the_cube(kind, dialect, tmp_path):
     tiny_pipeline("sd1").save_pretrained(tmp_path / "base")
-    where, unet = partner_of(partner, tmp_path / "partner")
+    where, unet = unet_of(kind, tmp_path / "tuned")
     pipe = load(tmp_path / "base", unet=where)
     adapter = random_adapter(pipe, rank=3, scale=0.5)
     file = write_adapter(adapter, tmp_path / "text", dialect=dialect)

@@ -34,8 +34,8 @@ def load_example(name):
     ("name", "columns"), [("01_apply", 3), ("02_stack", 3), ("03_finetuned_unet", 4), ("04_many_adapters", 4)]
 )
 def test_an_example_draws_its_sheet(name, columns, adapters, tmp_path, capsys):
-    partner = ("shapes-refl",) if name.startswith("03") else ()
-    sheet = load_example(name).main(adapters, *partner, tmp_path / "out")
+    unet = ("shapes-refl",) if name.startswith("03") else ()
+    sheet = load_example(name).main(adapters, *unet, tmp_path / "out")
     assert Image.open(sheet).width > columns * 96
     if name == "04_many_adapters":
         assert "8 images under 4 stacks: 15 U-Net calls" in capsys.readouterr().out
@@ -50,16 +50,16 @@ def test_every_numbered_example_is_run():
     ]
 
 
-def test_a_full_partner_is_written_as_refl_does_and_loads(tmp_path):
-    folder = load_example("make_unet_partner").main("full", tmp_path / "refl", steps=2)
+def test_a_full_unet_is_written_as_refl_does_and_loads(tmp_path):
+    folder = load_example("make_tuned_unet").main("full", tmp_path / "refl", steps=2)
     assert folder == tmp_path / "refl" / "checkpoint-2" / "unet"
     tuned, base = load_pipeline("shapes", unet=str(folder.parent), device="cpu").unet, load_pipeline("shapes").unet
     moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), base.parameters(), strict=True)]
     assert sum(moved) > len(moved) / 2
 
 
-def test_a_lora_partner_is_written_as_dpok_does_and_loads(tmp_path):
-    path = load_example("make_unet_partner").main("lora", tmp_path / "dpok", steps=2)
+def test_a_unet_lora_is_written_as_dpok_does_and_loads(tmp_path):
+    path = load_example("make_tuned_unet").main("lora", tmp_path / "dpok", steps=2)
     names = list(torch.load(path, weights_only=True))
     assert all(".processor.to_" in name and "_lora." in name for name in names)
     tuned, base = load_pipeline("shapes", unet=str(path), device="cpu").unet, load_pipeline("shapes").unet

@@ -21,7 +21,7 @@ _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
 @dataclass(frozen=True, slots=True)
 class DrawRun:
-    """One drawing run: base, partner, stack, how it is put on, its columns, and how to sample.
+    """One drawing run: base, U-Net, stack, how it is put on, its columns, and how to sample.
 
     The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
     nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweep``:
@@ -66,7 +66,7 @@ def record_run(run: DrawRun, path: Path) -> None:
     table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
     table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
     table |= {name: getattr(run, name) for name in ("scheduler", "each", "sweep") if getattr(run, name)}
-    table |= {"unet": _pin_partner(run.unet)} if run.unet else {}
+    table |= {"unet": _pin_unet(run.unet)} if run.unet else {}
     for name, source in (("base", run.base), ("unet", run.unet)):
         if digest := _hash_local(source):
             table[f"{name}_sha256"] = digest
@@ -82,8 +82,8 @@ def _look_up(source: str) -> tuple[str, str, str]:
     return *pin_source(source, bundle.path), hash_files(bundle.files)
 
 
-def _pin_partner(unet: str) -> str:
-    """A partner as it can be found again: from the Hub with its commit."""
+def _pin_unet(unet: str) -> str:
+    """A U-Net as it can be found again: from the Hub with its commit."""
     ref = AdapterRef.parse(unet)
     if find_local(ref) is not None:
         return unet
@@ -154,7 +154,7 @@ def _check_hash(source: str, found: str, recorded: str) -> None:
 
 
 def _hash_local(source: str) -> str:
-    """The hash of a local file or folder that a base or partner names; empty if it is not local."""
+    """The hash of a local file or folder that a base or a U-Net names; empty if it is not local."""
     if not source or source == "shapes":
         return ""
     try:

@@ -72,7 +72,7 @@ class Drawing:
             raise ConfigError(f"--rounding {run.rounding!r}; expected nearest or stochastic")
 
     def load(self, *, device: str | None, dtype: str | None, offload: bool) -> None:
-        """Load the base and its partner."""
+        """Load the base with its tuned U-Net."""
         place = "cpu" if offload else device
         self.pipe = load_pipeline(self.run.base, unet=self.run.unet or None, device=place, dtype=dtype)
         if self.run.scheduler:

@@ -33,8 +33,8 @@ def build_model(library: str, kind: str, config: Mapping[str, Any], state: Mappi
     Raises:
         PipelineError: a class that is not there, or weights that do not fit it.
     """
-    home = {"diffusers": diffusers, "transformers": transformers}.get(library)
-    made_of = getattr(home, kind, None)
+    source = {"diffusers": diffusers, "transformers": transformers}.get(library)
+    made_of = getattr(source, kind, None)
     if made_of is None:
         raise PipelineError(f"no model class {library}.{kind} here")
     if library == "diffusers":

@@ -43,8 +43,8 @@ def weight_names(names: Sequence[str], folder: str) -> list[str]:
     files = [name for name in sorted(names) if name.endswith(WEIGHT_SUFFIXES) and name.startswith(_STEMS)]
     for suffix in WEIGHT_SUFFIXES:
         for fp16 in (False, True):
-            if found := [name for name in files if name.endswith(suffix) and (".fp16" in name) == fp16]:
-                return found
+            if chosen := [name for name in files if name.endswith(suffix) and (".fp16" in name) == fp16]:
+                return chosen
     holds = ", ".join(sorted(names)[:6]) or "nothing"
     raise PipelineError(f"{folder} has no weights file; expected {_STEMS[0]}.safetensors or the like, it holds {holds}")
 
@@ -68,15 +68,15 @@ def stream_parameters(folder: Path) -> Mapping[str, Tensor] | None:
         PipelineError: a part without weights.
         FileError: a damaged file.
     """
-    found: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+    parameters: dict[str, tuple[Mapping[str, Tensor], str]] = {}
     for part in (part for part in PARTS if (folder / part).is_dir()):
         for path in weight_files(folder / part):
             header, stream = stream_tensors(path, allow_pickle=True)
             names = [name for name in stream if header.tensors[name].dtype.startswith(("F", "BF"))]
             if any(".base_layer." in name or "lora_" in name for name in names):
                 return None
-            found |= {f"{part}.{published_name(part, name, names)}": (stream, name) for name in names}
-    return _Parameters(found) if found else None
+            parameters |= {f"{part}.{published_name(part, name, names)}": (stream, name) for name in names}
+    return _Parameters(parameters) if parameters else None
 
 
 def published_name(part: str, name: str, names: Iterable[str]) -> str:
@@ -86,18 +86,18 @@ def published_name(part: str, name: str, names: Iterable[str]) -> str:
 
 
 class _Parameters(Mapping[str, Tensor]):
-    def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
-        self._places = places
+    def __init__(self, sources: Mapping[str, tuple[Mapping[str, Tensor], str]]) -> None:
+        self._sources = sources
 
     def __getitem__(self, name: str) -> Tensor:
-        stream, key = self._places[name]
+        stream, key = self._sources[name]
         return stream[key]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._sources)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._sources)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -40,13 +40,13 @@ def load_pipeline(
         PipelineError: nothing that can be loaded is there.
         FamilyError: a U-Net of another family than the base.
     """
-    place, kind = choose_device(device), choose_dtype(dtype)
+    target, kind = choose_device(device), choose_dtype(dtype)
     with quiet():
         pipe = _load_base(str(base), kind)
         if unet is not None:
             put_unet(pipe, str(unet))
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(place)
+    return pipe.to(target)
 
 
 def _load_base(base: str, dtype: torch.dtype) -> Any:

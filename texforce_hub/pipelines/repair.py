@@ -41,11 +41,11 @@ def repair_state(state: Mapping[str, Tensor], *, tuned: bool = True) -> dict[str
         name.replace(".base_layer.", "."): tensor for name, tensor in state.items() if not _LORA.fullmatch(name)
     }
     for name, down in state.items() if tuned else ():
-        found = _LORA.fullmatch(name)
-        if found is None or found["half"] != "A":
+        match = _LORA.fullmatch(name)
+        if match is None or match["half"] != "A":
             continue
-        up = state.get(f"{found['layer']}.lora_B.{found['name']}.weight")
-        weight = f"{found['layer']}.weight"
+        up = state.get(f"{match['layer']}.lora_B.{match['name']}.weight")
+        weight = f"{match['layer']}.weight"
         if up is None or weight not in repaired:
             raise PipelineError(f"{name} has no other half, or no base layer: this file cannot be repaired")
         repaired[weight] = summed(repaired[weight], [(LowRank(down, up.flatten(1)), 1.0)])
@@ -60,21 +60,21 @@ def spoilt_components(folder: Path) -> list[str]:
             raise PipelineError(
                 f"{entry} holds an adapter and no model: its base was not saved; put it on one with --adapter {entry}"
             )
-    homes = [entry for entry in parts if entry.is_dir() and (entry / "config.json").is_file()]
-    return [home.name for home in homes if is_spoilt(read_shapes(weight_files(home)))]
+    folders = [entry for entry in parts if entry.is_dir() and (entry / "config.json").is_file()]
+    return [part.name for part in folders if is_spoilt(read_shapes(weight_files(part)))]
 
 
 def repaired_components(folder: Path, dtype: torch.dtype, *, tuned: bool = True) -> dict[str, Any]:
     """The spoilt components of a folder as sound models, said aloud; empty if there is none."""
     index = read_json(folder / "model_index.json")
-    found: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     for name in spoilt_components(folder):
         state = repair_state(read_state(weight_files(folder / name)), tuned=tuned)
         library, kind = index[name]
-        found[name] = build_model(library, kind, read_json(folder / name / "config.json"), state, dtype)
+        components[name] = build_model(library, kind, read_json(folder / name / "config.json"), state, dtype)
         what = "with its adapters summed in (scale 1)" if tuned else "without its adapters"
         logger.warning("%s/%s was saved with live adapters; repaired %s", folder, name, what)
-    return found
+    return components
 
 
 def repair_pipeline(path: str | PathLike[str], *, tuned: bool = True, dtype: torch.dtype = torch.float32) -> Any:

@@ -36,7 +36,7 @@ def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = Fa
 
     Raises:
         PipelineError: live adapters.
-        FileError: the place cannot be written.
+        FileError: the folder cannot be written.
     """
     refuse_live_adapters(pipe)
     with writing(Path(folder)) as part, quiet():

@@ -30,7 +30,7 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype 
     Raises:
         FamilyError: another family.
         PipelineError: live adapters.
-        FileError: the place cannot be written.
+        FileError: the file cannot be written.
     """
     refuse_live_adapters(pipe)
     family = pipeline_family(pipe)
@@ -71,8 +71,8 @@ def save_text_encoder(pipe: Any, file: str | PathLike[str]) -> list[Path]:
         PipelineError: live adapters, or no CLIP encoder.
     """
     refuse_live_adapters(pipe)
-    found = {part: getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2")}
-    encoders = {part: m for part, m in found.items() if m is not None and hasattr(m.config, "hidden_act")}
+    named = {part: getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2")}
+    encoders = {part: m for part, m in named.items() if m is not None and hasattr(m.config, "hidden_act")}
     encoders = {part: m for part, m in encoders.items() if m.config.model_type.startswith("clip")}
     if not encoders:
         raise PipelineError(f"{type(pipe).__name__} has no CLIP text encoder to save")
@@ -116,11 +116,11 @@ def _vae_tensors(vae: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _vae_name(layer: str, levels: int) -> str:
-    if found := _VAE_RESNET.fullmatch(layer):
-        half, block, number, rest = found.groups()
+    if match := _VAE_RESNET.fullmatch(layer):
+        half, block, number, rest = match.groups()
         return f"{half}.{_vae_level(half, int(block), levels)}.block.{number}.{_VAE[rest]}"
-    if found := _VAE_SAMPLER.fullmatch(layer):
-        half, block, way = found.groups()
+    if match := _VAE_SAMPLER.fullmatch(layer):
+        half, block, way = match.groups()
         return f"{half}.{_vae_level(half, int(block), levels)}.{way}sample.conv"
     half, _, rest = layer.partition(".mid_block.")
     if rest.startswith("attentions.0."):

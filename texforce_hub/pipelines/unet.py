@@ -39,28 +39,28 @@ def put_unet(pipe: Any, unet: str) -> None:
     if getattr(pipe, "unet", None) is None:
         raise FamilyError(f"{type(pipe).__name__} has no U-Net to put another one in place of")
     ref = AdapterRef.parse(unet)
-    place = _find(ref)
-    files, config = _full_unet(place)
+    path = _find(ref)
+    files, config = _full_unet(path)
     if not files:
-        _put_lora(pipe, ref, place)
+        _put_lora(pipe, ref, path)
         return
     if ref.weight != 1.0 or ref.parts:
-        raise PipelineError(f"{unet}: {place} is a whole U-Net, which takes no weight; leave ':…' out")
+        raise PipelineError(f"{unet}: {path} is a whole U-Net, which takes no weight; leave ':…' out")
     shapes = read_shapes(files)
     spoilt = is_spoilt(shapes)
-    _check_family(place, {n.replace(".base_layer.", "."): s for n, s in shapes.items()}, pipe.unet)
+    _check_family(path, {n.replace(".base_layer.", "."): s for n, s in shapes.items()}, pipe.unet)
     state = repair_state(read_state(files)) if spoilt else read_state(files)
     if spoilt:
-        logger.warning("%s was saved with live adapters; repaired with them summed in (scale 1)", place)
+        logger.warning("%s was saved with live adapters; repaired with them summed in (scale 1)", path)
     own = config or dict(pipe.unet.config)
     pipe.register_modules(unet=build_unet(own, _plain_names(state), pipe.unet.dtype))
 
 
 def _find(ref: AdapterRef) -> Path:
     """Where it lies here; what is on the Hub is fetched, a whole U-Net or an adapter."""
-    place = find_local(ref)
-    if place is not None:
-        return place
+    path = find_local(ref)
+    if path is not None:
+        return path
     remote = find_remote_place(ref)
     for folder in ("unet/", ""):
         if f"{folder}config.json" in remote.names:
@@ -82,29 +82,29 @@ def _fetch_unet(remote: RemotePlace, folder: str) -> Path:
     return fetch_file(remote.file(f"{folder}config.json")).parent
 
 
-def _full_unet(place: Path) -> tuple[list[Path], dict[str, Any] | None]:
-    """The files of a whole U-Net and its configuration, if it has one; no files if the place holds a LoRA."""
-    if place.is_file():
-        return ([place] if _holds_unet([place]) else []), None
+def _full_unet(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
+    """The files of a whole U-Net and its configuration, if it has one; no files if the path holds a LoRA."""
+    if path.is_file():
+        return ([path] if _holds_unet([path]) else []), None
     for name in _IN_A_FOLDER:
-        home = place / name
-        if (home / "config.json").is_file():
-            return weight_files(home), read_json(home / "config.json")
-    if (latest := latest_checkpoint(place)) is not None:
-        logger.info("%s: using its latest checkpoint, %s", place, latest.name)
+        folder = path / name
+        if (folder / "config.json").is_file():
+            return weight_files(folder), read_json(folder / "config.json")
+    if (latest := latest_checkpoint(path)) is not None:
+        logger.info("%s: using its latest checkpoint, %s", path, latest.name)
         return _full_unet(latest)
-    bare = [path for path in sorted(place.iterdir()) if path.suffix == ".safetensors" and _holds_unet([path])]
+    bare = [file for file in sorted(path.iterdir()) if file.suffix == ".safetensors" and _holds_unet([file])]
     if len(bare) > 1:
-        raise PipelineError(f"{place} holds several U-Nets: {', '.join(path.name for path in bare)}; name one")
+        raise PipelineError(f"{path} holds several U-Nets: {', '.join(file.name for file in bare)}; name one")
     return bare, None
 
 
 def latest_checkpoint(run: Path) -> Path | None:
     """The checkpoint of the highest number in a training run's folder that holds no adapter of its own."""
     numbered = {
-        int(found[1]): entry
+        int(match[1]): entry
         for entry in run.iterdir()
-        if (found := _CHECKPOINT.fullmatch(entry.name)) and entry.is_dir()
+        if (match := _CHECKPOINT.fullmatch(entry.name)) and entry.is_dir()
     }
     final = any((run / name).is_file() for name in (*PREFERRED, *PICKLED))
     return numbered[max(numbered)] if numbered and not final else None
@@ -131,38 +131,38 @@ def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _check_family(place: Path, shapes: Mapping[str, tuple[int, ...]], unet: Any) -> None:
+def _check_family(path: Path, shapes: Mapping[str, tuple[int, ...]], unet: Any) -> None:
     """Compare by shape before any weight is read."""
-    found = dict(shapes)
-    if any("input_blocks.0.0.weight" in name for name in found):
-        found = _renamed_shapes(found)
+    theirs = dict(shapes)
+    if any("input_blocks.0.0.weight" in name for name in theirs):
+        theirs = _renamed_shapes(theirs)
     for name, parameter in unet.state_dict().items():
-        seen = found.get(name)
+        seen = theirs.get(name)
         if seen != tuple(parameter.shape):
-            theirs = "has no such layer" if seen is None else f"has {seen}"
+            says = "has no such layer" if seen is None else f"has {seen}"
             cross = unet.config.cross_attention_dim
             raise FamilyError(
-                f"{place} is a U-Net of another family than the base: {name} is {tuple(parameter.shape)} in the base "
-                f"(text width {cross}), the file {theirs}; give a base of its family"
+                f"{path} is a U-Net of another family than the base: {name} is {tuple(parameter.shape)} in the base "
+                f"(text width {cross}), the file {says}; give a base of its family"
             )
 
 
 def _renamed_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    found = {}
+    renamed = {}
     for name, shape in shapes.items():
         layer, _, parameter = name.removeprefix(LDM_UNET).rpartition(".")
         if (ours := from_ldm(layer)) is not None:
-            found[f"{ours}.{parameter}"] = shape
-    return found
+            renamed[f"{ours}.{parameter}"] = shape
+    return renamed
 
 
-def _put_lora(pipe: Any, ref: AdapterRef, place: Path) -> None:
-    if place.is_dir():
-        place = latest_checkpoint(place) or place
-    adapter = read_adapter(place)
+def _put_lora(pipe: Any, ref: AdapterRef, path: Path) -> None:
+    if path.is_dir():
+        path = latest_checkpoint(path) or path
+    adapter = read_adapter(path)
     part = adapter.only("unet")
     if not part.layers:
-        raise PipelineError(f"{place} changes {', '.join(adapter.parts)}, not the U-Net; put it on with --adapter")
+        raise PipelineError(f"{path} changes {', '.join(adapter.parts)}, not the U-Net; put it on with --adapter")
     if len(part.layers) < len(adapter.layers):
-        logger.warning("%s: its text layers are left out here; put it on with --adapter for all of it", place)
+        logger.warning("%s: its text layers are left out here; put it on with --adapter for all of it", path)
     apply_adapter(pipe, [(part, dict(ref.parts) if ref.parts else ref.weight)], mode="fuse").keep()

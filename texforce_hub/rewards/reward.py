@@ -138,12 +138,12 @@ def _import_function(spec: str) -> Score:
     if not module or not function or spec.count(":") != 2:
         raise RewardError(f"reward {spec!r}; expected python:module:function, such as python:my_rewards:sharpness")
     try:
-        found = getattr(import_module(module), function)
+        imported = getattr(import_module(module), function)
     except ImportError as error:
         raise RewardError(f"reward {spec!r}: cannot import {module!r}: {error}") from error
     except AttributeError as error:
         raise RewardError(f"reward {spec!r}: module {module!r} has no {function!r}") from error
-    if not callable(found):
-        raise RewardError(f"reward {spec!r}: {function!r} is a {type(found).__name__}, not a function")
-    score: Score = found
+    if not callable(imported):
+        raise RewardError(f"reward {spec!r}: {function!r} is a {type(imported).__name__}, not a function")
+    score: Score = imported
     return score

@@ -52,13 +52,13 @@ class Progression:
         if state is None:
             return
         kinds: dict[str, dict[str, Tensor]] = {"average": {}, "modules": {}, "optimiser": {}}
-        for place, tensor in state.tensors.items():
-            kind, _, name = place.partition("/")
+        for key, tensor in state.tensors.items():
+            kind, _, name = key.partition("/")
             kinds[kind][name] = tensor
         stage.modules.load_state_dict(kinds["modules"])
         moments: dict[int, dict[str, Tensor]] = {}
-        for place, tensor in kinds["optimiser"].items():
-            number, _, name = place.partition("/")
+        for key, tensor in kinds["optimiser"].items():
+            number, _, name = key.partition("/")
             moments.setdefault(int(number), {})[name] = tensor
         optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         self.average = [kinds["average"][str(i)] for i in range(len(self.average))]

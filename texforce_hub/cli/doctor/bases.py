@@ -21,18 +21,18 @@ def examine_base(base: str, *, obstacle: str = "") -> Finding:
 
     ``obstacle`` is what keeps the cache from being looked into.
     """
-    name, place = f"base {base}", SHAPES if base == "shapes" else Path(base)
-    if place.is_dir():
-        return _examine_folder(name, place)
-    if place.is_file():
-        return _examine_file(name, place)
+    name, path = f"base {base}", SHAPES if base == "shapes" else Path(base)
+    if path.is_dir():
+        return _examine_folder(name, path)
+    if path.is_file():
+        return _examine_file(name, path)
     if base == "shapes":
-        return Finding(name, "problem", f"{place} is missing", "install the package again; its weights belong to it")
+        return Finding(name, "problem", f"{path} is missing", "install the package again; its weights belong to it")
     if base.count("/") != 1 or base.startswith(("/", ".")):
         advice = "give shapes, a path that exists, or a Hub id owner/name"
         return Finding(name, "problem", "no such file or folder", advice)
     if obstacle:
-        return Finding(name, "note", f"not looked for in the cache: {obstacle}", "mend that first")
+        return Finding(name, "note", f"not looked for in the cache: {obstacle}", "fix that first")
     return _examine_cached(name, base)
 
 

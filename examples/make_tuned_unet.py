@@ -7,7 +7,7 @@ gradient through that one U-Net call. It writes what other projects' trainers wr
 * ``full``: every weight is tuned; a ReFL run folder, ``checkpoint-N/unet/``;
 * ``lora``: a LoRA on the attention projections; DPOK's ``pytorch_lora_weights.bin``, attention-processor names.
 
-    python examples/make_unet_partner.py lora --output my-partner --steps 60
+    python examples/make_tuned_unet.py lora --output my-unet --steps 60
 """
 
 import argparse
@@ -100,7 +100,7 @@ def save_like_dpok(unet: Any, output: Path) -> Path:
 def main(
     kind: str, output: Path, *, steps: int = 40, seed: int = 0, base: str = "shapes", dtype: str = "float16"
 ) -> Path:
-    """Make one partner and return where it was written."""
+    """Make one U-Net and return where it was written."""
     pipeline = load_pipeline(base, dtype=torch.float32)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(requires_grad=False)
