@@ -26,13 +26,13 @@ def test_every_family_equals_the_dense_sum_and_comes_back_to_the_bit(family, mod
     stack = [(random_adapter(pipe, seed=1, rank=3), 0.7), (random_adapter(pipe, seed=2, rank=5, scale=0.5), -0.4)]
     gold = gold_outputs(pipe, stack)
     with apply_adapter(pipe, stack, mode=mode) as applied:
-        for found, expected, base in zip(text_outputs(pipe), gold, plain, strict=True):
-            assert torch.allclose(found, expected, atol=1e-5)
-            assert not torch.allclose(found, base, atol=1e-3)
+        for output, expected, base in zip(text_outputs(pipe), gold, plain, strict=True):
+            assert torch.allclose(output, expected, atol=1e-5)
+            assert not torch.allclose(output, base, atol=1e-3)
         assert all(isinstance(d, Matched) for of in applied.decisions.values() for d in of.values())
     assert same_bits(pipe, before)
-    for found, base in zip(text_outputs(pipe), plain, strict=True):
-        assert torch.equal(found, base)
+    for output, base in zip(text_outputs(pipe), plain, strict=True):
+        assert torch.equal(output, base)
 
 
 @pytest.mark.parametrize("mode", ["attach", "fuse"])

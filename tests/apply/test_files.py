@@ -263,7 +263,7 @@ def test_every_encoder_of_every_family_takes_its_files_in_two_dialects_or_more(f
     for dialect in dialects:
         where = write_adapter(adapter, tmp_path / dialect, dialect=dialect)
         with apply_adapter(pipe, where, weight=0.5, mode=mode):
-            for found, expected in zip(text_outputs(pipe), gold, strict=True):
-                assert torch.allclose(found, expected, atol=1e-5), dialect
+            for output, expected in zip(text_outputs(pipe), gold, strict=True):
+                assert torch.allclose(output, expected, atol=1e-5), dialect
         assert same_bits(pipe, before)
     assert len(dialects) >= 2

@@ -224,5 +224,5 @@ def test_only_patch_writes_a_models_weights():
     package = Path(patch.__file__).parents[1]
     rooms, own = ("apply", "hub", "generate", "merge", "evaluate"), ("patch.py", "rounding.py")
     files = [file for room in rooms for file in sorted((package / room).rglob("*.py")) if file.name not in own]
-    assert {file.name: found for file in files if (found := writes_of(file.read_text()))} == {}
+    assert {file.name: writes for file in files if (writes := writes_of(file.read_text()))} == {}
     assert writes_of((package / "apply" / "patch.py").read_text())

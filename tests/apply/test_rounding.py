@@ -58,9 +58,9 @@ def test_stochastic_rounding_keeps_a_change_that_rounding_to_nearest_drops():
 
 def test_draws_repeat_and_vectors_and_misfits_are_handled():
     adapter, base = problem(1e-4)
-    one, other = (measure_fold(adapter, base, dtype=torch.bfloat16, stochastic=True, seed=3) for _ in range(2))
-    assert one.loss == other.loss
-    assert one.loss != measure_fold(adapter, base, dtype=torch.bfloat16, stochastic=True, seed=4).loss
+    first, second = (measure_fold(adapter, base, dtype=torch.bfloat16, stochastic=True, seed=3) for _ in range(2))
+    assert first.loss == second.loss
+    assert first.loss != measure_fold(adapter, base, dtype=torch.bfloat16, stochastic=True, seed=4).loss
     bias = Adapter({f"{NAME}.bias": Vector(torch.ones(4))})
     assert measure_fold(bias, {f"{NAME}.bias": torch.zeros(4)}).loss == 0.0
     with pytest.raises(MergeError, match="the base has"):

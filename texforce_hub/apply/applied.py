@@ -20,13 +20,13 @@ from texforce_hub.apply.matching import (
     Contributions,
     Decision,
     Matched,
-    Place,
+    ParameterKey,
     Unmatched,
     WrongShape,
     check_ready,
     match,
     matches,
-    sort_places,
+    sort_contributions,
     why_dead,
 )
 from texforce_hub.apply.model import parts_of, plain, unwrapped
@@ -88,9 +88,9 @@ def apply_adapter(
     for entry in entries:
         _check_fit(entry, decisions[entry.label], strict=strict)
     roots = {part: plain(module) for part, module in parts_of(pipe).items()}
-    riding, written = sort_places(decisions[entry.label] for entry in entries)
-    for part in dict.fromkeys(place[0] for place in (*riding, *written)):
-        check_ready(part, parts_of(pipe)[part], attaching=any(place[0] == part for place in riding))
+    riding, written = sort_contributions(decisions[entry.label] for entry in entries)
+    for part in dict.fromkeys(key[0] for key in (*riding, *written)):
+        check_ready(part, parts_of(pipe)[part], attaching=any(key[0] == part for key in riding))
     name = free_name(list(roots.values()))
     draws = seed if rounding == "stochastic" else None
     applied = Applied(entries, mode, decisions, name, roots, riding, written, draws)
@@ -158,8 +158,8 @@ class Applied:
     _written: Contributions = field(repr=False)
     _seed: int | None = field(default=None, repr=False)
     rounding_losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
-    _attachments: dict[Place, Attachment] = field(default_factory=dict, repr=False)
-    _writes: dict[Place, Write] = field(default_factory=dict, repr=False)
+    _attachments: dict[ParameterKey, Attachment] = field(default_factory=dict, repr=False)
+    _writes: dict[ParameterKey, Write] = field(default_factory=dict, repr=False)
     _on: bool = field(default=True, repr=False)
 
     @property
@@ -180,24 +180,24 @@ class Applied:
             MatchError: the stack was taken off.
         """
         entries = reweighted(self.entries, weights)
-        gone = [place for place, attachment in self._attachments.items() if not attachment.live]
+        gone = [key for key, attachment in self._attachments.items() if not attachment.live]
         if gone or not (self._attachments or self._writes):
             raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
         self.entries = entries
-        for place, attachment in self._attachments.items():
-            attachment.fill(self._pair(place))
-        for place, entry in self._writes.items():
-            write(entry, self._terms(place) if self._on else ())
+        for key, attachment in self._attachments.items():
+            attachment.fill(self._pair(key))
+        for key, entry in self._writes.items():
+            write(entry, self._terms(key) if self._on else ())
         self._note_losses()
 
     def remove(self) -> None:
         """Take the stack off: every weight is what it was, to the bit. A second call does nothing."""
         for part, path, _ in reversed(self._riding):
             detach(self.roots[part], path, self.name)
-        for part in dict.fromkeys(place[0] for place in self._riding):
+        for part in dict.fromkeys(key[0] for key in self._riding):
             unregister(self.roots[part], self.name)
-        for place in reversed(self._writes):
-            undo(self._writes[place])
+        for key in reversed(self._writes):
+            undo(self._writes[key])
         self._attachments.clear()
         self._writes.clear()
 
@@ -240,18 +240,18 @@ class Applied:
 
     def _switch(self, *, on: bool) -> None:
         self._on = on
-        for part in dict.fromkeys(place[0] for place in self._riding):
+        for part in dict.fromkeys(key[0] for key in self._riding):
             activate(self.roots[part], self.name, active=on)
-        for place, entry in self._writes.items():
-            write(entry, self._terms(place) if on else ())
+        for key, entry in self._writes.items():
+            write(entry, self._terms(key) if on else ())
         self._note_losses()
 
     def _note_losses(self) -> None:
-        found = {".".join(place): entry.loss for place, entry in self._writes.items()}
-        self.rounding_losses = {name: loss for name, loss in found.items() if loss is not None}
+        losses = {".".join(key): entry.loss for key, entry in self._writes.items()}
+        self.rounding_losses = {name: loss for name, loss in losses.items() if loss is not None}
 
-    def _terms(self, place: Place) -> list[Term]:
-        return [self._term(found) for found in self._written[place]]
+    def _terms(self, key: ParameterKey) -> list[Term]:
+        return [self._term(contribution) for contribution in self._written[key]]
 
     def _term(self, contribution: Contribution) -> Term:
         index, name, rows = contribution
@@ -259,27 +259,27 @@ class Applied:
         layer = entry.adapter.layers[name]
         return (layer if rows is None else take_rows(layer, rows)), entry.weight.weight_of(name)
 
-    def _pair(self, place: Place) -> LowRank:
-        terms = [self._term(found) for found in self._riding[place]]
-        part, path, parameter = place
+    def _pair(self, key: ParameterKey) -> LowRank:
+        terms = [self._term(contribution) for contribution in self._riding[key]]
+        part, path, parameter = key
         device = unwrapped(self.roots[part].get_submodule(path)).get_parameter(parameter).device
         layers = [layer.map(lambda half: half.to(device)) for layer, _ in terms]
         return concat([layer for layer in layers if isinstance(layer, LowRank)], [weight for _, weight in terms])
 
     def _put_on(self) -> None:
-        for place, contributions in self._written.items():
-            part, path, parameter = place
+        for key, contributions in self._written.items():
+            part, path, parameter = key
             if contributions:
                 module = unwrapped(self.roots[part].get_submodule(path))
-                seed = None if self._seed is None else seed_for(self._seed, ".".join(place))
-                entry = self._writes[place] = begin_write(module, parameter, seed=seed)
-                write(entry, self._terms(place))
+                seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
+                entry = self._writes[key] = begin_write(module, parameter, seed=seed)
+                write(entry, self._terms(key))
         self._note_losses()
         ranks: dict[str, dict[str, int]] = {}
-        for place in self._riding:
-            part, path, _ = place
-            pair = self._pair(place)
-            self._attachments[place] = attach(self.roots[part], path, self.name, pair)
+        for key in self._riding:
+            part, path, _ = key
+            pair = self._pair(key)
+            self._attachments[key] = attach(self.roots[part], path, self.name, pair)
             ranks.setdefault(part, {})[path] = pair.rank
         for part, of_part in ranks.items():
             register(self.roots[part], self.name, of_part)

@@ -78,10 +78,10 @@ def _from_folder(folder: Path) -> BaseShapes:
 
 def _part_weights(folder: Path) -> dict[str, Shape]:
     files = [path for suffix in ("safetensors", "bin") for path in sorted(folder.glob(f"*.{suffix}"))]
-    found: dict[str, Shape] = {}
+    weights: dict[str, Shape] = {}
     for path in files:
-        found |= {_plain(name): info.shape for name, info in open_header(path).tensors.items()}
-    return found or _from_config(folder)
+        weights |= {_plain(name): info.shape for name, info in open_header(path).tensors.items()}
+    return weights or _from_config(folder)
 
 
 def _plain(name: str) -> str:

@@ -61,19 +61,19 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
         planned = plan_bundle(bundle)
     except DialectError as error:
         raise DialectError(f"{bundle.path}: {error}") from error
-    found = _Sorted(notes=[*planned.notes, *planned.faults])
-    found.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
+    outcome = _Sorted(notes=[*planned.notes, *planned.faults])
+    outcome.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
     for part, layers in _by_part(planned.layers.values()).items():
-        _sort_part(part, layers, base, found)
-    if found.renamed:
-        found.notes.append(
-            f"{len(found.renamed)} layers have the names of the authors' own code, e.g. {found.renamed[0]}: "
+        _sort_part(part, layers, base, outcome)
+    if outcome.renamed:
+        outcome.notes.append(
+            f"{len(outcome.renamed)} layers have the names of the authors' own code, e.g. {outcome.renamed[0]}: "
             "applied under diffusers' names, fused ones divided by rows"
         )
-    fits = bool(found.matched) and not (found.unmatched or found.misshapen or planned.faults)
-    verdict = _verdict(planned, base, found, fits=fits)
-    wrong = (found.unmatched, found.misshapen, found.unreadable)
-    return Fit(fits, verdict, tuple(found.matched), *wrong, tuple(found.notes))
+    fits = bool(outcome.matched) and not (outcome.unmatched or outcome.misshapen or planned.faults)
+    verdict = _verdict(planned, base, outcome, fits=fits)
+    wrong = (outcome.unmatched, outcome.misshapen, outcome.unreadable)
+    return Fit(fits, verdict, tuple(outcome.matched), *wrong, tuple(outcome.notes))
 
 
 def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:
@@ -85,55 +85,55 @@ def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:
     return parts
 
 
-def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: BaseShapes, found: _Sorted) -> None:
-    home = _home(part, {name: layer.shape for name, layer in layers.items()}, base)
-    if home != part:
-        found.notes.append(f"named {part} in the adapter, fits only {home}")
-    lacks_part = home not in base.parts
+def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: BaseShapes, outcome: _Sorted) -> None:
+    target = _target_part(part, {name: layer.shape for name, layer in layers.items()}, base)
+    if target != part:
+        outcome.notes.append(f"named {part} in the adapter, fits only {target}")
+    lacks_part = target not in base.parts
     for name in layers:
-        place = home + name.removeprefix(part)
+        weight = target + name.removeprefix(part)
         if lacks_part:
-            found.unmatched[name] = f"the base has no {part}"
-        elif base.shape_of(place) is None:
-            _sort_original(name, layers[name], base, found)
-        elif misfit := _misfit(place, layers[name].shape, base):
-            found.misshapen[name] = misfit
+            outcome.unmatched[name] = f"the base has no {part}"
+        elif base.shape_of(weight) is None:
+            _sort_original(name, layers[name], base, outcome)
+        elif misfit := _misfit(weight, layers[name].shape, base):
+            outcome.misshapen[name] = misfit
         else:
-            found.matched.append(name)
+            outcome.matched.append(name)
 
 
-def _misfit(place: str, shape: Shape, base: BaseShapes) -> str | None:
-    have = base.shape_of(place)
+def _misfit(weight: str, shape: Shape, base: BaseShapes) -> str | None:
+    have = base.shape_of(weight)
     return None if have == shape else f"the adapter changes {shape}, the base's layer is {have}"
 
 
-def _sort_original(name: str, layer: LayerPlan, base: BaseShapes, found: _Sorted) -> None:
+def _sort_original(name: str, layer: LayerPlan, base: BaseShapes, outcome: _Sorted) -> None:
     """A layer that the base does not have, unless it is one of the authors' own names for what it has."""
     part, _, path = name.partition(".")
     try:
         rows = find_rows(path, layer.shape) if part == "transformer" else ()
     except FamilyError as error:
-        found.unmatched[name] = str(error)
+        outcome.unmatched[name] = str(error)
         return
-    places = [(f"{part}.{row.path}", (row.count, *layer.shape[1:])) for row in rows]
-    missing = [place for place, _ in places if base.shape_of(place) is None]
-    misfits = [misfit for place, shape in places if (misfit := _misfit(place, shape, base))]
-    if missing or not places:
-        found.unmatched[name] = f"the base has no layer {(missing or [name])[0]}"
+    targets = [(f"{part}.{row.path}", (row.count, *layer.shape[1:])) for row in rows]
+    missing = [target for target, _ in targets if base.shape_of(target) is None]
+    misfits = [misfit for target, shape in targets if (misfit := _misfit(target, shape, base))]
+    if missing or not targets:
+        outcome.unmatched[name] = f"the base has no layer {(missing or [name])[0]}"
     elif misfits:
-        found.misshapen[name] = misfits[0]
-    elif layer.decomposed == "in" and len(places) > 1:
-        found.unmatched[name] = "DoRA normed along its inputs cannot be divided between the base's layers"
+        outcome.misshapen[name] = misfits[0]
+    elif layer.decomposed == "in" and len(targets) > 1:
+        outcome.unmatched[name] = "DoRA normed along its inputs cannot be divided between the base's layers"
     else:
-        found.matched.append(name)
-        found.renamed.append(name)
+        outcome.matched.append(name)
+        outcome.renamed.append(name)
 
 
-def _home(part: str, layers: Mapping[str, Shape], base: BaseShapes) -> str:
+def _target_part(part: str, layers: Mapping[str, Shape], base: BaseShapes) -> str:
     """The part itself, or the one other text encoder into which all its layers fit when none fits its own."""
 
-    def fitting(place: str) -> int:
-        return sum(base.shape_of(place + name.removeprefix(part)) == shape for name, shape in layers.items())
+    def fitting(target: str) -> int:
+        return sum(base.shape_of(target + name.removeprefix(part)) == shape for name, shape in layers.items())
 
     if fitting(part) or not part.startswith("text_encoder"):
         return part
@@ -141,7 +141,7 @@ def _home(part: str, layers: Mapping[str, Shape], base: BaseShapes) -> str:
     return others[0] if len(others) == 1 else part
 
 
-def _verdict(planned: Plan, base: BaseShapes, found: _Sorted, *, fits: bool) -> str:
+def _verdict(planned: Plan, base: BaseShapes, outcome: _Sorted, *, fits: bool) -> str:
     total = len(planned.layers)
     made_for = planned.family.summary
     if fits:
@@ -150,9 +150,9 @@ def _verdict(planned: Plan, base: BaseShapes, found: _Sorted, *, fits: bool) -> 
     reasons = [
         f"{count} {what}"
         for count, what in (
-            (len(found.unmatched), "are not in it"),
-            (len(found.misshapen), "have another shape"),
-            (len(found.unreadable), "cannot be read"),
+            (len(outcome.unmatched), "are not in it"),
+            (len(outcome.misshapen), "have another shape"),
+            (len(outcome.unreadable), "cannot be read"),
             (sum(fault not in own for fault in planned.faults), "faults of the file"),
         )
         if count

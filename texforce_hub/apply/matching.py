@@ -59,12 +59,12 @@ class WrongShape:
 
 
 Decision = Matched | Divided | Unmatched | WrongShape
-Place = tuple[str, str, str]
+ParameterKey = tuple[str, str, str]
 """Part, path of the module in it, parameter."""
 Contribution = tuple[int, LayerName, Ranges | None]
-"""Index of the adapter in the stack, name of its layer, and the rows of it that go to a place."""
-Contributions = dict[Place, list[Contribution]]
-"""For each place, what changes it."""
+"""Index of the adapter in the stack, name of its layer, and the rows of it that go to the parameter."""
+Contributions = dict[ParameterKey, list[Contribution]]
+"""For each parameter, what changes it."""
 
 
 def matches(decision: Decision) -> tuple[Matched, ...]:
@@ -74,15 +74,15 @@ def matches(decision: Decision) -> tuple[Matched, ...]:
     return (decision,) if isinstance(decision, Matched) else ()
 
 
-def sort_places(stack: Iterable[Mapping[LayerName, Decision]]) -> tuple[Contributions, Contributions]:
-    """The places that adapters with these decisions change, those to attach beside and those to write into."""
-    homes: dict[str, Contributions] = {"attached": {}, "written": {}}
+def sort_contributions(stack: Iterable[Mapping[LayerName, Decision]]) -> tuple[Contributions, Contributions]:
+    """The parameters that adapters with these decisions change: those to attach beside, and those to write into."""
+    ways: dict[str, Contributions] = {"attached": {}, "written": {}}
     for index, decisions in enumerate(stack):
         for name, decision in decisions.items():
-            for found in matches(decision):
-                place = (found.part, found.path, found.parameter)
-                homes[found.how].setdefault(place, []).append((index, name, found.rows))
-    return homes["attached"], homes["written"]
+            for matched in matches(decision):
+                key = (matched.part, matched.path, matched.parameter)
+                ways[matched.how].setdefault(key, []).append((index, name, matched.rows))
+    return ways["attached"], ways["written"]
 
 
 def check_ready(part: str, module: nn.Module, *, attaching: bool) -> None:
@@ -166,9 +166,9 @@ def _child(root: nn.Module, path: str) -> nn.Module | None:
 
 
 def _decide(part: str, root: nn.Module, prefix: str, name: LayerName, layer: Layer, *, attaching: bool) -> Decision:
-    home = _child(root, prefix.rstrip(".")) if prefix else root
+    encoder = _child(root, prefix.rstrip(".")) if prefix else root
     inside = name.partition(".")[2]
-    path = prefix + live_name(inside, hasattr(home, "text_model"))
+    path = prefix + live_name(inside, hasattr(encoder, "text_model"))
     whole = _find(part, root, path, layer, attaching=attaching)
     if whole is not None:
         return whole
@@ -183,12 +183,12 @@ def _divide(part: str, root: nn.Module, layer: Layer, rows: Sequence[Rows], *, a
     """The decision for a layer named as the authors' code does, each of whose pieces must fit."""
     outline = layer.map(lambda tensor: tensor.detach().to("meta"))
     pieces: list[Matched] = []
-    for found in rows:
-        piece = take_rows(outline, found.ranges)
-        decision = _find(part, root, found.path, piece, attaching=attaching)
+    for target in rows:
+        piece = take_rows(outline, target.ranges)
+        decision = _find(part, root, target.path, piece, attaching=attaching)
         if not isinstance(decision, Matched):
-            return decision or Unmatched(f"{part} has no layer {found.path}")
-        pieces.append(replace(decision, rows=found.ranges))
+            return decision or Unmatched(f"{part} has no layer {target.path}")
+        pieces.append(replace(decision, rows=target.ranges))
     return pieces[0] if len(pieces) == 1 else Divided(tuple(pieces)) if pieces else None
 
 
@@ -197,17 +197,17 @@ def _find(
 ) -> Matched | Unmatched | WrongShape | None:
     """The decision for a layer that is named as the model's is; ``None`` if the model has no such layer."""
     path, parameter = path.rpartition(".")[::2] if isinstance(layer, Vector) else (path, "weight")
-    found = _child(root, path)
-    if found is None:
+    wrapped = _child(root, path)
+    if wrapped is None:
         return None
-    module = unwrapped(found)
+    module = unwrapped(wrapped)
     tensor = getattr(module, parameter, None)
     if (refusal := _unusable(module, parameter, tensor)) is not None:
         return Unmatched(f"{part}.{path}: {refusal}")
     assert isinstance(tensor, Tensor)
     if tuple(tensor.shape) != layer.shape:
         return WrongShape(f"the adapter changes {layer.shape}, {part}.{path} is {tuple(tensor.shape)}")
-    attached = attaching and isinstance(layer, LowRank) and can_attach(found)
+    attached = attaching and isinstance(layer, LowRank) and can_attach(wrapped)
     note = "" if attached or not attaching else _why_written(layer, module)
     return Matched(part, path, parameter, "attached" if attached else "written", note)
 

@@ -47,10 +47,10 @@ def _join(base: Base, name: LayerName, shape: Shape) -> Tensor | None:
     """The weight of an original layer whose rows ``diffusers`` has in other layers; ``None`` if they do not fit."""
     part, _, path = name.partition(".")
     try:
-        found = find_rows(path, shape) if part == "transformer" else ()
+        targets = find_rows(path, shape) if part == "transformer" else ()
     except FamilyError:
         return None
-    weights = [(rows, _weight(base, f"{part}.{rows.path}")) for rows in found]
+    weights = [(rows, _weight(base, f"{part}.{rows.path}")) for rows in targets]
     pieces: dict[int, Tensor] = {}
     for rows, weight in weights:
         if weight is None or tuple(weight.shape) != (rows.count, *shape[1:]):
@@ -92,8 +92,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def parts_of(target: Any) -> dict[str, nn.Module]:
     """The models that adapters can change, by part: a pipeline's, or a bare module as every part of its kind."""
     if not isinstance(target, nn.Module):
-        found = {part: getattr(target, part, None) for part in PARTS}
-        modules = {part: module for part, module in found.items() if isinstance(module, nn.Module)}
+        members = {part: getattr(target, part, None) for part in PARTS}
+        modules = {part: module for part, module in members.items() if isinstance(module, nn.Module)}
         if not modules:
             raise MatchError(f"{type(target).__name__} has none of the parts {', '.join(PARTS)}; expected a pipeline")
         return modules

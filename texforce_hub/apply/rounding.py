@@ -34,8 +34,9 @@ class Loss:
 
 def total_loss(losses: Iterable[Loss]) -> Loss:
     """The loss of all parameters together."""
-    found = list(losses)
-    return Loss(math.hypot(*(loss.error for loss in found)), math.hypot(*(loss.change for loss in found)))
+    of_parameters = list(losses)
+    errors, changes = ([getattr(loss, side) for loss in of_parameters] for side in ("error", "change"))
+    return Loss(math.hypot(*errors), math.hypot(*changes))
 
 
 def measure_loss(base: Tensor, rounded: Tensor, change: Tensor) -> Loss:
