@@ -32,46 +32,46 @@ def random(seed, rank=3):
 def test_an_adapter_against_itself_its_double_and_its_negative():
     adapter = random(0)
     for factor, cosine in ((1.0, 1.0), (2.0, 1.0), (-1.0, -1.0)):
-        found = compare_adapters(adapter, adapter.scaled(factor)).layers[0]
-        assert found.cosine == pytest.approx(cosine)
-        assert found.overlap == pytest.approx(1.0, abs=1e-4)
-        assert max(found.angles) < 0.2
+        comparison = compare_adapters(adapter, adapter.scaled(factor)).layers[0]
+        assert comparison.cosine == pytest.approx(cosine)
+        assert comparison.overlap == pytest.approx(1.0, abs=1e-4)
+        assert max(comparison.angles) < 0.2
     assert compare_adapters(adapter, adapter.scaled(-1.0)).interference == pytest.approx(1.0, abs=1e-6)
     assert compare_adapters(adapter, adapter).interference == pytest.approx(1 - math.sqrt(2))
 
 
 def test_orthogonal_changes_do_not_touch():
-    found = compare_adapters(A, B).layers[0]
-    assert (found.cosine, found.interference, found.overlap) == (0.0, 0.0, 0.0)
-    assert found.angles == pytest.approx((90.0, 90.0))
+    comparison = compare_adapters(A, B).layers[0]
+    assert (comparison.cosine, comparison.interference, comparison.overlap) == (0.0, 0.0, 0.0)
+    assert comparison.angles == pytest.approx((90.0, 90.0))
 
 
 def test_a_tilted_change_has_the_angle_it_was_given():
-    found = compare_adapters(A, TILTED).layers[0]
-    assert found.angles == pytest.approx((0.0, 45.0), abs=0.05)
-    assert found.cosine == pytest.approx(math.sqrt(0.5))
-    assert found.overlap == pytest.approx(0.5)
+    comparison = compare_adapters(A, TILTED).layers[0]
+    assert comparison.angles == pytest.approx((0.0, 45.0), abs=0.05)
+    assert comparison.cosine == pytest.approx(math.sqrt(0.5))
+    assert comparison.overlap == pytest.approx(0.5)
 
 
 def test_numbers_are_those_of_the_dense_changes():
     a, b = random(1), random(2, rank=2)
     x, y = a.delta(NAME).double(), b.delta(NAME).double()
-    found = compare_adapters(a, b)
-    layer = found.layers[0]
+    comparison = compare_adapters(a, b)
+    layer = comparison.layers[0]
     assert layer.norms == pytest.approx((float(x.norm()), float(y.norm())), rel=1e-5)
     assert layer.cosine == pytest.approx(float((x * y).sum() / x.norm() / y.norm()), abs=1e-6)
     lost = 1 - float((x + y).norm()) / math.hypot(float(x.norm()), float(y.norm()))
     assert layer.interference == pytest.approx(lost, abs=1e-6)
-    assert found.cosine == pytest.approx(layer.cosine)
+    assert comparison.cosine == pytest.approx(layer.cosine)
 
 
 def test_layers_of_one_side_are_named_and_vectors_have_a_cosine():
     bias = f"{NAME}.bias"
     a = Adapter({**random(1).layers, bias: Vector(torch.tensor([1.0, 0.0]))})
     b = Adapter({bias: Vector(torch.tensor([1.0, 1.0])), f"{NAME}x": random(1).layers[NAME]})
-    found = compare_adapters(a, b)
-    assert found.missing == ((NAME,), (f"{NAME}x",))
-    assert found.layers[0].cosine == pytest.approx(math.sqrt(0.5))
+    comparison = compare_adapters(a, b)
+    assert comparison.missing == ((NAME,), (f"{NAME}x",))
+    assert comparison.layers[0].cosine == pytest.approx(math.sqrt(0.5))
 
 
 def test_nothing_in_common_and_other_shapes_are_refused():

@@ -51,19 +51,19 @@ def low_rank(weight, rank=3):
 
 def test_a_low_rank_change_comes_back_exactly_under_its_published_name(base):
     model = tuned(base, layers__1__mlp__fc1__weight=low_rank)
-    found = extract_adapter(model, base, rank=4)
-    assert list(found.adapter.layers) == [LAYER]
-    wanted = low_rank(torch.empty(found.adapter.layers[LAYER].shape))
-    assert float((found.adapter.delta(LAYER) - wanted).norm() / wanted.norm()) < 1e-3
-    assert found.layers[0].kept == pytest.approx(1.0, abs=1e-6)
-    assert found.unchanged == sum(1 for _ in base.parameters()) - 1
+    extracted = extract_adapter(model, base, rank=4)
+    assert list(extracted.adapter.layers) == [LAYER]
+    wanted = low_rank(torch.empty(extracted.adapter.layers[LAYER].shape))
+    assert float((extracted.adapter.delta(LAYER) - wanted).norm() / wanted.norm()) < 1e-3
+    assert extracted.layers[0].kept == pytest.approx(1.0, abs=1e-6)
+    assert extracted.unchanged == sum(1 for _ in base.parameters()) - 1
 
 
 def test_the_extracted_adapter_on_the_base_is_the_tuned_model(base):
     model = tuned(base, layers__1__mlp__fc1__weight=low_rank, layers__0__self_attn__q_proj__weight=low_rank)
-    found = extract_adapter(model, base, energy=1.0)
+    extracted = extract_adapter(model, base, energy=1.0)
     inputs = torch.arange(8)[None]
-    with torch.no_grad(), apply_adapter(copy.deepcopy(base), found.adapter, mode="fuse") as applied:
+    with torch.no_grad(), apply_adapter(copy.deepcopy(base), extracted.adapter, mode="fuse") as applied:
         ours = next(iter(applied.roots.values()))(inputs).last_hidden_state
         theirs = model(inputs).last_hidden_state
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
@@ -73,11 +73,11 @@ def test_a_full_rank_change_is_cut_at_its_best_and_the_loss_is_told(base):
     def noise(weight):
         return torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)) * 0.01
 
-    found = extract_adapter(tuned(base, layers__1__mlp__fc1__weight=noise), base, rank=5)
-    change = noise(torch.empty(found.adapter.layers[LAYER].shape))
+    extracted = extract_adapter(tuned(base, layers__1__mlp__fc1__weight=noise), base, rank=5)
+    change = noise(torch.empty(extracted.adapter.layers[LAYER].shape))
     best = truncated(change.double(), 5)
-    assert float((found.adapter.delta(LAYER) - best).norm() / best.norm()) < 1e-3
-    assert found.layers[0].kept == pytest.approx(float((best.norm() / change.norm()) ** 2), abs=1e-3)
+    assert float((extracted.adapter.delta(LAYER) - best).norm() / best.norm()) < 1e-3
+    assert extracted.layers[0].kept == pytest.approx(float((best.norm() / change.norm()) ** 2), abs=1e-3)
 
 
 def test_what_is_no_matrix_is_listed_or_kept_on_request_never_dropped_silently(base):
@@ -125,8 +125,8 @@ def test_mappings_of_tensors_work_and_models_that_do_not_match_are_refused():
 
 def test_the_command_extracts_what_a_pipeline_changed_and_lists_what_it_left_out(base, tmp_path, monkeypatch):
     model = tuned(base, layers__1__mlp__fc1__weight=low_rank, layers__1__mlp__fc1__bias=lambda w: torch.ones_like(w))
-    found = {"tuned": SimpleNamespace(text_encoder=model), "base": SimpleNamespace(text_encoder=base)}
-    monkeypatch.setattr(load, "load_pipeline", lambda name, **options: found[name])
+    models = {"tuned": SimpleNamespace(text_encoder=model), "base": SimpleNamespace(text_encoder=base)}
+    monkeypatch.setattr(load, "load_pipeline", lambda name, **options: models[name])
     output = tmp_path / "extracted.safetensors"
     arguments = ["extract", "tuned", "--base", "base", "--rank", "3", "--output", str(output), "--json"]
     done = CliRunner().invoke(app, arguments)
@@ -140,20 +140,20 @@ def test_the_command_extracts_what_a_pipeline_changed_and_lists_what_it_left_out
 def folders(tmp_path_factory):
     """The shapes pipeline, and one whose text encoder has a changed layer and a changed bias."""
     pipe = load_pipeline("shapes", device="cpu")
-    places = [tmp_path_factory.mktemp("pipelines") / name for name in ("base", "tuned")]
-    pipe.save_pretrained(places[0])
+    folders = [tmp_path_factory.mktemp("pipelines") / name for name in ("base", "tuned")]
+    pipe.save_pretrained(folders[0])
     parameters = {n: p for n, p in pipe.text_encoder.named_parameters() if "layers.1.mlp.fc1" in n}
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(low_rank(parameter) if parameter.dim() == 2 else 0.1)
-    pipe.save_pretrained(places[1])
-    return places
+    pipe.save_pretrained(folders[1])
+    return folders
 
 
 def test_folders_give_what_their_pipelines_give(folders):
     base, tuned = folders
     streamed = extract_adapter(tuned, str(base), rank=4, rest=True)
-    loaded = extract_adapter(*(load_pipeline(place, device="cpu") for place in (tuned, base)), rank=4, rest=True)
+    loaded = extract_adapter(*(load_pipeline(folder, device="cpu") for folder in (tuned, base)), rank=4, rest=True)
     assert {layer.name: layer for layer in streamed.layers} == {layer.name: layer for layer in loaded.layers}
     assert streamed.unchanged == loaded.unchanged > 20
     assert set(streamed.adapter.layers) == {LAYER, f"{LAYER}.bias"}

@@ -137,8 +137,8 @@ def breaks(method, law, options):
     if law == "identity":
         return distance(run(method, layers[:1], [1.0], options).delta(), layers[0].delta()) > 1e-3
     if law == "order":
-        one = run(method, layers, weights, options).delta()
-        return distance(run(method, layers[::-1], weights[::-1], options).delta(), one) > 1e-3
+        forward = run(method, layers, weights, options).delta()
+        return distance(run(method, layers[::-1], weights[::-1], options).delta(), forward) > 1e-3
     if law == "negation":
         try:
             left = run(method, [layers[0]] * 2, [1.0, -1.0], options).delta()

@@ -46,10 +46,10 @@ def test_a_fixed_rank_is_the_best_of_that_rank_and_the_kept_share_is_true():
 
 def test_energy_and_ratio_pick_the_ranks_that_the_singular_values_ask_for():
     change = LowRank(torch.eye(4, 6), torch.eye(5, 4) * torch.tensor([8.0, 4.0, 2.0, 0.5]))
-    one = Adapter({f"{PREFIX}.0.mlp.fc1": change})
-    assert resize_adapter(one, energy=0.9).layers[0].after == 2
-    assert resize_adapter(one, ratio=5).layers[0].after == 3
-    assert resize_adapter(one, ratio=5, rank=1).layers[0].after == 1
+    adapter = Adapter({f"{PREFIX}.0.mlp.fc1": change})
+    assert resize_adapter(adapter, energy=0.9).layers[0].after == 2
+    assert resize_adapter(adapter, ratio=5).layers[0].after == 3
+    assert resize_adapter(adapter, ratio=5, rank=1).layers[0].after == 1
 
 
 @settings(deadline=None, max_examples=25)

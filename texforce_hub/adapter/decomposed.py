@@ -9,7 +9,7 @@ from torch import Tensor
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import check_place, wide
+from texforce_hub.adapter.tensors import check_tensors, wide
 from texforce_hub.errors import AdapterError
 
 
@@ -38,7 +38,7 @@ class Decomposed:
                 f"DoRA layer with {self.magnitude.numel()} magnitudes for a weight {self.inner.shape} normed along "
                 f"'{self.axis}'; expected {expected}"
             )
-        check_place("DoRA layer", {"magnitude": self.magnitude})
+        check_tensors("DoRA layer", {"magnitude": self.magnitude})
 
     @property
     def rank(self) -> int | None:

@@ -6,7 +6,7 @@ from typing import Self
 
 from torch import Tensor
 
-from texforce_hub.adapter.tensors import check_place, wide
+from texforce_hub.adapter.tensors import check_tensors, wide
 from texforce_hub.errors import AdapterError
 
 
@@ -54,7 +54,7 @@ class Dense(Stored):
     def __post_init__(self) -> None:
         if self.value.dim() < 2:
             raise AdapterError(f"dense layer with value {tuple(self.value.shape)}; expected at least (out, in)")
-        check_place("dense layer", {"value": self.value})
+        check_tensors("dense layer", {"value": self.value})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,4 +71,4 @@ class Vector(Stored):
     def __post_init__(self) -> None:
         if self.value.dim() != 1:
             raise AdapterError(f"vector layer with value {tuple(self.value.shape)}; expected (n,)")
-        check_place("vector layer", {"value": self.value})
+        check_tensors("vector layer", {"value": self.value})

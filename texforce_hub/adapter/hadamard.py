@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import check_place, show_shapes, wide
+from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide
 from texforce_hub.errors import AdapterError
 
 
@@ -37,7 +37,7 @@ class Hadamard:
         )
         if not fits:
             raise AdapterError(f"Hadamard layer with {show_shapes(halves)}; the two products must have one shape")
-        check_place("Hadamard layer", halves)
+        check_tensors("Hadamard layer", halves)
 
     @property
     def rank(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import check_place, show_shapes, wide
+from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide
 from texforce_hub.errors import AdapterError
 
 
@@ -40,7 +40,7 @@ class Kronecker:
             raise AdapterError(
                 f"Kronecker layer with {show_shapes(parts)}; expected left (p, q) and a full right or an up and a down"
             )
-        check_place("Kronecker layer", parts)
+        check_tensors("Kronecker layer", parts)
 
     @property
     def rank(self) -> int | None:
@@ -84,8 +84,8 @@ class Kronecker:
         )
         rows, columns = left.shape
         kernel = self.down.shape[2:]
-        one = torch.eye(min(rows, columns), dtype=left.dtype, device=left.device)
-        left_up, left_down = (left, one) if columns <= rows else (one, left)
+        identity = torch.eye(min(rows, columns), dtype=left.dtype, device=left.device)
+        left_up, left_down = (left, identity) if columns <= rows else (identity, left)
         wide_up = torch.kron(left_up.contiguous(), up.contiguous())
         if kernel:
             flat = torch.kron(left_down[:, :, None].contiguous(), down.contiguous())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from texforce_hub.adapter.tensors import check_place, show_shapes, wide
+from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide
 from texforce_hub.errors import AdapterError
 
 
@@ -31,7 +31,7 @@ class LowRank:
             raise AdapterError(
                 f"low-rank layer with {show_shapes(halves)}; expected down (rank, in, …) and up (out, rank) of one rank"
             )
-        check_place("low-rank layer", halves)
+        check_tensors("low-rank layer", halves)
 
     @property
     def rank(self) -> int:

@@ -34,7 +34,7 @@ def _overflow(dtype: torch.dtype) -> float:
     return facts.max + math.ldexp(facts.eps, math.frexp(facts.max)[1] - 2)
 
 
-def check_place(kind: str, tensors: Mapping[str, Tensor | None]) -> None:
+def check_tensors(kind: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Refuse tensors of one layer that lie on different devices, or are no floating-point numbers.
 
     Raises:

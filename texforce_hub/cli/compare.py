@@ -27,14 +27,14 @@ def compare(
     from texforce_hub.hub.read import open_adapter
     from texforce_hub.merge.compare import compare_adapters
 
-    place = choose_device(device)
-    found = compare_adapters(
-        open_adapter(first, device=place),
-        open_adapter(second, device=place),
-        base=load_base(base, device=place),
+    chosen = choose_device(device)
+    comparison = compare_adapters(
+        open_adapter(first, device=chosen),
+        open_adapter(second, device=chosen),
+        base=load_base(base, device=chosen),
     )
     if json:
-        put_json(found.as_dict())
+        put_json(comparison.as_dict())
     else:
         rows = [
             [
@@ -45,17 +45,19 @@ def compare(
                 f"{layer.overlap:.2f}",
                 f"{layer.interference:+.3f}",
             ]
-            for layer in found.layers
+            for layer in comparison.layers
         ]
         put_table(["layer", "norms", "cosine", "angles in, out", "overlap", "interference"], rows)
-        put(f"cosine {found.cosine:+.3f}, interference {found.interference:+.3f} over {len(found.layers)} layers; ")
-        put(f"only in the first: {len(found.missing[0])}, only in the second: {len(found.missing[1])}")
+        put(
+            f"cosine {comparison.cosine:+.3f}, interference {comparison.interference:+.3f} over {len(comparison.layers)} layers; "
+        )
+        put(f"only in the first: {len(comparison.missing[0])}, only in the second: {len(comparison.missing[1])}")
     if output is not None:
         from texforce_hub.files.writing import writing
         from texforce_hub.generate.images.heatmap import draw_heatmap
 
-        values = [[layer.cosine, layer.overlap, layer.interference] for layer in found.layers]
-        names = [layer.name for layer in found.layers]
+        values = [[layer.cosine, layer.overlap, layer.interference] for layer in comparison.layers]
+        names = [layer.name for layer in comparison.layers]
         picture = draw_heatmap(values, rows=names, columns=["cosine", "overlap", "interference"])
         with writing(output) as part:
             picture.save(part, format="PNG")

@@ -95,16 +95,16 @@ def _read_request(recipe: Path, given: dict[str, Any]) -> dict[str, Any]:
 
 def parse_pairs(pairs: list[str] | None, label: str) -> dict[str, Any]:
     """``NAME=VALUE`` texts as a dictionary; values that read as numbers are numbers."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for pair in pairs or []:
         name, equals, value = pair.rpartition("=")
-        if not equals or not name or name in found:
+        if not equals or not name or name in values:
             raise MergeError(f"{label} {pair!r}; expected NAME=VALUE, each name once")
         try:
-            found[name] = float(value)
+            values[name] = float(value)
         except ValueError:
-            found[name] = value
-    return found
+            values[name] = value
+    return values
 
 
 def _check_apart(sources: list[Any], output: Path) -> None:

@@ -77,7 +77,7 @@ def compare_adapters(a: Adapter | LazyAdapter, b: Adapter | LazyAdapter, *, base
     layers = tuple(_compare_layer(name, a.layers[name], b.layers[name], base) for name in shared)
     inner = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in layers)
     squares = [math.fsum(layer.norms[side] ** 2 for layer in layers) for side in (0, 1)]
-    only = tuple(tuple(name for name in one.layers if name not in other.layers) for one, other in ((a, b), (b, a)))
+    only = tuple(tuple(name for name in mine.layers if name not in other.layers) for mine, other in ((a, b), (b, a)))
     return Comparison(layers, (only[0], only[1]), _cosine(inner, *squares), _interference(inner, *squares))
 
 

@@ -87,9 +87,9 @@ def extract_adapter(
     facts: list[ExtractedLayer] = []
     unchanged = 0
     for name, after, before in _pairs(tuned, base):
-        home = after.device if device is None else device
-        weight = before.detach().to(home, torch.float64)
-        change = after.detach().to(home, torch.float64) - weight
+        to = after.device if device is None else device
+        weight = before.detach().to(to, torch.float64)
+        change = after.detach().to(to, torch.float64) - weight
         relative = float(change.norm()) / max(float(weight.norm()), 1e-30)
         if not math.isfinite(relative):
             raise MergeError(f"{name} holds NaN or infinity")
@@ -163,10 +163,10 @@ def _parameters(model: Any) -> Mapping[str, Tensor]:
 def _streamed(folder: Path) -> Mapping[str, Tensor]:
     from texforce_hub.pipelines.folder import stream_parameters  # brings diffusers, which nothing else here needs
 
-    found = stream_parameters(folder) if folder.is_dir() else None
-    if found is None:
+    streamed = stream_parameters(folder) if folder.is_dir() else None
+    if streamed is None:
         raise MergeError(f"{folder}: no pipeline folder with clean weights; load it, and give the pipeline")
-    return found
+    return streamed
 
 
 def _canonical(part: str, name: str, root: nn.Module) -> str:

@@ -192,8 +192,8 @@ def _check_patterns(label: str, ref: AdapterRef, names: Sequence[LayerName]) -> 
 def _check_families(entries: Sequence[StackEntry]) -> None:
     known = {entry.adapter.family: entry.label for entry in entries if entry.adapter.family}
     if len(known) > 1:
-        (first, one), (second, other), *_ = known.items()
-        raise MergeError(f"{one} was made for {first}, {other} for {second}; expected adapters of one family")
+        (first, label), (second, other), *_ = known.items()
+        raise MergeError(f"{label} was made for {first}, {other} for {second}; expected adapters of one family")
 
 
 def _check_shapes(entries: Sequence[StackEntry]) -> None:

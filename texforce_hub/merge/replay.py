@@ -91,9 +91,9 @@ def _checked_ref(source: RecipeSource) -> AdapterRef:
     if source.source == IN_MEMORY:
         raise RecipeError(f"source {source.name!r} was an adapter in memory: the recipe cannot be replayed")
     ref = AdapterRef(source.source, weight=source.weight, parts=tuple(source.parts.items()))
-    if source.sha256 and (found := hash_files(find_bundle(ref).files)) != source.sha256:
+    if source.sha256 and (digest := hash_files(find_bundle(ref).files)) != source.sha256:
         raise RecipeError(
-            f"{source.source}: its sha256 is {found[:12]}…, the recipe's {source.sha256[:12]}…; it changed"
+            f"{source.source}: its sha256 is {digest[:12]}…, the recipe's {source.sha256[:12]}…; it changed"
         )
     return ref
 

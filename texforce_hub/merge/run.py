@@ -101,9 +101,9 @@ class MergeRun:
             return 0.0
         inner = products(group.layers).cpu()
         norms = inner.diagonal().clamp_min(0)
-        places = torch.tensor(group.context.positions)
-        self.products[places[:, None], places] += inner
-        self.squares[places[:, None], places] += norms[:, None]
+        rows = torch.tensor(group.context.positions)
+        self.products[rows[:, None], rows] += inner
+        self.squares[rows[:, None], rows] += norms[:, None]
         return math.fsum(abs(w) * math.sqrt(float(n)) for w, n in zip(group.weights, norms))
 
     def _limited(self, name: LayerName, merged: Mergeable) -> Mergeable:

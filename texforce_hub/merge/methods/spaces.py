@@ -42,10 +42,10 @@ def as_low_rank(layer: LowRank | Dense) -> LowRank:
         return layer
     flat = layer.delta().flatten(1)
     out, width = flat.shape
-    one = torch.eye(min(out, width), dtype=flat.dtype, device=flat.device)
+    identity = torch.eye(min(out, width), dtype=flat.dtype, device=flat.device)
     if out <= width:
-        return LowRank(flat.view(layer.shape), one)
-    return LowRank(one.view(width, *layer.shape[1:]), flat)
+        return LowRank(flat.view(layer.shape), identity)
+    return LowRank(identity.view(width, *layer.shape[1:]), flat)
 
 
 def matrices(layers: Sequence[Mergeable]) -> list[LowRank]:

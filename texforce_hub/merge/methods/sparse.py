@@ -180,6 +180,6 @@ def _magnitudes(stream: Callable[[], Iterable[tuple[tuple[int, ...], Tensor]]]) 
 def _reach(counts: Tensor, wanted: int) -> tuple[int, int]:
     """The largest index such that the counts from it upward sum to ``wanted``, and how many of its own are needed."""
     above = counts.flip(0).cumsum(0)
-    place = int((above < wanted).sum())
-    before = int(above[place - 1]) if place else 0
-    return len(counts) - 1 - place, wanted - before
+    index = int((above < wanted).sum())
+    before = int(above[index - 1]) if index else 0
+    return len(counts) - 1 - index, wanted - before
