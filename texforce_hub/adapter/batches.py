@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
-from torch import Tensor
-
 from texforce_hub.adapter.value import Layer, LayerName
 
 TOGETHER = 1 << 22
@@ -33,11 +31,4 @@ def take_batches(
 
 def count_numbers(layer: Layer) -> int:
     """How many numbers a layer is stored as."""
-    sizes: list[int] = []
-
-    def count(tensor: Tensor) -> Tensor:
-        sizes.append(tensor.numel())
-        return tensor
-
-    layer.map(count)
-    return sum(sizes)
+    return sum(tensor.numel() for tensor in layer.tensors())

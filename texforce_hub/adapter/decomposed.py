@@ -1,6 +1,6 @@
 """A weight split into direction and magnitude (DoRA)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -69,6 +69,11 @@ class Decomposed:
     def scaled(self, weight: float) -> "Decomposed":
         """The same change times ``weight`` (linear interpolation of the weights)."""
         return replace(self, weight=self.weight * weight)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it is stored as, in the order of :meth:`map`."""
+        yield from self.inner.tensors()
+        yield self.magnitude
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Decomposed":
         """The same layer with every tensor passed through ``change``."""

@@ -1,6 +1,6 @@
 """Changes that are stored in full: of a matrix or convolution, of a bias or a norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -34,6 +34,10 @@ class Stored:
     def scaled(self, weight: float) -> Self:
         """The same change times ``weight``."""
         return replace(self, scale=self.scale * weight)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it is stored as, in the order of :meth:`map`."""
+        yield self.value
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """The same layer with its tensor passed through ``change`` (a move or a cast)."""

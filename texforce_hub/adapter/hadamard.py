@@ -1,6 +1,6 @@
 """Two low-rank changes multiplied elementwise (LoHa)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -66,6 +66,10 @@ class Hadamard:
     def scaled(self, weight: float) -> "Hadamard":
         """The same change times ``weight``."""
         return replace(self, scale=self.scale * weight)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it is stored as, in the order of :meth:`map`."""
+        yield from (self.up1, self.down1, self.up2, self.down2)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Hadamard":
         """The same layer with every tensor passed through ``change``."""

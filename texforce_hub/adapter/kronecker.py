@@ -1,6 +1,6 @@
 """A Kronecker product of two small matrices (LoKr)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -97,6 +97,11 @@ class Kronecker:
     def scaled(self, weight: float) -> "Kronecker":
         """The same change times ``weight``."""
         return replace(self, scale=self.scale * weight)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it is stored as, in the order of :meth:`map`."""
+        yield self.left
+        yield from (tensor for tensor in (self.right, self.up, self.down) if tensor is not None)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Kronecker":
         """The same layer with every tensor passed through ``change``."""

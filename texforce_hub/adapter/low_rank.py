@@ -1,6 +1,6 @@
 """A change of low rank (LoRA)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -50,6 +50,10 @@ class LowRank:
     def scaled(self, weight: float) -> "LowRank":
         """The same change times ``weight``."""
         return replace(self, scale=self.scale * weight)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it is stored as, in the order of :meth:`map`."""
+        yield from (self.down, self.up)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "LowRank":
         """The same layer with every tensor passed through ``change`` (a move or a cast)."""

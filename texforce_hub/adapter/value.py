@@ -16,7 +16,6 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import narrow
 from texforce_hub.errors import AdapterError
 from texforce_hub.families.recognition import FamilyVerdict, recognize_family
-from texforce_hub.files.header import Header
 
 LayerName = str
 
@@ -77,7 +76,7 @@ class Adapter:
         Raises:
             DialectError: the metadata claims to hold PEFT's settings and cannot be read.
         """
-        return recognize_family({name: layer.shape for name, layer in self.layers.items()}, Header({}, self.metadata))
+        return recognize_family({name: layer.shape for name, layer in self.layers.items()}, self.metadata)
 
     def delta(self, name: LayerName, base: Tensor | None = None) -> Tensor:
         """The dense change of one layer; ``base`` is its weight in the model, which only DoRA layers need.

@@ -48,9 +48,8 @@ def compare(
             for layer in comparison.layers
         ]
         put_table(["layer", "norms", "cosine", "angles in, out", "overlap", "interference"], rows)
-        put(
-            f"cosine {comparison.cosine:+.3f}, interference {comparison.interference:+.3f} over {len(comparison.layers)} layers; "
-        )
+        count = len(comparison.layers)
+        put(f"cosine {comparison.cosine:+.3f}, interference {comparison.interference:+.3f} over {count} layers; ")
         put(f"only in the first: {len(comparison.missing[0])}, only in the second: {len(comparison.missing[1])}")
     if output is not None:
         from texforce_hub.files.writing import writing

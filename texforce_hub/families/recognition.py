@@ -9,9 +9,9 @@ from typing import Any
 
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
-from texforce_hub.files.header import Header
 
 Shape = tuple[int, ...]
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,16 @@ class FamilyVerdict:
         return self.candidates[0] if len(self.candidates) == 1 else None
 
 
-def recognize_family(shapes: Mapping[str, Shape], header: Header) -> FamilyVerdict:
-    """The verdict for layers of these shapes; claims in the metadata choose among what fits, never against it."""
+def recognize_family(
+    shapes: Mapping[str, Shape], metadata: Mapping[str, str], config: Config | None = None
+) -> FamilyVerdict:
+    """The verdict for layers of these shapes; claims choose among what fits, never against it.
+
+    ``metadata`` is what the file says of itself, ``config`` its ``adapter_config.json``; both may claim a base.
+    """
     fitting = [family for family in FAMILIES.values() if _all_fit(family, shapes)]
     evidence = [_describe(part, layers) for part, layers in _by_part(shapes).items()]
-    claims = list(_claims(header))
+    claims = list(_claims(metadata, config))
     claimed = [family for family in fitting if any(claims_family(text, family) for _, text in claims)]
     meant = [name for name, family in FAMILIES.items() if any(claims_family(text, family) for _, text in claims)]
     evidence += [f"{key}: {text}" for key, text in claims if any(claims_family(text, FAMILIES[n]) for n in meant)]
@@ -52,9 +57,11 @@ def join_verdicts(verdicts: Sequence[FamilyVerdict], shapes: Mapping[str, Shape]
     return FamilyVerdict(candidates, evidence, _summary(candidates, shapes))
 
 
-def find_base(header: Header) -> str | None:
+def find_base(metadata: Mapping[str, str], config: Config | None = None) -> str | None:
     """The base model's id or name that the file gives, the most precise one; ``None`` without any."""
-    named = [text for key, text in _claims(header) if key not in ("texforce_hub.family", "modelspec.architecture")]
+    named = [
+        text for key, text in _claims(metadata, config) if key not in ("texforce_hub.family", "modelspec.architecture")
+    ]
     return next(filter(None, named), None)
 
 
@@ -120,14 +127,13 @@ def _summary(candidates: tuple[str, ...], shapes: Mapping[str, Shape]) -> str:
     return "any of " + ", ".join(FAMILIES[name].title for name in candidates)
 
 
-def _claims(header: Header) -> Iterator[tuple[str, str]]:
+def _claims(metadata: Mapping[str, str], config: Config | None) -> Iterator[tuple[str, str]]:
     """``(where it stands, the base's name)``: our own keys, PEFT's config, trainers' headers."""
-    metadata = header.metadata
     for key in ("texforce_hub.family", "texforce_hub.base", "ss_base_model_version", "modelspec.architecture"):
         if metadata.get(key):
             yield key, metadata[key].replace("/lora", "")
-    if header.config is not None and isinstance(header.config.get("base_model_name_or_path"), str):
-        yield "adapter_config.json", _model_id(header.config["base_model_name_or_path"])
+    if config is not None and isinstance(config.get("base_model_name_or_path"), str):
+        yield "adapter_config.json", _model_id(config["base_model_name_or_path"])
     for part, name in _collated_bases(metadata.get("lora_adapter_metadata", "")):
         yield f"lora_adapter_metadata {part}", _model_id(name)
     if metadata.get("ss_sd_model_name"):

@@ -107,14 +107,7 @@ def _measure(layers: Mapping[LayerName, Layer]) -> list[LayerFacts]:
 
 
 def _count_broken(layer: Layer) -> int:
-    counts: list[Tensor] = []
-
-    def count(tensor: Tensor) -> Tensor:
-        counts.append((~torch.isfinite(tensor.float())).sum())
-        return tensor
-
-    layer.map(count)
-    return int(sum(map(int, counts)))
+    return sum(int((~torch.isfinite(tensor.float())).sum()) for tensor in layer.tensors())
 
 
 def _spectra(layers: Mapping[str, Layer]) -> dict[str, Tensor]:

@@ -85,7 +85,8 @@ def plan_header(
     if trained is not None:
         raise DialectError("this is {}: {!r}, {}; it cannot be read".format(*trained))
     left = sort_leftovers(found.unread, layers)
-    family = recognize_family({name: layer.shape for name, layer in layers.items() if layer.shape}, header)
+    shapes = {name: layer.shape for name, layer in layers.items() if layer.shape}
+    family = recognize_family(shapes, header.metadata, header.config)
     layers = {name: _fold(layer, family) for name, layer in layers.items()}
     return Plan(
         dialects=tuple(dict.fromkeys(stem.dialect for stem in named)),
@@ -93,7 +94,7 @@ def plan_header(
         extras=left.extras,
         family=family,
         metadata=header.metadata,
-        base=find_base(header),
+        base=find_base(header.metadata, header.config),
         faults=(*found.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
         notes=(
             *_all_notes(layers, named),
