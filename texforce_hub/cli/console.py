@@ -73,8 +73,8 @@ def put_table(
     """
     console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
     table = Table(title=None if title is None else Text(printable(title)), title_justify="left")
-    for place, column in enumerate(columns):
-        longest = max(len(row[place]) for row in [columns, *rows[:_MOST_ROWS]])
+    for index, column in enumerate(columns):
+        longest = max(len(row[index]) for row in [columns, *rows[:_MOST_ROWS]])
         width = min(widths[column], longest) if column in widths and console.width >= _WIDTH else None
         table.add_column(column, overflow="fold", no_wrap=column in whole, width=width)
     for row in rows[:_MOST_ROWS]:

@@ -61,14 +61,17 @@ def convert(
     if alone and done[0].error is not None:
         raise FileError(done[0].error)
     if json:
-        put_json({"files": [_as_dict(one) for one in done]})
+        put_json({"files": [_as_dict(conversion) for conversion in done]})
     elif alone:
         put(str(done[0].output))
     else:
-        put_table(["from", "to"], [[str(one.source), one.error or str(one.output)] for one in done])
-    for note in _gathered(note for one in done for note in one.notes):
+        put_table(
+            ["from", "to"],
+            [[str(conversion.source), conversion.error or str(conversion.output)] for conversion in done],
+        )
+    for note in _gathered(note for conversion in done for note in conversion.notes):
         say(f"note: {note}")
-    failed = sum(one.error is not None for one in done)
+    failed = sum(conversion.error is not None for conversion in done)
     if failed:
         raise FileError(f"{failed} of {len(done)} files could not be converted; the table says why")
 
@@ -84,6 +87,6 @@ def _gathered(notes: Iterable[str]) -> Iterator[str]:
         yield f"{named[0]}: {text}{more}"
 
 
-def _as_dict(one: "Conversion") -> dict[str, Any]:
-    values = {"source": str(one.source), "output": str(one.output), "error": one.error}
-    return values | {"notes": list(one.notes)}
+def _as_dict(conversion: "Conversion") -> dict[str, Any]:
+    values = {"source": str(conversion.source), "output": str(conversion.output), "error": conversion.error}
+    return values | {"notes": list(conversion.notes)}

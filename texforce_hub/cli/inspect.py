@@ -52,18 +52,20 @@ def inspect(
     adapters = list(dict.fromkeys(adapter for ref in refs for adapter in look(ref)))
     if weights:
         _bring_sidecars(adapters)
-    found = list(track(inspect_files(adapters, hashed=not no_hash), total=len(adapters), what="inspecting"))
-    found = _chosen(found, family, sort)
+    inspections = list(track(inspect_files(adapters, hashed=not no_hash), total=len(adapters), what="inspecting"))
+    inspections = _chosen(inspections, family, sort)
     measured: dict[Path, list[LayerFacts]] = {}
     if weights:
-        found, measured = _measure(found, {one.path: one for one in adapters if isinstance(one, Bundle)})
+        inspections, measured = _measure(
+            inspections, {bundle.path: bundle for bundle in adapters if isinstance(bundle, Bundle)}
+        )
     if json:
-        put_json({"files": [_as_dict(one, measured) for one in found]})
-    elif len(found) == 1:
-        _put_one(found[0], measured.get(found[0].path))
+        put_json({"files": [_as_dict(inspection, measured) for inspection in inspections]})
+    elif len(inspections) == 1:
+        _put_one(inspections[0], measured.get(inspections[0].path))
     else:
-        _put_many(found)
-    _fail_on_errors(found)
+        _put_many(inspections)
+    _fail_on_errors(inspections)
 
 
 def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
@@ -71,7 +73,11 @@ def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
     from texforce_hub.hub.bundles import Bundle
     from texforce_hub.hub.cache import hub_id_of
 
-    origins = [origin for one in adapters if isinstance(one, Bundle) and (origin := hub_id_of(one.place)) is not None]
+    origins = [
+        origin
+        for adapter in adapters
+        if isinstance(adapter, Bundle) and (origin := hub_id_of(adapter.place)) is not None
+    ]
     if origins:
         from texforce_hub.hub.remote import fetch_sidecars
 
@@ -88,90 +94,97 @@ def _check_choices(family: str | None, sort: str) -> None:
         raise ConfigError(f"--sort {sort!r}; expected path, size, family or rank")
 
 
-def _chosen(found: "list[Inspection]", family: str | None, sort: str) -> "list[Inspection]":
+def _chosen(inspections: "list[Inspection]", family: str | None, sort: str) -> "list[Inspection]":
     """Those that can be of the family, and the unreadable, of which nobody knows; in the order asked for."""
-    kept = [one for one in found if family is None or one.error is not None or family in one.families]
+    kept = [
+        inspection
+        for inspection in inspections
+        if family is None or inspection.error is not None or family in inspection.families
+    ]
     if not kept:
-        raise FileError(f"none of {len(found)} files can be of family {family}; leave out --family to see them")
+        raise FileError(f"none of {len(inspections)} files can be of family {family}; leave out --family to see them")
     match sort:
         case "size":
-            kept.sort(key=lambda one: -one.size)
+            kept.sort(key=lambda inspection: -inspection.size)
         case "rank":
-            kept.sort(key=lambda one: -max((rank or 0 for rank in one.ranks), default=0))
+            kept.sort(key=lambda inspection: -max((rank or 0 for rank in inspection.ranks), default=0))
         case "family":
-            kept.sort(key=lambda one: one.families)
+            kept.sort(key=lambda inspection: inspection.families)
     return kept
 
 
-def _fail_on_errors(found: "list[Inspection]") -> None:
-    bad = [one for one in found if one.error is not None]
-    if len(found) == 1 and bad:
+def _fail_on_errors(inspections: "list[Inspection]") -> None:
+    bad = [inspection for inspection in inspections if inspection.error is not None]
+    if len(inspections) == 1 and bad:
         raise FileError(f"{bad[0].path}: {bad[0].error}")
     if bad:
-        raise FileError(f"{len(bad)} of {len(found)} files are no readable adapters; the table says why")
+        raise FileError(f"{len(bad)} of {len(inspections)} files are no readable adapters; the table says why")
 
 
 def _measure(
-    found: "list[Inspection]", bundles: "Mapping[Path, Bundle]"
+    inspections: "list[Inspection]", bundles: "Mapping[Path, Bundle]"
 ) -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
     """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
     from texforce_hub.hub.inspect import with_error
     from texforce_hub.hub.measure import measure_bundle, with_numbers
 
     judged, measured = [], {}
-    for one in track(found, total=len(found), what="measuring"):
-        judged.append(one)
-        if one.error is None:
+    for inspection in track(inspections, total=len(inspections), what="measuring"):
+        judged.append(inspection)
+        if inspection.error is None:
             try:
-                measured[one.path] = measure_bundle(bundles[one.path])
-                judged[-1] = with_numbers(one, measured[one.path])
+                measured[inspection.path] = measure_bundle(bundles[inspection.path])
+                judged[-1] = with_numbers(inspection, measured[inspection.path])
             except TexForceHubError as error:
-                judged[-1] = with_error(one, str(error))
+                judged[-1] = with_error(inspection, str(error))
     return judged, measured
 
 
-def _as_dict(one: "Inspection", measured: "Mapping[Path, list[LayerFacts]]") -> dict[str, Any]:
-    values = one.as_dict()
+def _as_dict(inspection: "Inspection", measured: "Mapping[Path, list[LayerFacts]]") -> dict[str, Any]:
+    values = inspection.as_dict()
     values |= {name: values[name] or None for name in ("sha256", "autov2")}
-    values["files"] = {name: sha256 or None for name, sha256 in one.files.items()}
+    values["files"] = {name: sha256 or None for name, sha256 in inspection.files.items()}
     for name in ("ranks", "alphas", "kinds", "dtypes"):
         counted = values[name]
         values[name] = None if counted is None else {str(key): count for key, count in counted.items()}
-    if one.path in measured:
-        values["weights"] = [layer.as_dict() for layer in measured[one.path]]
+    if inspection.path in measured:
+        values["weights"] = [layer.as_dict() for layer in measured[inspection.path]]
     return values
 
 
-def _put_one(one: "Inspection", measured: "list[LayerFacts] | None") -> None:
+def _put_one(inspection: "Inspection", measured: "list[LayerFacts] | None") -> None:
     rows = [
-        ["file", str(one.path)],
-        ["size", f"{one.size:,} bytes, {one.container or 'unknown container'}"],
-        ["SHA-256", f"{one.sha256} (AutoV2 {one.autov2})" if one.sha256 else ""],
+        ["file", str(inspection.path)],
+        ["size", f"{inspection.size:,} bytes, {inspection.container or 'unknown container'}"],
+        ["SHA-256", f"{inspection.sha256} (AutoV2 {inspection.autov2})" if inspection.sha256 else ""],
         *(
-            [f"of {len(one.files)} files", f"{name}, SHA-256 {sha256}" if sha256 else name]
-            for name, sha256 in one.files.items()
+            [f"of {len(inspection.files)} files", f"{name}, SHA-256 {sha256}" if sha256 else name]
+            for name, sha256 in inspection.files.items()
         ),
-        ["layout", ", ".join(one.dialects)],
-        ["family", one.verdict],
-        *(["", _clipped(line)] for line in one.evidence),
-        ["parts", _counts(one.parts)],
-        ["kinds", _counts(one.kinds)],
-        ["ranks", _counts(one.ranks)],
-        ["alphas", "not fetched" if one.alphas is None else _counts(one.alphas, missing=_unstored(one))],
-        ["dtypes", _counts(one.dtypes)],
-        ["extras", _few_names(one.extras)],
-        *(["problem", line] for line in first_of(_problems(one))),
-        *(["note", line] for line in one.notes),
-        *_sidecar_rows(one),
-        *([_clipped(key), _clipped(value)] for key, value in one.metadata.items()),
+        ["layout", ", ".join(inspection.dialects)],
+        ["family", inspection.verdict],
+        *(["", _clipped(line)] for line in inspection.evidence),
+        ["parts", _counts(inspection.parts)],
+        ["kinds", _counts(inspection.kinds)],
+        ["ranks", _counts(inspection.ranks)],
+        [
+            "alphas",
+            "not fetched" if inspection.alphas is None else _counts(inspection.alphas, missing=_unstored(inspection)),
+        ],
+        ["dtypes", _counts(inspection.dtypes)],
+        ["extras", _few_names(inspection.extras)],
+        *(["problem", line] for line in first_of(_problems(inspection))),
+        *(["note", line] for line in inspection.notes),
+        *_sidecar_rows(inspection),
+        *([_clipped(key), _clipped(value)] for key, value in inspection.metadata.items()),
     ]
     put_table(["", ""], [row for row in rows if row[1]])
     if measured is not None:
         _put_weights(measured)
 
 
-def _sidecar_rows(one: "Inspection") -> Iterator[list[str]]:
-    for sidecar in one.sidecars:
+def _sidecar_rows(inspection: "Inspection") -> Iterator[list[str]]:
+    for sidecar in inspection.sidecars:
         yield ["sidecar", f"{sidecar.path.name}, {sidecar.kind}"]
         for name, value in sidecar.as_dict().items():
             if name not in ("kind", "path", "ending", "sha256", "problem"):
@@ -179,20 +192,20 @@ def _sidecar_rows(one: "Inspection") -> Iterator[list[str]]:
                 yield ["", f"{name.replace('_', ' ')}: {_clipped(text)}"]
 
 
-def _put_many(found: "list[Inspection]") -> None:
-    root = _common_folder([one.path for one in found])
-    problems = {_inside(one.path, root): _problems(one) for one in found}
+def _put_many(inspections: "list[Inspection]") -> None:
+    root = _common_folder([inspection.path for inspection in inspections])
+    problems = {_inside(inspection.path, root): _problems(inspection) for inspection in inspections}
     columns = ["file", "layout", "family", "parts", "rank/alpha", "dtype", "MB", "AutoV2", "beside", "state"]
-    rows = [_row(one, root, len(problems[_inside(one.path, root)])) for one in found]
-    if not any(one.sidecars for one in found):
-        place = columns.index("beside")
-        columns, *rows = [[*cells[:place], *cells[place + 1 :]] for cells in (columns, *rows)]
+    rows = [_row(inspection, root, len(problems[_inside(inspection.path, root)])) for inspection in inspections]
+    if not any(inspection.sidecars for inspection in inspections):
+        position = columns.index("beside")
+        columns, *rows = [[*cells[:position], *cells[position + 1 :]] for cells in (columns, *rows)]
     put_table(columns, rows, title=str(root), whole=("MB", "AutoV2", "state"), widths={"file": 22})
     for path, lines in problems.items():
         for line in first_of(lines):
             put(f"{path}: {line}")
-    for note, count in Counter(note for one in found for note in one.notes).items():
-        put(f"{count} of {len(found)} files: {note}")
+    for note, count in Counter(note for inspection in inspections for note in inspection.notes).items():
+        put(f"{count} of {len(inspections)} files: {note}")
 
 
 def _common_folder(paths: list[Path]) -> Path:
@@ -206,22 +219,22 @@ def _inside(path: Path, root: Path) -> Path:
     return path.relative_to(root) if path.is_relative_to(root) else path
 
 
-def _problems(one: "Inspection") -> list[str]:
-    return list(one.problems) or ([one.error] if one.error else [])
+def _problems(inspection: "Inspection") -> list[str]:
+    return list(inspection.problems) or ([inspection.error] if inspection.error else [])
 
 
-def _row(one: "Inspection", root: Path, problems: int) -> list[str]:
+def _row(inspection: "Inspection", root: Path, problems: int) -> list[str]:
     return [
-        str(_inside(one.path, root)),
-        ", ".join(one.dialects),
-        ", ".join(one.families) or ("" if one.error else "unknown"),
-        ", ".join(f"{part} {count}" for part, count in one.parts.items()),
-        " / ".join((_few(one.ranks), _few(one.alphas))) if one.parts else "",
-        ", ".join(one.dtypes),
-        f"{one.size / 1e6:.2f}",
-        one.autov2 or (f"{len(one.files)} files" if one.files else ""),
-        ", ".join(dict.fromkeys(sidecar.ending.rpartition(".")[2] for sidecar in one.sidecars)),
-        "unreadable" if one.error else f"{problems} to note" if problems else "ok",
+        str(_inside(inspection.path, root)),
+        ", ".join(inspection.dialects),
+        ", ".join(inspection.families) or ("" if inspection.error else "unknown"),
+        ", ".join(f"{part} {count}" for part, count in inspection.parts.items()),
+        " / ".join((_few(inspection.ranks), _few(inspection.alphas))) if inspection.parts else "",
+        ", ".join(inspection.dtypes),
+        f"{inspection.size / 1e6:.2f}",
+        inspection.autov2 or (f"{len(inspection.files)} files" if inspection.files else ""),
+        ", ".join(dict.fromkeys(sidecar.ending.rpartition(".")[2] for sidecar in inspection.sidecars)),
+        "unreadable" if inspection.error else f"{problems} to note" if problems else "ok",
     ]
 
 
@@ -248,9 +261,9 @@ def _put_weights(measured: "list[LayerFacts]") -> None:
     put_table(["layer", "rank", "effective", "norm", "norm of the largest"], rows)
 
 
-def _unstored(one: "Inspection") -> str:
+def _unstored(inspection: "Inspection") -> str:
     """Where an alpha is that the file does not store: what we write has it in the weights, elsewhere it is lost."""
-    return "in the weights" if "texforce_hub.version" in one.metadata else "not stored"
+    return "in the weights" if "texforce_hub.version" in inspection.metadata else "not stored"
 
 
 def _counts(values: Mapping[Any, int], *, missing: str = "none") -> str:

@@ -23,8 +23,8 @@ def verify(
     from texforce_hub.merge.replay import verify_merge
     from texforce_hub.pipelines.load import load_pipeline
 
-    place = choose_device(device)
-    answer = verify_merge(result, base=None if base is None else load_pipeline(base, device=place), device=place)
+    target = choose_device(device)
+    answer = verify_merge(result, base=None if base is None else load_pipeline(base, device=target), device=target)
     if json:
         put_json(answer.as_dict())
     else:

@@ -69,10 +69,10 @@ def evaluate_variants(
 def draw_images(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[list[str], Tensor]]:
     """Batches of prompts and their pictures ``(b, 3, h, w)`` in [0, 1]: prompt by prompt, each at every seed.
 
-    Each picture's noise comes from a generator of its own, seeded by the prompt's place and the seed, on the
+    Each picture's noise comes from a generator of its own, seeded by the prompt's index and the seed, on the
     CPU: it depends neither on the batch nor on the device.
     """
-    jobs = [(text, seed * 1_000_003 + place) for place, text in enumerate(prompts) for seed in sampling.seeds]
+    jobs = [(text, seed * 1_000_003 + index) for index, text in enumerate(prompts) for seed in sampling.seeds]
     with _quiet(pipe), torch.no_grad():
         for start in range(0, len(jobs), sampling.batch_size):
             texts, noise = zip(*jobs[start : start + sampling.batch_size], strict=True)

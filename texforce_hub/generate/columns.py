@@ -55,11 +55,11 @@ def sweep_weights(text: str) -> tuple[str, list[float]]:
     Raises:
         ConfigError: anything else.
     """
-    found = _SWEEP.fullmatch(text)
+    match = _SWEEP.fullmatch(text)
     try:
-        if found is not None and int(found["count"]) > 1:
-            start, stop, count = float(found["start"]), float(found["stop"]), int(found["count"])
-            return found["name"], [start + (stop - start) * i / (count - 1) for i in range(count)]
+        if match is not None and int(match["count"]) > 1:
+            start, stop, count = float(match["start"]), float(match["stop"]), int(match["count"])
+            return match["name"], [start + (stop - start) * i / (count - 1) for i in range(count)]
     except ValueError:
         pass
     raise ConfigError(f"--sweep {text!r}; expected NAME=FROM:TO:COUNT with COUNT of at least 2, e.g. style=0:1:5")

@@ -115,10 +115,10 @@ def _batches(pipe: Any, settings: DrawSettings, prompts: Sequence[str]) -> Itera
         prompt: read_prompts(pipe, [prompt], **_reading(settings)).chunks if settings.long_prompts else 1
         for prompt in dict.fromkeys(prompts)
     }
-    for place, prompt in enumerate(prompts):
-        by_length.setdefault(lengths[prompt], []).append(place)
-    for places in by_length.values():
-        yield from (places[i : i + settings.batch_size] for i in range(0, len(places), settings.batch_size))
+    for index, prompt in enumerate(prompts):
+        by_length.setdefault(lengths[prompt], []).append(index)
+    for members in by_length.values():
+        yield from (members[i : i + settings.batch_size] for i in range(0, len(members), settings.batch_size))
 
 
 def sample(

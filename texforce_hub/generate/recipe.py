@@ -41,9 +41,9 @@ class DrawRun:
 
     def __post_init__(self) -> None:
         written = [len(TaggedPrompt.parse(prompt).tags) for prompt in self.settings.prompts]
-        found = [len(refs) for refs in self.tags] or [0] * len(written)
-        if found != written:
-            raise RecipeError(f"the prompts have {written} tags, and there are {found} adapters for them")
+        given = [len(refs) for refs in self.tags] or [0] * len(written)
+        if given != written:
+            raise RecipeError(f"the prompts have {written} tags, and there are {given} adapters for them")
 
 
 def record_run(run: DrawRun, path: Path) -> None:
@@ -148,9 +148,9 @@ def _read_settings(table: Mapping[str, Any], seed: int, path: Path) -> DrawSetti
     return DrawSettings(prompts=tuple(str(text) for text in table["prompts"].values()), seed=seed, **values)
 
 
-def _check_hash(source: str, found: str, recorded: str) -> None:
-    if recorded and found != recorded:
-        raise RecipeError(f"{source} is not what the recipe was made with: sha256 {found[:12]}…, not {recorded[:12]}…")
+def _check_hash(source: str, digest: str, recorded: str) -> None:
+    if recorded and digest != recorded:
+        raise RecipeError(f"{source} is not what the recipe was made with: sha256 {digest[:12]}…, not {recorded[:12]}…")
 
 
 def _hash_local(source: str) -> str:
@@ -158,19 +158,19 @@ def _hash_local(source: str) -> str:
     if not source or source == "shapes":
         return ""
     try:
-        place = Path(AdapterRef.parse(source).source)
+        path = Path(AdapterRef.parse(source).source)
     except RefError:
         return ""
-    return hash_place(place) if place.exists() else ""
+    return hash_place(path) if path.exists() else ""
 
 
-def hash_place(place: Path) -> str:
+def hash_place(path: Path) -> str:
     """SHA-256 of a file, or of a folder's weight files in the order of their names.
 
     Raises:
         FileError: it cannot be read.
     """
-    files: Sequence[Path] = [place]
-    if place.is_dir():
-        files = sorted(path for path in place.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files: Sequence[Path] = [path]
+    if path.is_dir():
+        files = sorted(path for path in path.rglob("*") if path.suffix.lower() in _SUFFIXES)
     return hash_files(files)

@@ -73,8 +73,8 @@ class Drawing:
 
     def load(self, *, device: str | None, dtype: str | None, offload: bool) -> None:
         """Load the base with its tuned U-Net."""
-        place = "cpu" if offload else device
-        self.pipe = load_pipeline(self.run.base, unet=self.run.unet or None, device=place, dtype=dtype)
+        target = "cpu" if offload else device
+        self.pipe = load_pipeline(self.run.base, unet=self.run.unet or None, device=target, dtype=dtype)
         if self.run.scheduler:
             set_scheduler(self.pipe, self.run.scheduler)
         if offload:
@@ -101,26 +101,26 @@ class Drawing:
             sheet.save(part, format="PNG")
         return [*paths, output / "sheet.png"]
 
-    def save(self, places: Mapping[str, Path | None], *, portable: bool) -> list[Path]:
+    def save(self, targets: Mapping[str, Path | None], *, portable: bool) -> list[Path]:
         """Bake the stack in, save what is asked for, take it off again."""
-        if not any(places.values()):
+        if not any(targets.values()):
             return []
         if not self.entries:
-            return list(self._save_all(places, portable=portable))
+            return list(self._save_all(targets, portable=portable))
         with self._apply(self.entries, "fuse"):
-            return list(self._save_all(places, portable=portable))
+            return list(self._save_all(targets, portable=portable))
 
     def _apply(self, entries: Sequence[StackEntry], mode: str) -> Applied:
         rounding = self.run.rounding if mode == "fuse" else "nearest"
         how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed}
         return apply_adapter(self.pipe, [entry.item for entry in entries], **cast(Any, how))
 
-    def _save_all(self, places: Mapping[str, Path | None], *, portable: bool) -> Iterator[Path]:
-        if (folder := places["pipeline"]) is not None:
+    def _save_all(self, targets: Mapping[str, Path | None], *, portable: bool) -> Iterator[Path]:
+        if (folder := targets["pipeline"]) is not None:
             yield save_pipeline(self.pipe, folder, portable=portable)
-        if (file := places["checkpoint"]) is not None:
+        if (file := targets["checkpoint"]) is not None:
             yield save_checkpoint(self.pipe, file)
-        if (file := places["text_encoder"]) is not None:
+        if (file := targets["text_encoder"]) is not None:
             yield from save_text_encoder(self.pipe, file)
 
     def _stack(self, column: Column, number: int) -> list[StackEntry]:
@@ -134,9 +134,9 @@ class Drawing:
             images: dict[int, list[Any]] = {}
             numbers = range(len(self.texts))
             for members in _alike(numbers, key=lambda number: self._stack(column, number)):
-                found = self._draw_under(self._stack(column, members[0]), members, on_step)
+                drawn = self._draw_under(self._stack(column, members[0]), members, on_step)
                 size = self.run.settings.num_images
-                images |= {number: found[i * size : (i + 1) * size] for i, number in enumerate(members)}
+                images |= {number: drawn[i * size : (i + 1) * size] for i, number in enumerate(members)}
             groups.append([image for number in numbers for image in images[number]])
         return groups
 
@@ -221,9 +221,9 @@ def _alike(numbers: Sequence[int], *, key: Callable[[int], list[StackEntry]]) ->
     """The numbers whose entries are the same, together, in the order of their first."""
     groups: list[list[int]] = []
     for number in numbers:
-        home = next((members for members in groups if key(members[0]) == key(number)), None)
-        if home is None:
+        group = next((members for members in groups if key(members[0]) == key(number)), None)
+        if group is None:
             groups.append([number])
         else:
-            home.append(number)
+            group.append(number)
     return groups

@@ -108,10 +108,13 @@ def doctor(
     Example: texforce-hub doctor --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
 
-    found = list(examine(base or [], device=device))
-    problems = sum(one.state == "problem" for one in found)
+    findings = list(examine(base or [], device=device))
+    problems = sum(finding.state == "problem" for finding in findings)
     if json:
-        put_json({"problems": problems, "findings": [one.as_dict() for one in found]})
+        put_json({"problems": problems, "findings": [finding.as_dict() for finding in findings]})
     else:
-        put_table(["", "", "found", "what to do"], [[one.name, one.state, one.found, one.advice] for one in found])
+        put_table(
+            ["", "", "found", "what to do"],
+            [[finding.name, finding.state, finding.found, finding.advice] for finding in findings],
+        )
     raise typer.Exit(1 if problems else 0)

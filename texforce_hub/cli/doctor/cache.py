@@ -22,37 +22,37 @@ _ELSEWHERE = "set HF_HOME to a folder that can be read and written"
 
 def examine_cache() -> Iterator[Finding]:
     """Where downloaded models lie, how much they take, and how much room is left."""
-    place = Path(constants.HF_HUB_CACHE)
-    there = _find_existing(place)
+    folder = Path(constants.HF_HUB_CACHE)
+    there = _find_existing(folder)
     if not there.is_dir():
-        yield Finding("cache", "problem", f"{place}: {there} is a file, and must be a folder", _ELSEWHERE)
+        yield Finding("cache", "problem", f"{folder}: {there} is a file, and must be a folder", _ELSEWHERE)
         return
     try:
-        cache = scan_cache_dir(place)
+        cache = scan_cache_dir(folder)
     except CacheNotFound:
-        yield Finding("cache", "ok", f"{place}: none yet")
+        yield Finding("cache", "ok", f"{folder}: none yet")
     except (OSError, ValueError) as error:
-        yield Finding("cache", "problem", f"{place}: {error}", _ELSEWHERE)
+        yield Finding("cache", "problem", f"{folder}: {error}", _ELSEWHERE)
         return
     else:
-        text = f"{place}: {len(cache.repos)} repositories, {cache.size_on_disk / 1e9:.2f} GB"
-        damaged = _find_damaged(place, map(str, cache.warnings))
+        text = f"{folder}: {len(cache.repos)} repositories, {cache.size_on_disk / 1e9:.2f} GB"
+        damaged = _find_damaged(folder, map(str, cache.warnings))
         named = ", ".join(damaged[:3]) + (" …" if len(damaged) > 3 else "")
         advice = f"{len(damaged)} of its folders are damaged: delete {named}" if damaged else ""
         yield Finding("cache", "note" if damaged else "ok", text, advice)
     yield _examine_room(there)
 
 
-def _find_damaged(place: Path, warnings: Iterable[str]) -> list[str]:
+def _find_damaged(folder: Path, warnings: Iterable[str]) -> list[str]:
     """The folders of repositories that are warned of: a stray file in the cache is no damage."""
     said = "\n".join(warnings)
-    folders = sorted(folder for folder in place.iterdir() if folder.name.startswith(_REPOSITORIES) and folder.is_dir())
+    folders = sorted(child for child in folder.iterdir() if child.name.startswith(_REPOSITORIES) and child.is_dir())
     return [folder.name for folder in folders if re.search(rf"{re.escape(folder.name)}(?![\w.-]*\w)", said)]
 
 
-def _find_existing(place: Path) -> Path:
-    place = place.absolute()
-    return next(folder for folder in (place, *place.parents) if folder.exists())
+def _find_existing(folder: Path) -> Path:
+    folder = folder.absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def _examine_room(there: Path) -> Finding:
@@ -80,12 +80,12 @@ def examine_token() -> Finding:
         if os.environ.get(variable, "").strip():
             return Finding("token", "ok", f"present, from the environment: {variable}")
     try:
-        found = get_token() is not None
+        token = get_token() is not None
     except NotADirectoryError:  # of which the cache tells
-        found = False
+        token = False
     except (OSError, OIDCError) as error:
         advice = "delete that file and log in again: hf auth login"
         return Finding("token", "problem", f"{constants.HF_TOKEN_PATH} cannot be read: {type(error).__name__}", advice)
-    if not found:
+    if not token:
         return Finding("token", "ok", "none; private and gated repositories need one: hf auth login")
     return Finding("token", "ok", "present, from the file that hf auth login wrote")

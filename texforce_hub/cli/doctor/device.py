@@ -16,8 +16,8 @@ def examine_device(name: str | None = None) -> Iterator[Finding]:
         device = torch.device(name)
         torch.ones(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        found = f"{name}: {first_line(error)}"
-        yield Finding("device", "problem", found, "give --device cpu, or install a torch build for it")
+        text = f"{name}: {first_line(error)}"
+        yield Finding("device", "problem", text, "give --device cpu, or install a torch build for it")
         return
     yield Finding("device", "ok", _describe_device(device))
     for dtype in _DTYPES:
@@ -38,6 +38,6 @@ def _examine_dtype(device: torch.device, name: str) -> Finding:
         some = torch.ones(8, 8, device=device, dtype=torch.float32).to(dtype)
         (some.float() if stored else some) @ (some.float() if stored else some)
     except RuntimeError as error:
-        found = f"not on {device}: {first_line(error)}"
-        return Finding(name, "note", found, "leave --dtype out: float32 always works")
+        text = f"not on {device}: {first_line(error)}"
+        return Finding(name, "note", text, "leave --dtype out: float32 always works")
     return Finding(name, "ok", "stored, calculated wider" if stored else f"calculates on {device}")

@@ -11,8 +11,8 @@ def examine_address() -> Iterator[Finding]:
     """The problem with the address in ``HF_ENDPOINT``, if there is one; what may be a password in it is not shown."""
     address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not _is_address(address):
-        found = f"HF_ENDPOINT is {address.rpartition('@')[2]!r}, which is no address of a Hub"
-        yield Finding("endpoint", "problem", found, "unset it, or set it to an address such as https://huggingface.co")
+        text = f"HF_ENDPOINT is {address.rpartition('@')[2]!r}, which is no address of a Hub"
+        yield Finding("endpoint", "problem", text, "unset it, or set it to an address such as https://huggingface.co")
 
 
 def _is_address(text: str) -> bool:

@@ -31,8 +31,8 @@ def watch(name: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]
     try:
         yield from look()
     except _UNFORESEEN as error:
-        found = f"could not be looked at: {type(error).__name__}: {first_line(error)}"
-        yield Finding(name, "problem", found, f"set right what is named here, and run doctor again for {name}")
+        text = f"could not be looked at: {type(error).__name__}: {first_line(error)}"
+        yield Finding(name, "problem", text, f"set right what is named here, and run doctor again for {name}")
 
 
 def first_line(error: BaseException) -> str:

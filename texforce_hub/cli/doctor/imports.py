@@ -23,10 +23,10 @@ def chain(error):
         error = error.__cause__ or error.__context__
 
 def owners(error):
-    for one in chain(error):
-        if isinstance(one, ImportError) and one.name:
-            yield one.name
-        trace = one.__traceback__
+    for link in chain(error):
+        if isinstance(link, ImportError) and link.name:
+            yield link.name
+        trace = link.__traceback__
         while trace is not None:
             yield str(trace.tb_frame.f_globals.get("__name__"))
             trace = trace.tb_next

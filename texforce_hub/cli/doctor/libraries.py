@@ -82,8 +82,8 @@ def _examine_import(name: str, package: str, what: str, advice: str, attempts: A
     if not attempt.reason:
         return None
     if attempt.through:
-        found = f"{what}, cannot be used as long as {attempt.through} cannot be imported"
-        return Finding(name, "note", found, f"mend {attempt.through} first")
+        text = f"{what}, cannot be used as long as {attempt.through} cannot be imported"
+        return Finding(name, "note", text, f"mend {attempt.through} first")
     return Finding(name, "problem", f"{what} cannot be imported: {attempt.reason}", advice)
 
 
@@ -100,8 +100,8 @@ def examine_torchvision(attempts: Attempts) -> Finding:
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        place = spec.origin or next(iter(spec.submodule_search_locations or ()), name)
-        version, advice = f"{place}, of no installed package,", "delete or rename it: image code would import it"
+        path = spec.origin or next(iter(spec.submodule_search_locations or ()), name)
+        version, advice = f"{path}, of no installed package,", "delete or rename it: image code would import it"
     broken = _examine_import(name, name, version, advice, attempts)
     if broken is None and version.endswith(","):
         return Finding(name, "note", version.rstrip(","), advice)
@@ -113,5 +113,5 @@ def examine_vocabulary() -> Finding:
     try:
         return Finding("vocabulary", "ok", str(find_vocabulary()))
     except PipelineError:
-        found = "CLIP's is not here; checkpoints in a single file need it, folders with a tokenizer do not"
-        return Finding("vocabulary", "note", found, "pip install --no-deps open_clip_torch")
+        text = "CLIP's is not here; checkpoints in a single file need it, folders with a tokenizer do not"
+        return Finding("vocabulary", "note", text, "pip install --no-deps open_clip_torch")

@@ -75,8 +75,8 @@ class AdapterIndex:
         Raises:
             RefError, FileError, DialectError: as :meth:`find`, or a tag that cannot be read.
         """
-        found = tuple(tuple(self.find(tag) for tag in TaggedPrompt.parse(prompt).tags) for prompt in prompts)
-        return found if any(found) else ()
+        refs = tuple(tuple(self.find(tag) for tag in TaggedPrompt.parse(prompt).tags) for prompt in prompts)
+        return refs if any(refs) else ()
 
     def _names(self, bundle: Bundle) -> set[str]:
         path = self._inside(bundle)
@@ -97,15 +97,15 @@ class AdapterIndex:
                 raise RefError(_not_found(name, "the catalogue", known, "; give --adapter-dir DIR for your own files"))
             return name
         wanted = name.replace("\\", "/")
-        found = self._by_name.get(wanted) or self._titles().get(wanted, [])
-        if len(found) > 1:
-            listed = ", ".join(f"./{self._inside(bundle).as_posix()}" for bundle in found)
+        bundles = self._by_name.get(wanted) or self._titles().get(wanted, [])
+        if len(bundles) > 1:
+            listed = ", ".join(f"./{self._inside(bundle).as_posix()}" for bundle in bundles)
             raise RefError(
-                f"<lora:{name}> could mean {len(found)} adapters of {self._folder}: {listed}; write the path"
+                f"<lora:{name}> could mean {len(bundles)} adapters of {self._folder}: {listed}; write the path"
             )
-        if not found:
+        if not bundles:
             raise RefError(_not_found(name, str(self._folder), [*self._by_name, *self._titles()], ""))
-        return _as_source(found[0])
+        return _as_source(bundles[0])
 
     def _titles(self) -> Mapping[str, list[Bundle]]:
         """Adapters by the name that their trainer was told to give them."""
@@ -115,10 +115,10 @@ class AdapterIndex:
 
 
 def _gathered(pairs: Iterable[tuple[str, Bundle]]) -> Mapping[str, list[Bundle]]:
-    found: dict[str, list[Bundle]] = {}
+    by_name: dict[str, list[Bundle]] = {}
     for name, bundle in pairs:
-        found.setdefault(name, []).append(bundle)
-    return MappingProxyType(found)
+        by_name.setdefault(name, []).append(bundle)
+    return MappingProxyType(by_name)
 
 
 def _title(bundle: Bundle) -> str:
@@ -130,9 +130,9 @@ def _title(bundle: Bundle) -> str:
 
 def _as_source(bundle: Bundle) -> str:
     """How a reference names the adapter: its folder if that means it, else its file."""
-    places = [bundle.path.parent, bundle.path] if bundle.path.name in PREFERRED else [bundle.path, bundle.path.parent]
-    for place in places:
-        source = str(place) if place.is_absolute() else f"./{place.as_posix()}"
+    paths = [bundle.path.parent, bundle.path] if bundle.path.name in PREFERRED else [bundle.path, bundle.path.parent]
+    for path in paths:
+        source = str(path) if path.is_absolute() else f"./{path.as_posix()}"
         try:
             if find_bundle(AdapterRef(source)).files == bundle.files:
                 return source

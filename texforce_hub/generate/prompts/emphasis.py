@@ -136,34 +136,34 @@ class _Reader:
         if (word := _WORD.search(self.text)) is not None:
             fail(self.text, word.start(), f"{word[0]} joins prompts, which is not done here; write it in small letters")
         at = 0
-        for found in _SPECIAL.finditer(self.text):
-            self.pieces.append([self.text[at : found.start()], 1.0])
-            at = found.end()
-            self._take(found)
+        for match in _SPECIAL.finditer(self.text):
+            self.pieces.append([self.text[at : match.start()], 1.0])
+            at = match.end()
+            self._take(match)
         self.pieces.append([self.text[at:], 1.0])
         if self.open:
-            mark, place, _ = self.open[-1]
-            fail(self.text, place, f"{mark!r} is not closed; write \\{mark} for the character itself")
+            mark, start, _ = self.open[-1]
+            fail(self.text, start, f"{mark!r} is not closed; write \\{mark} for the character itself")
         return self.pieces
 
-    def _take(self, found: re.Match[str]) -> None:
-        mark = found["mark"]
-        if found["escaped"]:
-            self.pieces.append([found["escaped"], 1.0])
+    def _take(self, match: re.Match[str]) -> None:
+        mark = match["mark"]
+        if match["escaped"]:
+            self.pieces.append([match["escaped"], 1.0])
         elif mark in ("(", "["):
-            self.open.append((mark, found.start(), len(self.pieces)))
+            self.open.append((mark, match.start(), len(self.pieces)))
         elif not self.open or self.open[-1][0] != ("[" if mark == "]" else "("):
-            self.pieces.append([found[0], 1.0])
+            self.pieces.append([match[0], 1.0])
         elif mark == "]":
-            self._check_no_steps(found.start())
+            self._check_no_steps(match.start())
             self._close(1 / STRONGER)
         else:
-            self._close(STRONGER if mark else self._number(found))
+            self._close(STRONGER if mark else self._number(match))
 
-    def _number(self, found: re.Match[str]) -> float:
-        start, end = found.span("number")
-        if not NUMBER.fullmatch(found["number"]):
-            fail(self.text, start, f"{found['number']!r} is not a number; expected a weight, e.g. (word:1.2)")
+    def _number(self, match: re.Match[str]) -> float:
+        start, end = match.span("number")
+        if not NUMBER.fullmatch(match["number"]):
+            fail(self.text, start, f"{match['number']!r} is not a number; expected a weight, e.g. (word:1.2)")
         number = parse_number(self.text, start, end, "a weight, e.g. (word:1.2)")
         if number < 0:
             fail(self.text, start, "a weight is below 0; expected one from 0, or the words in the negative prompt")

@@ -180,11 +180,11 @@ def _grouped(stacks: Sequence[Stack]) -> list[tuple[Stack, list[int]]]:
     """Equal stacks together, so that each is put on once."""
     groups: list[tuple[Stack, list[int]]] = []
     for index, stack in enumerate(stacks):
-        home = next((members for other, members in groups if other is stack or other == stack), None)
-        if home is None:
+        group = next((members for other, members in groups if other is stack or other == stack), None)
+        if group is None:
             groups.append((stack, [index]))
         else:
-            home.append(index)
+            group.append(index)
     return groups
 
 
@@ -208,18 +208,18 @@ def _check_text_only(entry: StackEntry) -> None:
 
 
 def _encode(pipe: Any, read: ReadPrompts, *, guided: bool, **options: Any) -> dict[str, Tensor]:
-    found = _encode_plainly(pipe, read, guided=guided, **options)
+    embeddings = _encode_plainly(pipe, read, guided=guided, **options)
     whole = read.chunks > 1
     if whole or not all(prompt.is_plain for prompt in read.prompts):
         readers = clip_readers(pipe, clip_skip=options.get("clip_skip"))
-        kept = list(found["prompt_embeds"])
+        kept = list(embeddings["prompt_embeds"])
         for i, prompt in enumerate(read.prompts):
             if whole or not prompt.is_plain:
                 kept[i] = encode_side_by_side(readers, prompt, chunks=read.chunks).to(kept[i])
-        found["prompt_embeds"] = torch.stack(kept)
-    if "negative_prompt_embeds" in found and (whole or not read.negative.is_plain):
-        found["negative_prompt_embeds"] = _encode_negative(pipe, read, found["negative_prompt_embeds"])
-    return found
+        embeddings["prompt_embeds"] = torch.stack(kept)
+    if "negative_prompt_embeds" in embeddings and (whole or not read.negative.is_plain):
+        embeddings["negative_prompt_embeds"] = _encode_negative(pipe, read, embeddings["negative_prompt_embeds"])
+    return embeddings
 
 
 def _encode_negative(pipe: Any, read: ReadPrompts, plain: Tensor) -> Tensor:
@@ -245,5 +245,5 @@ def _encode_plainly(pipe: Any, read: ReadPrompts, *, guided: bool, **options: An
     # the pipeline would say that it cuts a prompt which is read in chunks
     words = hushed(type(pipe).__module__) if read.chunks > 1 else nullcontext()
     with final_norms_named(pipe), lengths_unsaid(), words:
-        found = pipe.encode_prompt(**given, **options)
-    return {name: t for name, t in zip(names, found, strict=True) if name is not None and t is not None}
+        embeddings = pipe.encode_prompt(**given, **options)
+    return {name: t for name, t in zip(names, embeddings, strict=True) if name is not None and t is not None}

@@ -51,8 +51,8 @@ class ListedPrompts:
         return list(self.prompts[:: max(1, len(self.prompts) // count)][:count])
 
     def _at(self, index: int, seed: int) -> str:
-        turn, place = divmod(index, len(self.prompts))
-        return random.Random(f"{seed} {turn}").sample(self.prompts, len(self.prompts))[place]
+        turn, position = divmod(index, len(self.prompts))
+        return random.Random(f"{seed} {turn}").sample(self.prompts, len(self.prompts))[position]
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class ShapesPrompts:
         return self._prompts(random.Random("validation"), count)
 
     def _prompts(self, rng: random.Random, count: int) -> list[str]:
-        found: dict[str, None] = {}
+        captions: dict[str, None] = {}
         canonical = [i < round(self.canonical * count) for i in range(count)]
         if count < 8:  # a share of a few prompts is a matter of chance
             canonical = [rng.random() < self.canonical for _ in range(count)]
         for known in canonical:
-            size = len(found)
-            while len(found) == size:
+            size = len(captions)
+            while len(captions) == size:
                 scene = sample_scene(rng, kinds=KINDS if known else _KINDS, split="train")
-                found.setdefault(caption(scene, noisy=frozenset() if known else self.noisy))
-        return list(found)
+                captions.setdefault(caption(scene, noisy=frozenset() if known else self.noisy))
+        return list(captions)
 
 
 def load_prompts(source: str | None, *, base: str, canonical: float) -> PromptSet:
@@ -142,10 +142,10 @@ def gather_prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
     Raises:
         PromptError: there is none, or the file cannot be read or holds none.
     """
-    found = (*given, *(read_prompts(file) if file is not None else ()))
-    if not found:
+    prompts = (*given, *(read_prompts(file) if file is not None else ()))
+    if not prompts:
         raise PromptError("no prompt; give --prompt TEXT or --prompts FILE")
-    return found
+    return prompts
 
 
 def read_prompts(path: str | Path) -> tuple[str, ...]:

@@ -48,10 +48,10 @@ class PromptTag:
         Raises:
             RefError: it is none; the message shows where, with a caret.
         """
-        found = _TAG.fullmatch(text)
-        if found is None:
+        match = _TAG.fullmatch(text)
+        if match is None:
             fail(text, 0, "not a tag; expected <lora:NAME:WEIGHT>")
-        return _read_tag(text, found)
+        return _read_tag(text, match)
 
     def __str__(self) -> str:
         second = "" if self.unet == self.text_encoder else f":{write_number(self.unet)}"
@@ -72,7 +72,7 @@ class TaggedPrompt:
         Raises:
             RefError: a tag that cannot be read; the message shows where, with a caret.
         """
-        tags = tuple(_read_tag(prompt, found) for found in _TAG.finditer(prompt))
+        tags = tuple(_read_tag(prompt, match) for match in _TAG.finditer(prompt))
         text = _TAG.sub("", prompt)
         if (opened := _OPENED.search(text)) is not None:
             fail(prompt, prompt.index(opened[0]), "not a tag; expected <lora:NAME:WEIGHT>")
@@ -88,17 +88,17 @@ def refuse_tags(prompt: str, why: str) -> None:
     Raises:
         PromptError: it has one; ``why`` is the end of the sentence.
     """
-    if (found := _TAG.search(prompt) or _OPENED.search(prompt)) is not None:
-        raise PromptError(f"{prompt!r} holds the tag {found[0]}; {why}")
+    if (match := _TAG.search(prompt) or _OPENED.search(prompt)) is not None:
+        raise PromptError(f"{prompt!r} holds the tag {match[0]}; {why}")
 
 
-def _read_tag(text: str, found: re.Match[str]) -> PromptTag:
-    kind = found[1]
-    if not found[3]:
-        fail(text, found.start(), "a tag is not closed; expected '>' after its weight")
+def _read_tag(text: str, match: re.Match[str]) -> PromptTag:
+    kind = match[1]
+    if not match[3]:
+        fail(text, match.start(), "a tag is not closed; expected '>' after its weight")
     if kind not in ("lora", "lyco"):
-        fail(text, found.start(1), f"there is no {kind!r} tag here; expected <lora:NAME:WEIGHT>")
-    fields = _field_spans(text, found.start(2), found.end(2))
+        fail(text, match.start(1), f"there is no {kind!r} tag here; expected <lora:NAME:WEIGHT>")
+    fields = _field_spans(text, match.start(2), match.end(2))
     start, end = fields[0]
     name = text[start:end]
     if not name or "=" in name:

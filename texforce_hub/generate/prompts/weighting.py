@@ -51,12 +51,12 @@ class ClipReader:
         """The encoder's output for ``ids (b, tokens)``; its ``last_hidden_state`` is the layer that is read."""
         if mask is not None and bool(mask.all()):
             mask = None  # as the pipelines call it, to the bit
-        found = self.encoder(ids, attention_mask=mask, output_hidden_states=True)
+        output = self.encoder(ids, attention_mask=mask, output_hidden_states=True)
         if self.layer != -1 or not self.normed:
-            found.last_hidden_state = found.hidden_states[self.layer]
+            output.last_hidden_state = output.hidden_states[self.layer]
             if self.normed:
-                found.last_hidden_state = _final_norm(self.encoder)(found.last_hidden_state)
-        return found
+                output.last_hidden_state = _final_norm(self.encoder)(output.last_hidden_state)
+        return output
 
     def count_chunks(self, emphasis: Emphasis) -> int:
         """Chunks that a prompt takes, at least 1."""
@@ -71,12 +71,14 @@ class ClipReader:
         texts, weights = _as_compel(emphasis)
         try:
             with lengths_unsaid():
-                found = provider.get_embeddings_for_weighted_prompt_fragments([texts], [weights], device=self.device)[0]
+                embedding = provider.get_embeddings_for_weighted_prompt_fragments(
+                    [texts], [weights], device=self.device
+                )[0]
         except RuntimeError as error:  # its search for the words below 1 can lose its place behind padding
             reason = (str(error).splitlines() or ["?"])[0]
             raise PromptError(f"{str(emphasis)!r}: compel cannot place its weights: {reason}") from error
-        missing = chunks - found.shape[0] // self.limit
-        return torch.cat([found, *[provider.empty_z[0].to(found)] * missing])
+        missing = chunks - embedding.shape[0] // self.limit
+        return torch.cat([embedding, *[provider.empty_z[0].to(embedding)] * missing])
 
 
 @contextmanager
