@@ -7,7 +7,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 
 from tests.damage import DAMAGES, KINDS, kind_of, make_damaged
 from tests.damage.files import write_twin
+from tests.support.steps import counted
 from texforce_hub import cli
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.hub.convert import convert_adapter
@@ -23,7 +23,7 @@ from texforce_hub.hub.inspect import inspect_file
 from texforce_hub.hub.inspect_many import inspect_files
 from texforce_hub.hub.read import read_adapter
 
-SECONDS = 5
+CALLS = 9_000_000  # of one command; the longest pickle that is looked at makes 4 for each of 2,000,000 instructions
 MEGABYTES = 200  # of growth; the files are of kilobytes, the claims in them of terabytes
 IN_SUITE, IN_CAMPAIGN = 200, 2000
 NEEDS_NUMBERS = ("NaN or infinity", "one layer twice, unequal", "shrinks while it is read")
@@ -34,15 +34,14 @@ def check(folder, name, seed):
     twin, damaged, damage = make_damaged(folder, name, seed)
     assert read_adapter(twin).layers
     before = sorted(folder.rglob("*"))
-    start = time.perf_counter()
     if damage.error is None:
         check_harmless(damaged, folder / "out" / "x.safetensors", damage)
-    else:
-        with damage.while_read(), pytest.raises(TexForceHubError) as caught:
-            convert_adapter(damaged, folder / "out" / "x.safetensors", dialect="kohya")
-        check_message(caught.value, damaged, damage)
-        assert sorted(folder.rglob("*")) == before
-    assert time.perf_counter() - start < SECONDS
+        return
+    with damage.while_read(), pytest.raises(TexForceHubError) as caught, counted() as steps:
+        convert_adapter(damaged, folder / "out" / "x.safetensors", dialect="kohya")
+    assert steps.calls < CALLS
+    check_message(caught.value, damaged, damage)
+    assert sorted(folder.rglob("*")) == before
 
 
 def check_message(error, damaged, damage):
@@ -61,8 +60,8 @@ def check_harmless(damaged, output, damage):
     assert re.search(damage.phrase, " ".join(facts.problems))
     assert all(line.isprintable() for line in facts.problems)
     adapter = read_adapter(damaged)
-    found = read_adapter(convert_adapter(damaged, output, dialect="kohya"))
-    assert found.layers.keys() == adapter.layers.keys()
+    again = read_adapter(convert_adapter(damaged, output, dialect="kohya"))
+    assert again.layers.keys() == adapter.layers.keys()
     shutil.rmtree(output.parent)
 
 
@@ -105,7 +104,7 @@ from texforce_hub.hub.read import read_adapter
 paths = [Path(path) for path in sys.argv[1:]]
 virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (virtual + 2**29, virtual + 2**29))
-found, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peaks, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tracemalloc.start()
 for path in paths:
     for read in (read_adapter, inspect_file):
@@ -115,8 +114,8 @@ for path in paths:
             read(path)
         except TexForceHubError:
             pass
-        found[str(path)] = max(found.get(str(path), 0), tracemalloc.get_traced_memory()[1] - held)
-print(json.dumps([found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+        peaks[str(path)] = max(peaks.get(str(path), 0), tracemalloc.get_traced_memory()[1] - held)
+print(json.dumps([peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
 
 
@@ -172,10 +171,9 @@ def test_every_command_says_it_in_one_line_at_once_and_leaves_nothing(tmp_path, 
     _, damaged, damage = make_damaged(tmp_path, name, 11)
     before = sorted(tmp_path.rglob("*"))
     for command in COMMANDS:
-        start = time.perf_counter()
-        with damage.while_read():
+        with damage.while_read(), counted() as steps:
             run = CliRunner().invoke(cli.app, [part.format(damaged) for part in command])
-        assert time.perf_counter() - start < SECONDS, command
+        assert steps.calls < CALLS, command
         assert isinstance(run.exception, TexForceHubError | SystemExit | None), (command, run.exc_info)
         said = run.stdout + run.stderr + str(run.exception or "")
         assert str(run.exception).count(str(damaged)) <= 1
@@ -212,8 +210,8 @@ def test_whatever_one_file_raises_the_others_are_done(tmp_path, monkeypatch, com
     output = [] if command == "inspect" else ["--output", str(tmp_path / "out")]
     run = CliRunner().invoke(cli.app, [command, str(tmp_path / "in"), *output, "--json"])
     assert isinstance(run.exception, TexForceHubError)
-    errors = [one["error"] for one in json.loads(run.stdout)["files"]]
-    assert [one is None for one in errors] == [True, False, True]
+    errors = [facts["error"] for facts in json.loads(run.stdout)["files"]]
+    assert [error is None for error in errors] == [True, False, True]
     assert str(error) in errors[1]
     if command == "convert":
         assert sorted(path.stem for path in (tmp_path / "out").iterdir()) == ["a", "c"]

@@ -6,7 +6,6 @@ import pickle
 import shutil
 import signal
 import sys
-import time
 from collections import OrderedDict
 from io import IOBase
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
+from tests.support.steps import counted
 from texforce_hub.errors import FileError
 from texforce_hub.files.header import read_header
 from texforce_hub.files.tensors import read_tensors
@@ -96,12 +96,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
-def test_hostile_pickles_cost_neither_memory_nor_time(tmp_path, content):
+def test_hostile_pickles_cost_neither_memory_nor_work(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
-    start = time.perf_counter()
-    with pytest.raises(FileError):
+    with pytest.raises(FileError), counted() as steps:
         read_tensors(tmp_path / "x.bin", allow_pickle=True)
-    assert time.perf_counter() - start < 5
+    assert steps.calls < 1000
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path, monkeypatch):
@@ -133,11 +132,11 @@ def test_a_file_is_what_safetensors_writes_but_for_the_order_of_its_metadata(tmp
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs", {"format": "pt"})
     assert ours.read_bytes() == (tmp_path / "theirs").read_bytes()
     keys = [f"k{i}" for i in range(40)]
-    one, other = (
+    forwards, backwards = (
         write_tensors(tmp_path / f"{i}.safetensors", tensors, dict.fromkeys(order, "v")).read_bytes()
         for i, order in enumerate((keys, keys[::-1]))
     )
-    assert one == other
+    assert forwards == backwards
     with safe_open(tmp_path / "0.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt", **dict.fromkeys(keys, "v")}
     with pytest.raises(FileError, match="cast it first"):
@@ -235,25 +234,25 @@ def write_and_die(path, moment, rename):
 
 def kill_at_every_moment(path, rename):
     """What lies at ``path`` after each kill: the one value that all its tensors have, or ``None`` of a broken file."""
-    found, finished = [], False
+    values, finished = [], False
     while not finished:
         write_tensors(path, tensors_of(1.0))
-        finished = write_and_die(path, len(found), rename)
+        finished = write_and_die(path, len(values), rename)
         try:
             tensors = read_tensors(path)[1]
             (value,) = {float(number) for tensor in tensors.values() for number in tensor.unique()}
-            found.append(value if len(tensors) == 3 else None)
+            values.append(value if len(tensors) == 3 else None)
         except (FileError, ValueError):
-            found.append(None)
-    return found
+            values.append(None)
+    return values
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_writer_killed_at_any_moment_leaves_the_old_file_or_the_new_one(tmp_path):
-    found = kill_at_every_moment(tmp_path / "x.safetensors", Path.replace)
-    turn = found.index(2.0)
-    assert len(found) > 20
-    assert found == [1.0] * turn + [2.0] * (len(found) - turn)
+    values = kill_at_every_moment(tmp_path / "x.safetensors", Path.replace)
+    turn = values.index(2.0)
+    assert len(values) > 20
+    assert values == [1.0] * turn + [2.0] * (len(values) - turn)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -105,14 +105,14 @@ def write_stream(
     """
     ready = dict(sorted(outline.items(), key=lambda item: (-item[1].element_size(), item[0])))
     header = _render_header(ready, {"format": "pt", **(metadata or {})})
-    places = dict(zip(ready, accumulate((tensor.nbytes for tensor in ready.values()), initial=8 + len(header))))
+    offsets = dict(zip(ready, accumulate((tensor.nbytes for tensor in ready.values()), initial=8 + len(header))))
     with writing(path) as part:
         try:
             with part.open("wb") as file:
                 file.write(len(header).to_bytes(8, "little") + header)
                 for name, tensor in tensors:
                     _check_announced(name, tensor, ready.pop(name, None))
-                    file.seek(places[name])
+                    file.seek(offsets[name])
                     file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             needed = sum(tensor.nbytes for tensor in outline.values())
