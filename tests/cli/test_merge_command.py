@@ -57,6 +57,8 @@ def test_the_commands_merge_verify_resize_compare_and_refuse(files, tmp_path, ca
         ("merge", "--output", out),
         ("merge", *files, "--recipe", out, "--output", out),
         ("merge", "--recipe", out, "--rank", 2, "--output", again),
+        ("merge", "--recipe", out, "--method", "svd", "--output", again),
+        ("merge", "--recipe", out, "--seed", 0, "--output", again),
         ("merge", *files, "--option", "density", "--method", "ties", "--output", out),
     ):
         assert isinstance(run(*arguments).exception, (MergeError, RecipeError)), arguments

@@ -21,7 +21,7 @@ from texforce_hub.merge.methods.linear import combine
 from texforce_hub.merge.methods.listing import render_markdown
 from texforce_hub.merge.methods.registry import METHODS, Context, find_method
 from texforce_hub.merge.methods.resolve import resolve
-from texforce_hub.merge.methods.spaces import core_view, dense_view
+from texforce_hub.merge.methods.spaces import SPACES, core_view, dense_view
 from texforce_hub.merge.methods.sparse import survey_floors
 
 LAW_NAMES = ("identity", "gauge", "scale", "order", "negation")
@@ -400,5 +400,5 @@ def test_averaging_factors_is_refused_with_the_reason(name):
 def test_every_option_says_what_it_does(method):
     assert method.summary.endswith((".", ")"))
     assert len(inspect.getdoc(method.run) or "") > len(method.summary)
-    for name, option in method.options.items():
-        assert option.help, f"{method.name}: {name}"
+    for name in method.options.keys() - SPACES.keys():
+        assert f"\n    {name}: " in (inspect.getdoc(method.run) or ""), f"{method.name}: {name}"

@@ -15,9 +15,10 @@ from texforce_hub.files.header import read_header
 from texforce_hub.hub.read import read_adapter, read_outline
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.write import write_adapter
-from texforce_hub.merge.merge import merge_adapters
+from texforce_hub.merge.merge import merge_adapters, run_request
 from texforce_hub.merge.plan import plan_merge
-from texforce_hub.merge.replay import read_recipe, recipe_of, run_recipe, verify_merge
+from texforce_hub.merge.replay import read_recipe, recipe_of, request_of, run_recipe, verify_merge
+from texforce_hub.merge.request import MergeRequest
 from texforce_hub.recipe import METADATA_KEY, Recipe
 
 
@@ -69,6 +70,27 @@ def test_rounding_of_the_files_dtype_is_no_difference(files, tmp_path):
         assert verify_merge(write_adapter(merged, tmp_path / f"{dtype}.safetensors", dtype=dtype)).same
 
 
+def test_a_recipe_asks_for_what_the_call_asked_for(files):
+    asked = MergeRequest(
+        [(files[0], 0.7), (files[1], {"text_encoder": -0.3})],
+        "ties",
+        {"space": "core"},
+        rank=3,
+        energy=0.9,
+        part_weights={"text_encoder": 0.5},
+        seed=2,
+        dtype=torch.float16,
+    )
+    read = request_of(recipe_of(run_request(asked).adapter))
+    names = ("method", "options", "settings", "limits", "seed", "dtype")
+    assert {name: getattr(read, name) for name in names} == {name: getattr(asked, name) for name in names}
+    assert [(ref.source, ref.weight, dict(ref.parts)) for ref in read.sources] == [
+        (files[0], 0.7, {}),
+        (files[1], 1.0, {"text_encoder": -0.3}),
+    ]
+    assert run_request(read).adapter.metadata == run_request(asked).adapter.metadata
+
+
 def test_recipes_that_cannot_be_replayed_say_why(files, tmp_path):
     with pytest.raises(RecipeError, match="in memory"):
         run_recipe(recipe_of(merge_adapters([(A, 1.0)]).adapter))
@@ -80,10 +102,10 @@ def test_recipes_that_cannot_be_replayed_say_why(files, tmp_path):
         ('kind = "merge"', 'kind = "apply"', "expected 'merge'"),
         ("seed = 0", 'seed = 0\n[settings]\nrank = "x"\n', "the recipe sets rank"),
         ("seed = 0", 'seed = 0\n[settings]\noutput = "/etc/passwd"\n', "the recipe sets output"),
-        ("seed = 0", 'seed = 0\n[options]\ndevice = "cuda"\n', "among its options"),
+        ("seed = 0", 'seed = 0\n[options]\ndevice = "cuda"\n', "svd has no option 'device'"),
         (files[0], "/nowhere/x.safetensors", "no file or folder"),
     ):
-        with pytest.raises((RecipeError, RefError), match=words):
+        with pytest.raises((MergeError, RecipeError, RefError), match=words):
             run_recipe(Recipe.parse(text.replace(old, new, 1)))
     (tmp_path / "r.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(RecipeError, match="cannot be read"):
@@ -104,7 +126,9 @@ def test_references_and_stacks_as_text_carry_their_weights(files):
     [("svd", {}), ("cat", {}), ("svd", {"rank": 3}), ("ties", {}), ("ties", {"space": "core"}), ("ties", {"rank": 5})],
 )
 def test_a_plan_is_what_the_merge_then_does(files, tmp_path, method, options):
-    plan = plan_merge(files, method, **options)
+    own = {name: options[name] for name in options if name == "space"}
+    limits = {name: options[name] for name in options if name != "space"}
+    plan = plan_merge(MergeRequest(files, method, own, **limits))
     merged = merge_adapters(files, method, **options).adapter
     assert plan.ranks == {name: layer.rank for name, layer in merged.layers.items()}
     path = write_adapter(merged, tmp_path / "m", dialect="kohya")
@@ -118,9 +142,11 @@ def test_a_plan_is_made_from_headers_alone(files, tmp_path, monkeypatch):
         raise AssertionError("a tensor was read")
 
     monkeypatch.setattr("texforce_hub.files.tensors._read_span", refuse)
-    for reader in (merge_adapters, plan_merge):
-        with pytest.raises(AssertionError if reader is merge_adapters else MergeError, match=r"was read|covers none"):
-            reader(files, layer_weights={"*.layers.9.*": 1.0})
+    request = MergeRequest(files, layer_weights={"*.layers.9.*": 1.0})
+    with pytest.raises(AssertionError, match="was read"):
+        run_request(request)
+    with pytest.raises(MergeError, match="covers none"):
+        plan_merge(request)
     g = torch.Generator().manual_seed(0)
     kinds: dict[str, Layer] = {
         "text_encoder.a": Kronecker(torch.randn(8, 8, generator=g), torch.randn(12, 12, generator=g)),
@@ -128,9 +154,9 @@ def test_a_plan_is_made_from_headers_alone(files, tmp_path, monkeypatch):
         "text_encoder.c.bias": Vector(torch.ones(96)),
     }
     with pytest.raises(MergeError, match="give base="):
-        plan_merge([(Adapter(kinds), 1.0)])
+        plan_merge(MergeRequest([(Adapter(kinds), 1.0)]))
     base = {"text_encoder.b": torch.ones(96, 96)}
-    plan = plan_merge([(Adapter(kinds), 1.0), (files[0], 0.5)], "cat", base=base)
+    plan = plan_merge(MergeRequest([(Adapter(kinds), 1.0), (files[0], 0.5)], "cat"), base=base)
     assert plan.ranks == {"text_encoder.a": None, "text_encoder.b": None, "text_encoder.c.bias": None, Q0: 4, V1: 4}
     assert plan.size == 4 * (2 * 96 * 96 + 96 + 2 * 4 * 192)
     assert [source.layers for source in plan.sources] == [3, 2]

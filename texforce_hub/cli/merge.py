@@ -1,7 +1,8 @@
 """``texforce-hub merge``: several adapters into one."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +10,10 @@ from texforce_hub.cli.console import put, put_json, put_table, say
 from texforce_hub.cli.merge_methods import METHODS
 from texforce_hub.cli.options import load_base
 from texforce_hub.errors import MergeError, RecipeError
+
+if TYPE_CHECKING:
+    from texforce_hub.merge.merge import Merged
+    from texforce_hub.merge.request import MergeRequest
 
 _OPTION = "An option of the method, NAME=VALUE; repeat for more. --list-methods shows them."
 
@@ -21,7 +26,9 @@ def register(app: typer.Typer) -> None:
 def merge(
     adapters: Annotated[list[str] | None, typer.Argument(help="PATH, name or Hub id, with :WEIGHT.")] = None,
     output: Annotated[Path | None, typer.Option("--output", help="File or folder for the result.")] = None,
-    method: Annotated[str, typer.Option("--method", help=f"One of {', '.join(METHODS)}.")] = "svd",
+    method: Annotated[
+        str | None, typer.Option("--method", help=f"One of {', '.join(METHODS)}.", show_default="svd")
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of a layer.")] = None,
     energy: Annotated[float | None, typer.Option("--energy", help="Share to keep of each layer, e.g. 0.99.")] = None,
     max_total_rank: Annotated[int | None, typer.Option("--max-total-rank", help="Sum of all ranks.")] = None,
@@ -36,7 +43,7 @@ def merge(
         Path | None, typer.Option("--recipe", help="Do again what a .toml or an adapter's recipe says.")
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the random methods.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the random methods.", show_default="0")] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
     dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
@@ -53,39 +60,42 @@ def merge(
     if output is None and not dry_run:
         raise MergeError("no --output; expected a file or a folder for the result, or --dry-run")
     given = _given(
+        method=method,
         rank=rank,
         energy=energy,
         max_total_rank=max_total_rank,
+        seed=seed,
         dtype=dtype,
         part_weights=parse_pairs(part_weight, "--part-weight"),
         layer_weights=parse_pairs(layer_weight, "--layer-weight"),
-        **parse_pairs(option, "--option"),
+        options=parse_pairs(option, "--option"),
     )
-    if recipe is None:
-        request = {"sources": adapters, "method": method, "seed": seed, **given}
-    else:
-        request = _read_request(recipe, given)
-    request["base"] = load_base(base)
+    request = _read_request(recipe, given) if recipe else _make_request(adapters or [], given)
+    model = load_base(base)
     if dry_run:
-        _print_plan(request, json=json)
+        _print_plan(request, model, json=json)
         return
     from texforce_hub.device import choose_device
-    from texforce_hub.merge.merge import merge_adapters
+    from texforce_hub.merge.merge import run_request
 
     assert output is not None
-    _check_apart(request["sources"], output)
-    _write(merge_adapters(**request, device=choose_device(device)), output, dialect, json=json)
+    _check_apart(request.sources, output)
+    _write(run_request(request, base=model, device=choose_device(device)), output, dialect, json=json)
 
 
 def _given(**options: Any) -> dict[str, Any]:
     """What was asked for, without what was not."""
+    return {name: value for name, value in options.items() if value is not None and value != {}}
+
+
+def _make_request(adapters: Sequence[str], given: dict[str, Any]) -> "MergeRequest":
     from texforce_hub.device import choose_dtype
+    from texforce_hub.merge.request import MergeRequest
 
-    given = {name: value for name, value in options.items() if value is not None and value != {}}
-    return {name: choose_dtype(value) if name == "dtype" else value for name, value in given.items()}
+    return MergeRequest(adapters, **given | ({"dtype": choose_dtype(given["dtype"])} if "dtype" in given else {}))
 
 
-def _read_request(recipe: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _read_request(recipe: Path, given: dict[str, Any]) -> "MergeRequest":
     from texforce_hub.merge.replay import read_recipe, request_of
 
     if given:
@@ -107,7 +117,7 @@ def parse_pairs(pairs: list[str] | None, label: str) -> dict[str, Any]:
     return values
 
 
-def _check_apart(sources: list[Any], output: Path) -> None:
+def _check_apart(sources: Iterable[Any], output: Path) -> None:
     """Refuse to write over a source: the recipe could never be run again."""
     from texforce_hub.hub.find import find_bundle
     from texforce_hub.hub.refs.adapter import AdapterRef
@@ -129,10 +139,10 @@ def _print_methods(*, json: bool) -> None:
     put_table(["method", "what it does", "options"], rows)
 
 
-def _print_plan(request: dict[str, Any], *, json: bool) -> None:
+def _print_plan(request: "MergeRequest", base: Any, *, json: bool) -> None:
     from texforce_hub.merge.plan import plan_merge
 
-    plan = plan_merge(**request)
+    plan = plan_merge(request, base=base)
     if json:
         put_json(plan.as_dict())
         return
@@ -144,7 +154,7 @@ def _print_plan(request: dict[str, Any], *, json: bool) -> None:
     put(f"{sum(ranks)} in all, {plan.size / 1e6:.2f} MB")
 
 
-def _write(merged: Any, output: Path, dialect: str, *, json: bool) -> None:
+def _write(merged: "Merged", output: Path, dialect: str, *, json: bool) -> None:
     from texforce_hub.hub.write import write_adapter
     from texforce_hub.merge.report import COLUMNS
 

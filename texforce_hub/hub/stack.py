@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_hub.adapter.finite import check_finite
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import ConfigError
 from texforce_hub.hub.read import read_adapter
@@ -17,15 +18,21 @@ from texforce_hub.hub.refs.stack import make_unique
 Weight = float | Mapping[str, float]
 Source = str | PathLike[str] | AdapterRef | Adapter
 Item = Source | tuple[Source, Weight]
+Reader = Callable[[AdapterRef], Adapter | LazyAdapter]
 
 
 @dataclass(frozen=True, slots=True)
 class StackEntry:
-    """One adapter of a stack: its label, itself, and how much of each layer."""
+    """One adapter of a stack: its label, itself with its numbers or in its file, and how much of each layer."""
 
     label: str
-    adapter: Adapter
+    content: Adapter | LazyAdapter
     weight: AdapterRef
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter; of one that stays in its file the outline: names, shapes and scales, no numbers."""
+        return self.content.outline if isinstance(self.content, LazyAdapter) else self.content
 
     @property
     def item(self) -> tuple[Adapter, Weight]:
@@ -42,11 +49,12 @@ class StackEntry:
 
 
 def read_stack(
-    adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Callable[[AdapterRef], Adapter] = read_adapter
+    adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Reader = read_adapter
 ) -> list[StackEntry]:
     """The stack's entries, adapters read and weights checked; labels are made unique.
 
-    ``weight`` is for the items that bring none; ``read`` may be ``read_outline`` where no values are needed.
+    ``weight`` is for the items that bring none; ``read`` may be ``open_adapter`` for adapters that stay in their files,
+    or ``read_outline`` where no values are needed.
 
     Raises:
         ConfigError: no adapter, or an impossible weight.
@@ -65,20 +73,20 @@ def _is_pair(item: Any) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping)
 
 
-def _read_entry(item: Any, default: Weight, read: Callable[[AdapterRef], Adapter]) -> StackEntry:
+def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
     source, weight = item if _is_pair(item) else (item, None)
     if isinstance(source, Adapter):
-        label, adapter, ref = "adapter", source, AdapterRef("adapter")
-        check_finite(adapter)
+        entry = StackEntry("adapter", source, AdapterRef("adapter"))
+        check_finite(source)
     else:
         ref = source if isinstance(source, AdapterRef) else _parsed(source)
-        label, adapter = ref.label, read(ref)
-    if ref.window != WHOLE:
-        raise ConfigError(f"{ref}: a window needs the denoising steps; a stack holds for all of them")
-    if weight is None and (ref.weight != 1.0 or ref.parts):
-        check_patterns(label, adapter, ref)
-        return StackEntry(label, adapter, ref)
-    return StackEntry(label, adapter, _weights(default if weight is None else weight, label, adapter))
+        entry = StackEntry(ref.label, read(ref), ref)
+    if entry.weight.window != WHOLE:
+        raise ConfigError(f"{entry.weight}: a window needs the denoising steps; a stack holds for all of them")
+    if weight is None and (entry.weight.weight != 1.0 or entry.weight.parts):
+        check_patterns(entry.label, entry.adapter, entry.weight)
+        return entry
+    return entry.reweighted(default if weight is None else weight)
 
 
 def _parsed(source: str | PathLike[str]) -> AdapterRef:

@@ -1,8 +1,7 @@
 """A merge's sources, read and checked, and the layers they share."""
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +15,10 @@ from texforce_hub.errors import ConfigError, MergeError, RefError
 from texforce_hub.formats.codec.renaming import share_names
 from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.refs.stack import Stack
-from texforce_hub.hub.stack import StackEntry, read_stack
-from texforce_hub.merge.methods.registry import Context, Mergeable, Method
+from texforce_hub.hub.stack import Reader, StackEntry, read_stack
+from texforce_hub.merge.methods.registry import Context, Mergeable
 from texforce_hub.merge.methods.resolve import resolve
+from texforce_hub.merge.request import MergeRequest
 
 #: What a recipe calls a source that was no file: such a recipe cannot be replayed.
 IN_MEMORY = "(in memory)"
@@ -39,11 +38,10 @@ class Group:
 class Gathered:
     """What goes into a merge. ``groups`` resolves one layer at a time, so that little is dense at once.
 
-    ``entries`` of files are outlines, without numbers; ``contents`` have them, and read a file's when asked.
+    ``entries`` hold the sources; one that is a file is read when it is asked for a layer.
     """
 
     entries: tuple[StackEntry, ...]
-    contents: tuple[Adapter | LazyAdapter, ...]
     sources: tuple[str, ...]
     part_weights: AdapterRef
     layer_weights: AdapterRef
@@ -80,7 +78,7 @@ class Gathered:
         return Group(name, layers, tuple(weight for _, _, weight in used), context)
 
     def _resolved(self, index: int, name: LayerName) -> Mergeable:
-        layer = self.contents[index].layers[name]
+        layer = self.entries[index].content.layers[name]
         if self.device is not None:
             layer = layer.map(lambda tensor: tensor.to(self.device))
         try:
@@ -92,48 +90,33 @@ class Gathered:
 
 
 def gather(
-    sources: Any,
-    method: Method,
+    request: MergeRequest,
     *,
-    part_weights: Mapping[str, float] | None,
-    layer_weights: Mapping[str, float] | None,
-    seed: int,
-    base: Base | None,
-    device: str | torch.device | None,
-    read: Callable[[AdapterRef], Adapter | LazyAdapter] = open_adapter,
+    base: Base | None = None,
+    device: str | torch.device | None = None,
+    read: Reader = open_adapter,
 ) -> Gathered:
     """Read and check everything a merge needs; ``read`` may be ``read_outline`` where no values are needed.
 
     Raises:
-        MergeError: no source, a malformed one, too many for the method, different families or shapes, a pattern
-            that covers no layer.
+        MergeError: too many sources for the method, different families or shapes, a pattern that covers no layer.
         DialectError: some sources name a transformer's layers as the authors' code does, others as ``diffusers``
             does, and the former cannot be divided.
     """
-    items = _checked_items(sources)
-    stored: dict[int, LazyAdapter] = {}
-
-    def outline(ref: AdapterRef) -> Adapter:
-        found = read(ref)
-        if isinstance(found, Adapter):
-            return found
-        stored[id(found.outline)] = found
-        return found.outline
-
-    read_entries = read_stack(items, read=outline)
-    contents = share_names([stored.get(id(entry.adapter), entry.adapter) for entry in read_entries])
+    read_entries = read_stack(request.sources, read=read)
+    contents = share_names([entry.content for entry in read_entries])
     entries = [_renamed(entry, content) for entry, content in zip(read_entries, contents, strict=True)]
-    if method.most is not None and len(entries) > method.most:
-        raise MergeError(f"{method.name} of {len(entries)} adapters; it is defined for at most {method.most}")
+    most = request.definition.most
+    if most is not None and len(entries) > most:
+        raise MergeError(f"{request.method} of {len(entries)} adapters; it is defined for at most {most}")
     _check_families(entries)
     _check_shapes(entries)
     gathered = Gathered(
         entries=tuple(entries),
-        contents=tuple(contents),
-        sources=tuple(_source_of(item) for item in items),
-        part_weights=_pattern_weights("part_weights", part_weights),
-        layer_weights=_pattern_weights("layer_weights", layer_weights),
-        seed=seed,
+        sources=tuple(_source_of(item) for item in request.sources),
+        part_weights=_pattern_weights("part_weights", request.part_weights),
+        layer_weights=_pattern_weights("layer_weights", request.layer_weights),
+        seed=request.seed,
         base=base,
         device=device,
     )
@@ -144,10 +127,10 @@ def gather(
 
 def _renamed(entry: StackEntry, content: Adapter | LazyAdapter) -> StackEntry:
     """The entry of an adapter whose layers may have got the names that the others' have."""
-    adapter = content if isinstance(content, Adapter) else content.outline
-    if adapter is not entry.adapter:
-        _check_patterns(f"weights of {entry.label}, in diffusers' names", entry.weight, list(adapter.layers))
-    return replace(entry, adapter=adapter)
+    renamed = replace(entry, content=content)
+    if content is not entry.content:
+        _check_patterns(f"weights of {entry.label}, in diffusers' names", entry.weight, list(renamed.adapter.layers))
+    return renamed
 
 
 def _source_of(item: Any) -> str:
@@ -158,26 +141,9 @@ def _source_of(item: Any) -> str:
     return AdapterRef.parse(source).source if isinstance(source, str) else str(getattr(source, "source", source))
 
 
-def _checked_items(sources: Any) -> list[Any]:
-    if isinstance(sources, str):
-        return list(Stack.parse(sources).refs)
-    if isinstance(sources, Stack):
-        return list(sources.refs)
-    if not isinstance(sources, Sequence) or not sources:
-        raise MergeError(f"sources {type(sources).__name__}; expected a list of (adapter or reference, weight)")
-    for item in sources:
-        if isinstance(item, tuple | list) and (len(item) != 2 or isinstance(item[1], bool | str)):
-            raise MergeError(f"a source of {len(item)} entries; expected (adapter or reference, weight)")
-        weight = item[1] if isinstance(item, tuple | list) else 1.0
-        numbers = weight.values() if isinstance(weight, Mapping) else [weight]
-        if not all(isinstance(n, int | float) and math.isfinite(n) for n in numbers):
-            raise MergeError(f"weight {weight!r}; expected a finite number for each source")
-    return [tuple(item) if isinstance(item, list) else item for item in sources]
-
-
-def _pattern_weights(label: str, weights: Mapping[str, float] | None) -> AdapterRef:
+def _pattern_weights(label: str, weights: Mapping[str, float]) -> AdapterRef:
     try:
-        return AdapterRef("all", parts=tuple((weights or {}).items()))
+        return AdapterRef("all", parts=tuple(weights.items()))
     except (RefError, ConfigError, TypeError) as error:
         raise MergeError(f"{label} {weights}: {error}") from error
 

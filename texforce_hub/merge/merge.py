@@ -8,12 +8,10 @@ import torch
 
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.model import Base
-from texforce_hub.errors import MergeError
 from texforce_hub.merge.gather import Gathered, gather
-from texforce_hub.merge.methods.registry import find_method
 from texforce_hub.merge.record import record_merge
 from texforce_hub.merge.report import LayerReport, MergeReport
-from texforce_hub.merge.resize import Limits
+from texforce_hub.merge.request import MergeRequest
 from texforce_hub.merge.run import MergeRun
 from texforce_hub.recipe import METADATA_KEY
 
@@ -62,21 +60,35 @@ def merge_adapters(
     Raises:
         MergeError: sources, weights, options or limits that cannot be merged; the message says which.
     """
-    chosen = find_method(method)
-    settings = chosen.checked(options)
-    limits = Limits(rank, energy, None, max_total_rank)
-    if chosen.name == "cat" and limits.any:
-        raise MergeError("'cat' is the exact sum at the sum of the ranks; for a rank or an energy take 'svd'")
-    gathered = gather(
-        sources, chosen, part_weights=part_weights, layer_weights=layer_weights, seed=seed, base=base, device=device
+    request = MergeRequest(
+        sources,
+        method,
+        options,
+        rank=rank,
+        energy=energy,
+        max_total_rank=max_total_rank,
+        part_weights=part_weights or {},
+        layer_weights=layer_weights or {},
+        seed=seed,
+        dtype=dtype,
     )
-    adapter, report = MergeRun(gathered, chosen, settings, limits).run()
-    record = record_merge(gathered, chosen.name, settings, limits, part_weights, layer_weights, dtype)
-    return Merged(_finished(adapter, gathered, {METADATA_KEY: record}).to(dtype=dtype), report)
+    return run_request(request, base=base, device=device)
+
+
+def run_request(request: MergeRequest, *, base: Base | None = None, device: str | torch.device | None = None) -> Merged:
+    """What is asked for, done; ``base`` and ``device`` as in :func:`merge_adapters`.
+
+    Raises:
+        MergeError: as :func:`merge_adapters`, as far as the sources' layers tell.
+    """
+    gathered = gather(request, base=base, device=device)
+    adapter, report = MergeRun(gathered, request).run()
+    record = {METADATA_KEY: record_merge(request, gathered)}
+    return Merged(_finished(adapter, gathered, record).to(dtype=request.dtype), report)
 
 
 def _finished(adapter: Adapter, gathered: Gathered, metadata: Mapping[str, str]) -> Adapter:
     family = next((f for entry in gathered.entries if (f := entry.adapter.family)), None)
     families = {} if family is None else {"texforce_hub.family": family}
-    extras = {key: extra for content in reversed(gathered.contents) for key, extra in content.extras.items()}
+    extras = {key: extra for entry in reversed(gathered.entries) for key, extra in entry.content.extras.items()}
     return Adapter(adapter.layers, {**families, **metadata}, extras)

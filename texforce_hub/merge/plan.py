@@ -1,7 +1,6 @@
 """What a merge would do: which files it would read, and how large its result would be."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +13,7 @@ from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.read import read_outline
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
-from texforce_hub.merge.methods.registry import Method, find_method
-from texforce_hub.merge.resize import Limits
+from texforce_hub.merge.request import MergeRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,63 +45,37 @@ class MergePlan:
         return asdict(self)
 
 
-def plan_merge(
-    sources: Any,
-    method: str = "svd",
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_total_rank: int | None = None,
-    part_weights: Mapping[str, float] | None = None,
-    layer_weights: Mapping[str, float] | None = None,
-    base: Base | None = None,
-    seed: int = 0,
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    **options: Any,
-) -> MergePlan:
-    """The plan of :func:`texforce_hub.merge_adapters` with the same arguments; nothing is merged or written.
+def plan_merge(request: MergeRequest, *, base: Base | None = None) -> MergePlan:
+    """What the merge would do; nothing is merged or written.
 
     Answers from the sources' headers: no tensor is read, so NaN and infinity in one are not seen.
 
     Raises:
         MergeError: as the merge itself would.
     """
-    chosen = find_method(method)
-    settings = chosen.checked(options)
-    limits = Limits(rank, energy, None, max_total_rank)
-    del device  # shapes are the same on all
-    gathered = gather(
-        sources,
-        chosen,
-        part_weights=part_weights,
-        layer_weights=layer_weights,
-        seed=seed,
-        base=base,
-        device="meta",
-        read=read_outline,
-    )
-    width = torch.finfo(dtype or torch.float32).bits // 8
+    gathered = gather(request, base=base, device="meta", read=read_outline)
+    width = torch.finfo(request.dtype or torch.float32).bits // 8
     ranks: dict[LayerName, int | None] = {}
     size = 0
     for group in gathered.groups():
         if group.layers:
-            ranks[group.name] = planned = _planned_rank(group, chosen, settings, limits)
+            ranks[group.name] = planned = _planned_rank(group, request)
             size += width * _entries(group.layers[0].shape, planned)
-    return MergePlan(chosen.name, tuple(_planned_sources(gathered)), ranks, size)
+    return MergePlan(request.method, tuple(_planned_sources(gathered)), ranks, size)
 
 
-def _planned_rank(group: Group, method: Method, options: dict[str, Any], limits: Limits) -> int | None:
+def _planned_rank(group: Group, request: MergeRequest) -> int | None:
+    limits = request.limits
     shape = group.layers[0].shape
     ranks = [layer.rank for layer in group.layers if isinstance(layer, LowRank)]
     if len(shape) == 1:
         return None
-    small = len(ranks) == len(group.layers) and options.get("space") != "dense"
+    small = len(ranks) == len(group.layers) and request.options.get("space") != "dense"
     if not small and not limits.any:
         return None
     bound = min(shape[0], math.prod(shape[1:]))
     exact = sum(ranks) if small else bound
-    if method.name == "svd" and not limits.any:
+    if request.method == "svd" and not limits.any:
         exact = max(ranks)
     return min(x for x in (exact, bound if limits.any else exact, limits.rank, limits.max_total_rank) if x is not None)
 

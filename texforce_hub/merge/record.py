@@ -1,9 +1,7 @@
 """A merge's recipe, as its result carries it."""
 
 import platform
-from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
@@ -13,36 +11,20 @@ from texforce_hub.hub.find import find_bundle, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import StackEntry
 from texforce_hub.merge.gather import IN_MEMORY, Gathered
-from texforce_hub.merge.resize import Limits
+from texforce_hub.merge.request import MergeRequest
 from texforce_hub.recipe import Recipe, RecipeSource
 
 
-def record_merge(
-    gathered: Gathered,
-    method: str,
-    options: Mapping[str, Any],
-    limits: Limits,
-    part_weights: Mapping[str, float] | None,
-    layer_weights: Mapping[str, float] | None,
-    dtype: torch.dtype | None,
-) -> str:
+def record_merge(request: MergeRequest, gathered: Gathered) -> str:
     """The recipe of a merge as TOML; nothing in it depends on when or where it ran."""
-    settings: dict[str, Any] = {
-        "rank": limits.rank,
-        "energy": limits.energy,
-        "max_total_rank": limits.max_total_rank,
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "part_weights": dict(part_weights or {}) or None,
-        "layer_weights": dict(layer_weights or {}) or None,
-    }
     return str(
         Recipe(
             kind="merge",
             sources=tuple(map(_record_source, gathered.entries, gathered.sources)),
-            method=method,
-            options={name: value for name, value in options.items() if value is not None},
-            settings={name: value for name, value in settings.items() if value is not None},
-            seed=gathered.seed,
+            method=request.method,
+            options={name: value for name, value in request.options.items() if value is not None},
+            settings=request.settings,
+            seed=request.seed,
             versions=versions(),
         )
     )

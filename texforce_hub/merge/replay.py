@@ -18,7 +18,8 @@ from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.read import open_adapter, read_outline
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY
-from texforce_hub.merge.merge import Merged, merge_adapters
+from texforce_hub.merge.merge import Merged, run_request
+from texforce_hub.merge.request import MergeRequest
 from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
@@ -57,15 +58,16 @@ def run_recipe(recipe: Recipe, *, base: Base | None = None, device: str | torch.
 
     Raises:
         RecipeError: not a merge, a source that is not what it was, or a setting that does not exist.
+        MergeError: a method or an option that does not exist.
     """
-    return merge_adapters(**request_of(recipe), base=base, device=device)
+    return run_request(request_of(recipe), base=base, device=device)
 
 
-def request_of(recipe: Recipe) -> dict[str, Any]:
-    """The arguments of ``merge_adapters`` and ``plan_merge`` that a recipe stands for, its sources checked.
+def request_of(recipe: Recipe) -> MergeRequest:
+    """What a recipe asks for, its sources checked.
 
     Raises:
-        RecipeError: as :func:`run_recipe`.
+        RecipeError, MergeError: as :func:`run_recipe`.
     """
     if recipe.kind != "merge":
         raise RecipeError(f"a recipe of kind {recipe.kind!r}; expected 'merge'")
@@ -76,15 +78,7 @@ def request_of(recipe: Recipe) -> dict[str, Any]:
     if "dtype" in settings:
         settings["dtype"] = choose_dtype(settings["dtype"])
     sources = [_checked_ref(source) for source in recipe.sources]
-    given = {"sources": sources, "method": recipe.method, "seed": recipe.seed}
-    return {**given, **settings, **_plain(recipe.options)}
-
-
-def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    taken = sorted(set(options) & (set(_SETTINGS) | {"sources", "method", "base", "seed", "device"}))
-    if taken:
-        raise RecipeError(f"the recipe has {taken[0]!r} among its options; expected the method's own options there")
-    return dict(options)
+    return MergeRequest(sources, recipe.method, recipe.options, seed=recipe.seed, **settings)
 
 
 def _checked_ref(source: RecipeSource) -> AdapterRef:

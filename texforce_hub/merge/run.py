@@ -1,11 +1,9 @@
 """One run of a merge: layer by layer, what is low rank truncated a few layers together."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from texforce_hub.adapter.algebra import norm
 from texforce_hub.adapter.batches import take_batches
@@ -13,10 +11,10 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.merge.gather import Gathered, Group
 from texforce_hub.merge.methods.linear import products
-from texforce_hub.merge.methods.registry import Mergeable, Method
+from texforce_hub.merge.methods.registry import Mergeable
 from texforce_hub.merge.methods.spaces import as_low_rank
-from texforce_hub.merge.methods.sparse import survey_floors
 from texforce_hub.merge.report import LayerReport, MergeReport, kept_share
+from texforce_hub.merge.request import MergeRequest
 from texforce_hub.merge.resize import Limits, norm_before, shrink
 
 #: A layer whose norm is below this share of its sources' weighted norms has cancelled.
@@ -26,8 +24,9 @@ CANCELLED = 1e-6
 class MergeRun:
     """One run: merge layer by layer, note norms and cosines, truncate what is low rank, a few layers together."""
 
-    def __init__(self, gathered: Gathered, method: Method, options: dict[str, Any], limits: Limits) -> None:
-        self.gathered, self.method, self.options, self.limits = gathered, method, options, limits
+    def __init__(self, gathered: Gathered, request: MergeRequest) -> None:
+        self.gathered = gathered
+        self.method, self.options, self.limits = request.definition, request.options, request.limits
         count = len(gathered.entries)
         self.products = torch.zeros(count, count, dtype=torch.float64)
         self.squares = torch.zeros(count, count, dtype=torch.float64)
@@ -57,19 +56,19 @@ class MergeRun:
             if merged is not None:
                 yield group.name, self._limited(group.name, merged)
 
-    def _survey(self) -> dict[int, float] | None:
-        if self.options.get("trim") != "adapter" or self.method.view is None:
+    def _survey(self) -> Mapping[int, float] | None:
+        """What the method must know of all layers before the first is merged."""
+        if self.method.survey is None:
             return None
-        view, options = self.method.view, {key: self.options[key] for key in ("space", "reference")}
 
-        def stream() -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        def stream() -> Iterator[tuple[tuple[int, ...], Sequence[Mergeable]]]:
             for group in self.gathered.groups():
                 if group.layers:
-                    yield group.context.positions, view(group.layers, **options).deltas
+                    yield group.context.positions, group.layers
 
-        return survey_floors(stream, self.options["density"])
+        return self.method.survey(stream, self.options)
 
-    def _merge(self, group: Group, floors: dict[int, float] | None) -> Mergeable | None:
+    def _merge(self, group: Group, floors: Mapping[int, float] | None) -> Mergeable | None:
         """The merged layer, or ``None`` if nothing is left of it."""
         size = self._note_products(group)
         if size == 0:

@@ -2,8 +2,7 @@
 
 import difflib
 import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
@@ -14,6 +13,11 @@ from texforce_hub.errors import MergeError
 
 Mergeable = LowRank | Dense | Vector
 MergeFunction = Callable[..., Mergeable]
+
+#: Yields every layer's source positions and changes; may be asked for more than once.
+Stream = Callable[[], Iterable[tuple[tuple[int, ...], Sequence[Mergeable]]]]
+#: ``f(stream, options)``: the smallest magnitude kept of each source, or ``None`` where the options ask for no survey.
+Survey = Callable[[Stream, Mapping[str, Any]], Mapping[int, float] | None]
 
 #: identity: one source at weight 1 comes back as it was.
 #: gauge: ``(up G, G⁻¹ down)`` instead of ``(up, down)`` changes nothing.
@@ -47,11 +51,15 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of a method: its default, its choices if it is a word, and what it does."""
+    """One option of a method: its default, and its choices if it is a word."""
 
     default: Any
     choices: tuple[str, ...] = ()
-    help: str = ""
+
+    @classmethod
+    def of(cls, annotation: Any, default: Any) -> "Option":
+        """The option that a parameter of this type stands for: a choice of words if that is a ``Literal``."""
+        return cls(default, get_args(annotation) if get_origin(annotation) is Literal else ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +68,7 @@ class Method:
 
     run: ``f(layers, weights, *, context, **options) -> layer``
     most: the largest number of sources it is defined for; ``None``: any
-    view: what a survey over all layers looks at, where the formula works on stacked changes
+    survey: what it must know of all layers before it merges the first
     """
 
     name: str
@@ -69,7 +77,7 @@ class Method:
     summary: str
     options: Mapping[str, Option]
     most: int | None = None
-    view: Callable[..., Any] | None = field(default=None, repr=False)
+    survey: Survey | None = field(default=None, repr=False)
     wants_context: bool = False
 
     def merge(
@@ -112,37 +120,41 @@ def _listed(names: Mapping[str, Any]) -> str:
     return ", ".join(names) or "none"
 
 
-def merge_method(*, laws: set[Law], most: int | None = None) -> Callable[[MergeFunction], MergeFunction]:
-    """Register a merge method under its function's name; options and help come from signature and docstring."""
+def merge_method(
+    *,
+    laws: set[Law],
+    most: int | None = None,
+    survey: Survey | None = None,
+    also: Mapping[str, Option] = MappingProxyType({}),
+) -> Callable[[MergeFunction], MergeFunction]:
+    """Register a merge method under its function's name.
+
+    The summary is the docstring's first line; the options are the keyword-only parameters, and those in ``also``.
+    """
 
     def register(function: MergeFunction) -> MergeFunction:
-        name = function.__name__
-        doc = inspect.getdoc(function) or ""
+        name, parameters = function.__name__, inspect.signature(function).parameters
         METHODS[name] = Method(
             name=name,
             run=function,
             laws=frozenset(laws),
-            summary=doc.partition("\n")[0],
-            options=MappingProxyType(_read_options(function, doc)),
+            summary=(inspect.getdoc(function) or "").partition("\n")[0],
+            options=MappingProxyType({**_read_options(parameters.values()), **also}),
             most=most,
-            view=getattr(function, "view", None),
-            wants_context="context" in inspect.signature(function).parameters,
+            survey=survey,
+            wants_context="context" in parameters,
         )
         return function
 
     return register
 
 
-def _read_options(function: MergeFunction, doc: str) -> dict[str, Option]:
-    helps = dict(re.findall(r"^    (\w+): (.+(?:\n {8}.+)*)", doc, re.MULTILINE))
-    options = {}
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "context":
-            annotation = parameter.annotation
-            choices = get_args(annotation) if get_origin(annotation) is Literal else ()
-            text = " ".join(helps.get(name, "").split())
-            options[name] = Option(parameter.default, choices, text)
-    return options
+def _read_options(parameters: Iterable[inspect.Parameter]) -> dict[str, Option]:
+    return {
+        parameter.name: Option.of(parameter.annotation, parameter.default)
+        for parameter in parameters
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "context"
+    }
 
 
 def find_method(name: str) -> Method:

@@ -6,10 +6,10 @@ cores costs a thousandth, and its result has rank at most the sum of the ranks.
 """
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,10 +18,17 @@ from torch import Tensor
 from texforce_hub.adapter.algebra import recompress
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.merge.methods.registry import Context, Mergeable, MergeFunction
+from texforce_hub.merge.methods.registry import Context, Mergeable, MergeFunction, Option
 
 Space = Literal["dense", "core"]
 Reference = Literal["balanced", "stored"]
+
+#: The options of every method on stacked changes.
+#: space: dense: on the dense changes, layer by layer, as published; core: on the exact cores, far faster, of rank at
+#:     most the sum of the ranks. Not the same result: entries depend on the basis.
+#: reference: of the core basis. balanced: every source by its own singular vectors first, so the result does not
+#:     depend on how its halves are stored; stored: of the halves as they are (the paper's code).
+SPACES = MappingProxyType({"space": Option.of(Space, "dense"), "reference": Option.of(Reference, "balanced")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,7 @@ def view(layers: Sequence[Mergeable], *, space: Space, reference: Reference) -> 
 def on_deltas(formula: Callable[..., Tensor]) -> MergeFunction:
     """Lift ``f(deltas (n, rows, columns), weights (n,), *, context, **options) -> (rows, columns)`` to layers.
 
-    Adds two options, ``space`` and ``reference``; only the layer in hand is ever dense.
+    The lifted method has the formula's options and :data:`SPACES`; only the layer in hand is ever dense.
     """
 
     @functools.wraps(formula)
@@ -123,24 +130,7 @@ def on_deltas(formula: Callable[..., Tensor]) -> MergeFunction:
         factors = torch.tensor(weights, dtype=seen.deltas.dtype, device=seen.deltas.device)
         return seen.rebuild(formula(seen.deltas, factors, context=context or Context(), **options))
 
-    keyword, positional = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    own = [p for p in inspect.signature(formula).parameters.values() if p.kind is keyword and p.name != "context"]
-    shared = [inspect.Parameter(name, positional) for name in ("layers", "weights")]
-    added = [
-        inspect.Parameter("space", keyword, default="dense", annotation=Space),
-        inspect.Parameter("reference", keyword, default="balanced", annotation=Reference),
-        inspect.Parameter("context", keyword, default=None),
-    ]
-    lifted.__signature__ = inspect.Signature([*shared, *own, *added])  # type: ignore[attr-defined]
-    lifted.view = view  # type: ignore[attr-defined]
-    lifted.__doc__ = f"{inspect.getdoc(formula)}\n{_HELP}"
     return lifted
-
-
-_HELP = """    space: dense: on the dense changes, layer by layer, as published; core: on the exact cores,
-        far faster, of rank at most the sum of the ranks. Not the same result: entries depend on the basis.
-    reference: of the core basis. balanced: every source by its own singular vectors first, so the result does
-        not depend on how its halves are stored; stored: of the halves as they are (the paper's code)."""
 
 
 def count_kept(density: float, entries: int) -> int:

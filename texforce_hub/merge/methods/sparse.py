@@ -1,13 +1,13 @@
 """Methods that keep some entries of each change and drop others; the changes must be seen entry by entry."""
 
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from texforce_hub.merge.methods.registry import Context, merge_method
-from texforce_hub.merge.methods.spaces import count_kept, on_deltas
+from texforce_hub.merge.methods.registry import Context, Stream, merge_method
+from texforce_hub.merge.methods.spaces import SPACES, count_kept, on_deltas, view
 
 Trim = Literal["layer", "adapter"]
 Majority = Literal["mass", "count"]
@@ -20,11 +20,11 @@ def _spread(weights: Tensor) -> Tensor:
     return weights[:, None, None]
 
 
-def trim_entries(deltas: Tensor, density: float, context: Context) -> Tensor:
-    """Each change's largest entries by magnitude, the rest zero; the floor may come from the whole adapter."""
-    if context.floors is not None:
-        floors = torch.tensor(context.floors, dtype=torch.float32, device=deltas.device)
-        return torch.where(deltas.abs().float() >= _spread(floors), deltas, 0)
+def trim_entries(deltas: Tensor, density: float, floors: Sequence[float] | None = None) -> Tensor:
+    """Each change's largest entries by magnitude, the rest zero: those of at least a floor, or a share of them."""
+    if floors is not None:
+        least = torch.tensor(floors, dtype=torch.float32, device=deltas.device)
+        return torch.where(deltas.abs().float() >= _spread(least), deltas, 0)
     flat = deltas.flatten(1)
     kept = flat.abs().topk(count_kept(density, flat.shape[1]), dim=1).indices
     return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(deltas)
@@ -61,92 +61,17 @@ def elect(trimmed: Tensor, weights: Tensor, majority: Majority, election: Electi
     return merged
 
 
-@merge_method(laws={"gauge", "scale", "order"})
-@on_deltas
-def ties(
-    deltas: Tensor,
-    weights: Tensor,
-    *,
-    density: float = 0.5,
-    trim: Trim = "layer",
-    majority: Majority = "mass",
-    election: Election = "weighted",
-    normalize: Normalize = "count",
-    context: Context,
-) -> Tensor:
-    """Trim each change, elect each entry's sign, average the entries that agree (TIES, arXiv 2306.01708).
+def survey_trim(stream: Stream, options: Mapping[str, Any]) -> dict[int, float] | None:
+    """The floors of a trim in which the entries of a whole adapter compete; ``None`` where those of a layer do."""
+    if options["trim"] == "layer":
+        return None
+    space, reference = options["space"], options["reference"]
 
-    One source does not come back as it was (it is trimmed), and a source at +w and −w does not vanish: a tie
-    of signs is positive. The paper keeps a density of 0.2.
+    def deltas() -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        for positions, layers in stream():
+            yield positions, view(layers, space=space, reference=reference).deltas
 
-    Args:
-        density: share of entries kept of each change.
-        trim: which entries compete for the density. layer: those of one layer (PEFT, mergekit); adapter: those
-            of the whole adapter (the paper).
-        majority: what elects a sign. mass: the sum of the entries (the paper); count: the number of votes.
-        election: weighted: by weight times entry, so a source at a negative weight votes for its opposite
-            (mergekit); unweighted: by the entries alone (PEFT).
-        normalize: what the agreeing sum is divided by. count: their number (the paper, PEFT); weights: the sum
-            of their weights' magnitudes (mergekit, for weights of one sign); none: nothing.
-    """
-    del trim  # acts through context.floors
-    return elect(trim_entries(deltas, density, context), weights, majority, election, normalize)
-
-
-@merge_method(laws={"gauge", "scale", "order", "negation"})
-@on_deltas
-def prune(deltas: Tensor, weights: Tensor, *, density: float = 0.5, trim: Trim = "layer", context: Context) -> Tensor:
-    """The sum of the changes, each with only its largest entries by magnitude.
-
-    Args:
-        density: share of entries kept of each change.
-        trim: which entries compete for the density. layer: those of one layer (PEFT); adapter: those of the
-            whole adapter.
-    """
-    del trim  # acts through context.floors
-    return (trim_entries(deltas, density, context) * _spread(weights)).sum(0)
-
-
-@merge_method(laws={"gauge", "scale"})
-@on_deltas
-def dare_linear(
-    deltas: Tensor, weights: Tensor, *, density: float = 0.5, rescale: Rescale = "expectation", context: Context
-) -> Tensor:
-    """The sum of the changes, each with entries dropped at random and the rest rescaled (DARE, arXiv 2311.03099).
-
-    Draws are seeded by the run's seed, the layer's name and the source's position, on the CPU, so that a result
-    is the same on every device.
-
-    Args:
-        density: probability that an entry is kept.
-        rescale: expectation: by 1 / density (the paper, PEFT); norm: to the same sum of magnitudes (mergekit).
-    """
-    return (drop_entries(deltas, density, rescale, context) * _spread(weights)).sum(0)
-
-
-@merge_method(laws={"gauge", "scale"})
-@on_deltas
-def dare_ties(
-    deltas: Tensor,
-    weights: Tensor,
-    *,
-    density: float = 0.5,
-    rescale: Rescale = "expectation",
-    majority: Majority = "mass",
-    election: Election = "weighted",
-    normalize: Normalize = "count",
-    context: Context,
-) -> Tensor:
-    """Entries dropped at random and rescaled (DARE), then signs elected and agreeing entries averaged (TIES).
-
-    Args:
-        density: probability that an entry is kept.
-        rescale: expectation: by 1 / density (the paper, PEFT); norm: to the same sum of magnitudes (mergekit).
-        majority: as in ties.
-        election: as in ties.
-        normalize: as in ties.
-    """
-    return elect(drop_entries(deltas, density, rescale, context), weights, majority, election, normalize)
+    return survey_floors(deltas, options["density"])
 
 
 def survey_floors(stream: Callable[[], Iterable[tuple[tuple[int, ...], Tensor]]], density: float) -> dict[int, float]:
@@ -183,3 +108,91 @@ def _reach(counts: Tensor, wanted: int) -> tuple[int, int]:
     index = int((above < wanted).sum())
     before = int(above[index - 1]) if index else 0
     return len(counts) - 1 - index, wanted - before
+
+
+@merge_method(laws={"gauge", "scale", "order"}, survey=survey_trim, also=SPACES)
+@on_deltas
+def ties(
+    deltas: Tensor,
+    weights: Tensor,
+    *,
+    density: float = 0.5,
+    trim: Trim = "layer",
+    majority: Majority = "mass",
+    election: Election = "weighted",
+    normalize: Normalize = "count",
+    context: Context,
+) -> Tensor:
+    """Trim each change, elect each entry's sign, average the entries that agree (TIES, arXiv 2306.01708).
+
+    One source does not come back as it was (it is trimmed), and a source at +w and −w does not vanish: a tie
+    of signs is positive. The paper keeps a density of 0.2.
+
+    Args:
+        density: share of entries kept of each change.
+        trim: which entries compete for the density. layer: those of one layer (PEFT, mergekit); adapter: those
+            of the whole adapter (the paper).
+        majority: what elects a sign. mass: the sum of the entries (the paper); count: the number of votes.
+        election: weighted: by weight times entry, so a source at a negative weight votes for its opposite
+            (mergekit); unweighted: by the entries alone (PEFT).
+        normalize: what the agreeing sum is divided by. count: their number (the paper, PEFT); weights: the sum
+            of their weights' magnitudes (mergekit, for weights of one sign); none: nothing.
+    """
+    floors = context.floors if trim == "adapter" else None
+    return elect(trim_entries(deltas, density, floors), weights, majority, election, normalize)
+
+
+@merge_method(laws={"gauge", "scale", "order", "negation"}, survey=survey_trim, also=SPACES)
+@on_deltas
+def prune(deltas: Tensor, weights: Tensor, *, density: float = 0.5, trim: Trim = "layer", context: Context) -> Tensor:
+    """The sum of the changes, each with only its largest entries by magnitude.
+
+    Args:
+        density: share of entries kept of each change.
+        trim: which entries compete for the density. layer: those of one layer (PEFT); adapter: those of the
+            whole adapter.
+    """
+    floors = context.floors if trim == "adapter" else None
+    return (trim_entries(deltas, density, floors) * _spread(weights)).sum(0)
+
+
+@merge_method(laws={"gauge", "scale"}, also=SPACES)
+@on_deltas
+def dare_linear(
+    deltas: Tensor, weights: Tensor, *, density: float = 0.5, rescale: Rescale = "expectation", context: Context
+) -> Tensor:
+    """The sum of the changes, each with entries dropped at random and the rest rescaled (DARE, arXiv 2311.03099).
+
+    Draws are seeded by the run's seed, the layer's name and the source's position, on the CPU, so that a result
+    is the same on every device.
+
+    Args:
+        density: probability that an entry is kept.
+        rescale: expectation: by 1 / density (the paper, PEFT); norm: to the same sum of magnitudes (mergekit).
+    """
+    return (drop_entries(deltas, density, rescale, context) * _spread(weights)).sum(0)
+
+
+@merge_method(laws={"gauge", "scale"}, also=SPACES)
+@on_deltas
+def dare_ties(
+    deltas: Tensor,
+    weights: Tensor,
+    *,
+    density: float = 0.5,
+    rescale: Rescale = "expectation",
+    majority: Majority = "mass",
+    election: Election = "weighted",
+    normalize: Normalize = "count",
+    context: Context,
+) -> Tensor:
+    """Entries dropped at random and rescaled (DARE), then signs elected and agreeing entries averaged (TIES).
+
+    Args:
+        density: probability that an entry is kept.
+        rescale: expectation: by 1 / density (the paper, PEFT); norm: to the same sum of magnitudes (mergekit).
+        majority: as in ties.
+        election: as in ties.
+        normalize: as in ties.
+    """
+    return elect(drop_entries(deltas, density, rescale, context), weights, majority, election, normalize)

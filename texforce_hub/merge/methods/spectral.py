@@ -11,7 +11,7 @@ from texforce_hub.adapter.algebra import check_one_shape, concat, norm, recompre
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.merge.methods.linear import combine
-from texforce_hub.merge.methods.registry import Context, Mergeable, merge_method
+from texforce_hub.merge.methods.registry import Mergeable, merge_method
 from texforce_hub.merge.methods.spaces import leading_directions, matrices
 from texforce_hub.merge.methods.sparse import Election, Majority, Normalize, elect, trim_entries
 
@@ -87,7 +87,6 @@ def knots(
     majority: Majority = "mass",
     election: Election = "weighted",
     normalize: Normalize = "count",
-    context: Context | None = None,
 ) -> Mergeable:
     """TIES in the basis that all sources share (KnOTS, arXiv 2410.19735); rank at most the sum of the ranks.
 
@@ -102,10 +101,10 @@ def knots(
     """
     if _has_vectors(layers):
         blocks = torch.stack([layer.delta()[None] for layer in layers])
-        return Vector(_ties(blocks, weights, density, majority, election, normalize, context)[0])
+        return Vector(_ties(blocks, weights, density, majority, election, normalize)[0])
     factors = matrices(layers)
     basis, blocks = shared_blocks(factors)
-    merged = _ties(blocks, weights, density, majority, election, normalize, context)
+    merged = _ties(blocks, weights, density, majority, election, normalize)
     return LowRank(merged.reshape(-1, *factors[0].down.shape[1:]), basis)
 
 
@@ -128,8 +127,7 @@ def _ties(
     majority: Majority,
     election: Election,
     normalize: Normalize,
-    context: Context | None,
 ) -> Tensor:
-    trimmed = trim_entries(blocks, density, context or Context())
+    trimmed = trim_entries(blocks, density)
     factors = torch.tensor(weights, dtype=blocks.dtype, device=blocks.device)
     return elect(trimmed, factors, majority, election, normalize)
