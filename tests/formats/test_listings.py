@@ -77,7 +77,7 @@ def test_the_generator_names_what_an_era_lacks_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", LISTINGS)
-def test_every_name_of_a_listing_is_spelt_by_exactly_one_dialect(name):
+def test_every_name_of_a_listing_is_spelled_by_exactly_one_dialect(name):
     found = listing(name)
     for key in found.tensors:
         assert sum(dialect.read_name(key) is not None for dialect in DIALECTS.values()) == 1, key
@@ -176,13 +176,13 @@ def test_a_listing_s_values_survive_being_written_and_read_again(name):
     scalars = {key: float(t) for key, t in encoded.tensors.items() if t.numel() == 1}
     again = decode(plan(Header(infos, encoded.metadata, scalars, encoded.config)), encoded.tensors)
     assert again.layers.keys() == adapter.layers.keys()
-    for place, (layer_name, layer) in enumerate(adapter.layers.items()):
+    for index, (layer_name, layer) in enumerate(adapter.layers.items()):
         other = again.layers[layer_name]
         assert (type(other), other.shape) == (type(layer), layer.shape)
         if isinstance(layer, LowRank):  # the halves say it all, and are smaller
             assert torch.equal(other.down[: layer.rank], layer.down)
             torch.testing.assert_close(other.scale * other.up[:, : layer.rank], layer.scale * layer.up)
             assert not other.up[:, layer.rank :].any()
-        elif place % 40 == 0:
+        elif index % 40 == 0:
             weight = torch.full(layer.shape, 0.5)
             torch.testing.assert_close(again.delta(layer_name, weight), adapter.delta(layer_name, weight))

@@ -56,10 +56,10 @@ def full_size_flux():
     """Every layer of Flux by its original name, and the shape of its weight."""
     weights = FAMILIES["flux"].weights
     row = FAMILIES["flux"].parts["transformer"]
-    for template, homes in FLUX.items():
+    for template, targets in FLUX.items():
         count = row.blocks if "double" in template else row.singles if "single" in template else 1
         for index in range(count):
-            shapes = [weights[f"transformer.{numbered(home, index)}.weight"] for home, _ in homes]
+            shapes = [weights[f"transformer.{numbered(target, index)}.weight"] for target, _ in targets]
             yield numbered(template, index), (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
@@ -153,8 +153,8 @@ def tiny_originals(family, pipe):
     """A kohya file of every layer that this tiny pipeline's transformer has, under its original name."""
     modules = dict(pipe.transformer.named_modules())
     tensors: dict[str, torch.Tensor] = {}
-    for template, homes in TABLES[family].items():
-        found = [modules.get(numbered(home)) for home, _ in homes]
+    for template, targets in TABLES[family].items():
+        found = [modules.get(numbered(target)) for target, _ in targets]
         if all(module is not None for module in found):
             rows = sum(module.weight.shape[0] for module in found)
             stem = f"lora_unet_{numbered(template).replace('.', '_')}"

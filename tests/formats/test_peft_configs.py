@@ -49,7 +49,7 @@ def test_a_stray_configuration_does_not_rescale_another_file(stem, tmp_path, cap
 
 
 @pytest.mark.parametrize("stem", [WRAPPED, f"text_encoder.{WRAPPED}"])
-def test_a_configuration_counts_for_what_peft_spelt_whatever_the_file_is_called(stem, tmp_path):
+def test_a_configuration_counts_for_what_peft_spelled_whatever_the_file_is_called(stem, tmp_path):
     path = saved(tmp_path / "renamed.safetensors", halves(stem), {"r": 2, "lora_alpha": 8})
     assert read_adapter(path).layers[Q].scale == 4.0
 
@@ -273,7 +273,7 @@ def is_expression(text):
 def test_the_pattern_that_counts_is_the_one_that_peft_finds(patterns, path):
     from peft.utils.other import get_pattern_key
 
-    given_patterns = {pattern: place for place, pattern in enumerate(patterns) if is_expression(f"({pattern})")}
+    given_patterns = {pattern: index for index, pattern in enumerate(patterns) if is_expression(f"({pattern})")}
     expected = given_patterns.get(get_pattern_key(list(given_patterns), path))
     assert read_patterns(given_patterns).find(path, 1) == expected
 

@@ -102,15 +102,15 @@ LYCORIS = {
 }
 
 
-@pytest.mark.parametrize("place", ["linear", "conv"])
+@pytest.mark.parametrize("layer_type", ["linear", "conv"])
 @pytest.mark.parametrize("kind", LYCORIS)
-def test_peft_computes_what_lycoris_trained(kind, place, pipe, tmp_path):
+def test_peft_computes_what_lycoris_trained(kind, layer_type, pipe, tmp_path):
     pytest.importorskip("lycoris", reason="the oracle, lycoris-lora, is not installed (it is in the dev extra)")
     from peft import PeftModel
 
     from tests.formats import test_lycoris as oracle
 
-    name = oracle.LINEAR if place == "linear" else oracle.CONV
+    name = oracle.LINEAR if layer_type == "linear" else oracle.CONV
     out, inner, *_ = live_module(pipe, name).weight.shape
     tensors, _, gold, _ = oracle.compute(kind, name, out, inner, 3, 2, 1.5)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / "lycoris.safetensors")

@@ -102,11 +102,11 @@ def taste(tensors):
             again = decode(plan(header, part=adapter.parts[0]), encoded.tensors)
         except TexForceHubError as error:
             raise AssertionError(f"{dialect} wrote what cannot be read: {error}") from error
-        assert_same(adapter, again, places=dialect != "peft")  # whose folder names no part
+        assert_same(adapter, again, parts=dialect != "peft")  # whose folder names no part
 
 
-def assert_same(adapter, again, *, places):
-    names = dict(zip(adapter.layers, adapter.layers if places else again.layers))
+def assert_same(adapter, again, *, parts):
+    names = dict(zip(adapter.layers, adapter.layers if parts else again.layers))
     assert again.layers.keys() == set(names.values())
     for name, other in names.items():
         if not isinstance(adapter.layers[name], Decomposed):

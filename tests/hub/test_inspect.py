@@ -211,7 +211,7 @@ def test_what_is_written_here_for_both_generations_of_transformers_is_no_problem
     flat = {ATTENTION.format(0): 0, ATTENTION.format(0).replace("text_model.", ""): 0}
     halves = {"lora_A.weight": torch.ones(2, 768), "lora_B.weight": torch.ones(768, 2)}
     save_file({f"{stem}.{end}": half.clone() for stem in flat for end, half in halves.items()}, path)
-    assert inspect_file(path).problems == ("1 layers are spelt twice; equal ones count once",)
+    assert inspect_file(path).problems == ("1 layers are spelled twice; equal ones count once",)
 
 
 def test_an_alpha_that_we_fold_is_said_to_be_in_the_weights(tmp_path):

@@ -10,7 +10,7 @@ from tests.support.hub_session import LAYER, adapter_bytes, find_file, find_file
 from texforce_hub.errors import FileError, HubError, RefError
 from texforce_hub.hub import find as locate
 from texforce_hub.hub.catalog import CatalogEntry
-from texforce_hub.hub.find import find_local, find_place, list_adapters, pin_source
+from texforce_hub.hub.find import find_local, find_path, list_adapters, pin_source
 from texforce_hub.hub.read import read_adapter
 
 
@@ -37,13 +37,13 @@ def test_revisions_files_and_folders_in_a_repository_are_found(hub):
     assert find_file("me/x/a.safetensors").read_bytes() == adapter_bytes(2)
     assert find_file("me/x/steps/10").read_bytes() == adapter_bytes(3)
     assert [path.name for path in find_files("me/x")] == ["a.safetensors", "adapter_model.safetensors"]
-    place = find_place("me/x")
-    assert [path.relative_to(place).as_posix() for path in find_files("me/x")] == [
+    folder = find_path("me/x")
+    assert [path.relative_to(folder).as_posix() for path in find_files("me/x")] == [
         "a.safetensors",
         "steps/10/adapter_model.safetensors",
     ]
-    assert find_place("me/x/steps") == place / "steps"
-    assert find_place("me/x/a.safetensors") == place / "a.safetensors"
+    assert find_path("me/x/steps") == folder / "steps"
+    assert find_path("me/x/a.safetensors") == folder / "a.safetensors"
 
 
 def test_a_peft_folder_comes_with_its_config(hub):

@@ -20,9 +20,9 @@ def test_a_unet_lora_on_the_hub_is_put_in_at_its_weight(hub, shelf, tmp_path):
     assert torch.equal(unet_out(found), unet_out(load(saved(shelf), unet=f"{file}:0.5").unet))
 
 
-@pytest.mark.parametrize("home", ["unet", ""])
-def test_a_whole_unet_on_the_hub_is_put_in(hub, shelf, tmp_path, home):
-    tuned_unet(4).save_pretrained(tmp_path / "tuned" / home)
+@pytest.mark.parametrize("inside", ["unet", ""])
+def test_a_whole_unet_on_the_hub_is_put_in(hub, shelf, tmp_path, inside):
+    tuned_unet(4).save_pretrained(tmp_path / "tuned" / inside)
     files = folder_files(tmp_path / "tuned")
     weights = next(name for name in files if name.endswith(".safetensors"))
     hub.commit("me/tuned", files | {weights.replace(".safetensors", ".fp16.safetensors"): b"of no use", "big.bin": b""})

@@ -19,9 +19,9 @@ def low_rank(down=None, scale=1.0):
 
 
 def refused(tmp_path, adapter, error, words, dialect="diffusers", name="x", **options):
-    place = tmp_path / name if dialect == "peft" else tmp_path / f"{name}.safetensors"
+    path = tmp_path / name if dialect == "peft" else tmp_path / f"{name}.safetensors"
     with pytest.raises(error, match=words) as found:
-        write_adapter(adapter, place, dialect=dialect, **options)
+        write_adapter(adapter, path, dialect=dialect, **options)
     assert "\n" not in str(found.value)
     assert list(tmp_path.iterdir()) == []
 

@@ -76,7 +76,7 @@ def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
     origins = [
         origin
         for adapter in adapters
-        if isinstance(adapter, Bundle) and (origin := hub_id_of(adapter.place)) is not None
+        if isinstance(adapter, Bundle) and (origin := hub_id_of(adapter.as_one_file)) is not None
     ]
     if origins:
         from texforce_hub.hub.remote import fetch_sidecars

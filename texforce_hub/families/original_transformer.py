@@ -39,7 +39,7 @@ class _Stream:
     norm: str
 
 
-_Homes = tuple[tuple[str, int], ...]
+_Targets = tuple[tuple[str, int], ...]
 """``diffusers``' layers in the order of their rows, and how many rows each has for one column; 0: any number."""
 
 _IMAGE = _Stream(("to_q", "to_k", "to_v"), "to_out.0", "ff", "norm1")
@@ -51,15 +51,15 @@ _LAST_NORM = "final_layer.adaLN_modulation.1"
 _CONTEXT_NORM = "joint_blocks.#.context_block.adaLN_modulation.1"
 
 
-def _whole(name: str, times: int = 0) -> _Homes:
+def _whole(name: str, times: int = 0) -> _Targets:
     return ((name, times),)
 
 
-def _heads(attention: str, stream: _Stream) -> _Homes:
+def _heads(attention: str, stream: _Stream) -> _Targets:
     return tuple((f"{attention}.{name}", 1) for name in stream.heads)
 
 
-def _flux_stream(name: str, stream: _Stream) -> dict[str, _Homes]:
+def _flux_stream(name: str, stream: _Stream) -> dict[str, _Targets]:
     block = f"double_blocks.#.{name}"
     return {
         f"{block}_attn.qkv": _heads(f"{_BLOCK}.attn", stream),
@@ -70,7 +70,7 @@ def _flux_stream(name: str, stream: _Stream) -> dict[str, _Homes]:
     }
 
 
-def _sd3_stream(name: str, stream: _Stream) -> dict[str, _Homes]:
+def _sd3_stream(name: str, stream: _Stream) -> dict[str, _Targets]:
     block = f"joint_blocks.#.{name}_block"
     return {
         f"{block}.attn.qkv": _heads(f"{_BLOCK}.attn", stream),
@@ -81,7 +81,7 @@ def _sd3_stream(name: str, stream: _Stream) -> dict[str, _Homes]:
     }
 
 
-def _embedder(original: str, ends: tuple[str, str], name: str) -> dict[str, _Homes]:
+def _embedder(original: str, ends: tuple[str, str], name: str) -> dict[str, _Targets]:
     ours = f"time_text_embed.{name}_embedder.linear"
     return {f"{original}.{end}": _whole(f"{ours}_{index}") for index, end in enumerate(ends, 1)}
 
@@ -89,7 +89,7 @@ def _embedder(original: str, ends: tuple[str, str], name: str) -> dict[str, _Hom
 _LAST = {"final_layer.linear": _whole("proj_out"), _LAST_NORM: _whole("norm_out.linear")}
 _ENDS = ("in_layer", "out_layer")
 
-FLUX: Mapping[str, _Homes] = {
+FLUX: Mapping[str, _Targets] = {
     **_flux_stream("img", _IMAGE),
     **_flux_stream("txt", _TEXT),
     "single_blocks.#.linear1": (*_heads(f"{_SINGLE}.attn", _IMAGE), (f"{_SINGLE}.proj_mlp", 4)),
@@ -104,7 +104,7 @@ FLUX: Mapping[str, _Homes] = {
 }
 """Flux's layers by their original names, the blocks' numbers written ``#``."""
 
-SD3: Mapping[str, _Homes] = {
+SD3: Mapping[str, _Targets] = {
     **_sd3_stream("x", _IMAGE),
     **_sd3_stream("context", _TEXT),
     "joint_blocks.#.x_block.attn2.qkv": _heads(f"{_BLOCK}.attn2", _IMAGE),
@@ -119,9 +119,9 @@ SD3: Mapping[str, _Homes] = {
 _ALL = {**FLUX, **SD3}
 
 
-def templates(homes: Mapping[str, _Homes]) -> tuple[str, ...]:
+def templates(targets: Mapping[str, _Targets]) -> tuple[str, ...]:
     """The original names with all numbers written ``#``, as flattened names are looked up."""
-    return tuple(dict.fromkeys(re.sub(r"(?<=\.)[0-9]+$", "#", name) for name in homes))
+    return tuple(dict.fromkeys(re.sub(r"(?<=\.)[0-9]+$", "#", name) for name in targets))
 
 
 def find_rows(path: str, shape: Shape) -> tuple[Rows, ...]:
@@ -136,34 +136,34 @@ def find_rows(path: str, shape: Shape) -> tuple[Rows, ...]:
     module, dot, parameter = path.rpartition(".") if len(shape) == 1 else (path, "", "")
     number = re.search(r"(?<=_blocks\.)[0-9]+(?=\.)", module)
     template = module if number is None else f"{module[: number.start()]}#{module[number.end() :]}"
-    homes = _ALL.get(template, ())
-    if not homes and path.startswith(_BLOCKS):
+    targets = _ALL.get(template, ())
+    if not targets and path.startswith(_BLOCKS):
         raise FamilyError(f"{path} is named as in the authors' own code, and diffusers is not known to have it")
-    if not homes:
+    if not targets:
         return ()
     index = "" if number is None else number[0]
-    names = [home.replace("#", index) + dot + parameter for home, _ in homes]
+    names = [target.replace("#", index) + dot + parameter for target, _ in targets]
     swapped = _is_swapped(template, path, shape)
-    if not _divides(homes, shape, swapped=swapped):
+    if not _divides(targets, shape, swapped=swapped):
         raise FamilyError(f"{path} changes a weight {shape}, whose rows do not divide into {', '.join(names)}")
     half = shape[0] // 2
-    ranges = [((half, shape[0]), (0, half))] if swapped else _split(homes, shape[0])
+    ranges = [((half, shape[0]), (0, half))] if swapped else _split(targets, shape[0])
     return tuple(Rows(name, found) for name, found in zip(names, ranges, strict=True))
 
 
-def _divides(homes: _Homes, shape: Shape, *, swapped: bool) -> bool:
+def _divides(targets: _Targets, shape: Shape, *, swapped: bool) -> bool:
     """Whether a layer has as many rows as in Flux and SD3; other models have layers of the same names."""
-    total = sum(times for _, times in homes)
+    total = sum(times for _, times in targets)
     if swapped or len(shape) == 1:
         return shape[0] % (2 if swapped else total or 1) == 0
     return total == 0 or shape[0] == total * shape[1]
 
 
-def _split(homes: _Homes, rows: int) -> list[Ranges]:
-    if len(homes) == 1:
+def _split(targets: _Targets, rows: int) -> list[Ranges]:
+    if len(targets) == 1:
         return [((0, rows),)]
-    unit = rows // sum(times for _, times in homes)
-    return [(bounds,) for bounds in pairwise(accumulate((times * unit for _, times in homes), initial=0))]
+    unit = rows // sum(times for _, times in targets)
+    return [(bounds,) for bounds in pairwise(accumulate((times * unit for _, times in targets), initial=0))]
 
 
 def _is_swapped(template: str, path: str, shape: Shape) -> bool:

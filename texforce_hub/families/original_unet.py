@@ -36,7 +36,7 @@ _DIFFUSERS = re.compile(rf"(down|up)_blocks\.{_N}\.(resnets|attentions|downsampl
 
 
 def is_ldm(path: str) -> bool:
-    """Whether a path inside the U-Net is spelt as in the original code."""
+    """Whether a path inside the U-Net is spelled as in the original code."""
     return path.startswith(("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out."))
 
 

@@ -52,8 +52,10 @@ def recognize_family(
 
 def join_verdicts(verdicts: Sequence[FamilyVerdict], shapes: Mapping[str, Shape]) -> FamilyVerdict:
     """The families that fit every one of the files in which one adapter lies; ``shapes`` are those of all layers."""
-    candidates = tuple(name for name in verdicts[0].candidates if all(name in one.candidates for one in verdicts))
-    evidence = tuple(dict.fromkeys(line for one in verdicts for line in one.evidence))
+    candidates = tuple(
+        name for name in verdicts[0].candidates if all(name in verdict.candidates for verdict in verdicts)
+    )
+    evidence = tuple(dict.fromkeys(line for verdict in verdicts for line in verdict.evidence))
     return FamilyVerdict(candidates, evidence, _summary(candidates, shapes))
 
 
@@ -78,7 +80,7 @@ def _all_fit(family: Family, shapes: Mapping[str, Shape]) -> bool:
 
 
 def _fits(family: Family, name: str, shape: Shape) -> bool:
-    known = next((found for n in _places(family, name) if (found := family.shape_of(n)) is not None), None)
+    known = next((found for n in _spellings(family, name) if (found := family.shape_of(n)) is not None), None)
     if known is not None:
         return known[0] == shape[0] and math.prod(known) == math.prod(shape)
     part, _, path = name.partition(".")
@@ -86,7 +88,7 @@ def _fits(family: Family, name: str, shape: Shape) -> bool:
     return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", path) in originals
 
 
-def _places(family: Family, name: str) -> Iterator[str]:
+def _spellings(family: Family, name: str) -> Iterator[str]:
     """The layer's name, or for T5 the part in which this family keeps it."""
     yield name
     part, _, path = name.partition(".")

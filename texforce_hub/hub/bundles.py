@@ -71,7 +71,7 @@ class Bundle:
         return self.path.absolute().name if self.path not in self.files else self.path.stem
 
     @property
-    def place(self) -> Path:
+    def as_one_file(self) -> Path:
         """Where an only file of this name would lie: what is kept beside the adapter is named after it."""
         path = self.path.absolute()
         return self.path if self.is_one_file else path.with_name(f"{self.stem}.safetensors")
@@ -108,7 +108,7 @@ def part_folders(folder: Path) -> list[Path]:
     if any((folder / name).is_file() for name in (*PREFERRED, *PICKLED)):
         return []
     inner = [folder / name for name in _PART_FOLDERS]
-    return [place for place in inner if _has_config(place) and _peft_file(place) is not None]
+    return [path for path in inner if _has_config(path) and _peft_file(path) is not None]
 
 
 def lies_in_pieces(names: Collection[str]) -> bool:
@@ -125,7 +125,7 @@ def shard_names(name: str, names: Collection[str]) -> list[str]:
     if shard is None:
         return [name]
     end = f"-of-{shard['count']}{shard['suffix']}"
-    return sorted(one for one in names if one.startswith(f"{shard['stem']}-") and one.endswith(end))
+    return sorted(other for other in names if other.startswith(f"{shard['stem']}-") and other.endswith(end))
 
 
 def plan_bundle(bundle: Bundle) -> Plan:

@@ -12,10 +12,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def hub_id_of(path: Path) -> HubId | None:
     """Where a file or folder in a Hub cache is from, its commit included; ``None`` of any other path."""
     parts = path.absolute().parts
-    for place, (folder, commit) in enumerate(pairwise(parts)):
-        repo = parts[place - 1]
+    for index, (folder, commit) in enumerate(pairwise(parts)):
+        repo = parts[index - 1]
         if folder == "snapshots" and _COMMIT.fullmatch(commit) and repo.startswith("models--"):
-            inside = "/".join(parts[place + 2 :])
+            inside = "/".join(parts[index + 2 :])
             return HubId(repo.removeprefix("models--").replace("--", "/"), commit, inside or None)
     return None
 

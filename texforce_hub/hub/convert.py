@@ -17,7 +17,7 @@ from texforce_hub.formats.codec.spelling import find_writable
 from texforce_hub.hub.bundles import Bundle
 from texforce_hub.hub.cache import hub_id_of
 from texforce_hub.hub.filenames import SUFFIXES, is_safetensors
-from texforce_hub.hub.find import find_bundle, find_bundles, find_place
+from texforce_hub.hub.find import find_bundle, find_bundles, find_path
 from texforce_hub.hub.read import open_bundle
 from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
 from texforce_hub.hub.sidecars import Sidecar, find_sidecars, leads_away
@@ -112,20 +112,20 @@ def convert_bundle(
     if weights is not None:
         check_patterns(weights.label, adapter.outline, weights)
         adapter = adapter.weighted(weights.weight_of)
-    places = [place for place in (output, output / filename) if place.exists()]
-    if any(place.samefile(file) for place in places for file in bundle.files):
+    there = [path for path in (output, output / filename) if path.exists()]
+    if any(path.samefile(file) for path in there for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
-    place = _place_of(written, filename)
-    return Conversion(bundle.path, written, notes=_bring_sidecars(bundle.place, place) if sidecars else ())
+    target = _tensors_file(written, filename)
+    return Conversion(bundle.path, written, notes=_bring_sidecars(bundle.as_one_file, target) if sidecars else ())
 
 
-def _place_of(written: Path, filename: str) -> Path:
+def _tensors_file(written: Path, filename: str) -> Path:
     """The file after which what lies beside an adapter is named: its only one, or one beside a folder of folders."""
     if not written.is_dir():
         return written
     tensors = written / filename
-    return tensors if tensors.is_file() else Bundle(written, ()).place
+    return tensors if tensors.is_file() else Bundle(written, ()).as_one_file
 
 
 def _bring_sidecars(source: Path, target: Path) -> tuple[str, ...]:
@@ -149,23 +149,23 @@ def carry_sidecars(source: Path, target: Path) -> tuple[str, ...]:
 
 
 def _carry(sidecar: Sidecar, target: Path) -> Iterator[str]:
-    place = target.with_name(target.stem + sidecar.ending)
+    copy = target.with_name(target.stem + sidecar.ending)
     if leads_away(sidecar.path):
         yield f"{sidecar.path}: not copied: {sidecar.problem}"
         return
     try:
-        if place.exists() or place.is_symlink():
-            if not place.is_file() or not filecmp.cmp(place, sidecar.path, shallow=False):
-                yield f"{place}: another file of that name is there already, and it stays as it is"
+        if copy.exists() or copy.is_symlink():
+            if not copy.is_file() or not filecmp.cmp(copy, sidecar.path, shallow=False):
+                yield f"{copy}: another file of that name is there already, and it stays as it is"
             return
-        with writing(place) as part:
+        with writing(copy) as part:
             shutil.copyfile(sidecar.path, part)
     except (FileError, OSError) as error:
         yield f"{sidecar.path}: not copied: {error}"
         return
     if sidecar.sha256:
         yield (
-            f"{place}: copied as it was; the SHA-256 in it is that of the old file, "
+            f"{copy}: copied as it was; the SHA-256 in it is that of the old file, "
             "so managers that look a file up by its hash will not find this one"
         )
 
@@ -246,9 +246,9 @@ def _convert_safely(job: Job, **options: Any) -> Conversion:
 
 
 def _jobs(ref: str | Path, output: Path, dialect: str) -> Iterator[Job]:
-    weights, place = parse_weights(ref), find_place(ref)
+    weights, root = parse_weights(ref), find_path(ref)
     for source in find_bundles(ref):
-        inside = source.path.relative_to(place).parent if place.is_dir() else Path()
+        inside = source.path.relative_to(root).parent if root.is_dir() else Path()
         name = source.stem if dialect == "peft" else f"{source.stem}.safetensors"
         yield Job(source, output / inside / name, weights)
 

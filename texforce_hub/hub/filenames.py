@@ -13,10 +13,10 @@ SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")
 _COMPANIONS = ("optimizer", "scheduler", "random_states", "scaler", "training_args", "rng_state")
 
 
-def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], place: str) -> str:
+def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], where: str) -> str:
     """The adapter's file among a folder's: the usual names in order, else the only one that holds an adapter.
 
-    ``names`` are relative to the folder; files of folders in it are no candidates. ``place`` is for errors.
+    ``names`` are relative to the folder; files of folders in it are no candidates. ``where`` is for errors.
 
     Raises:
         RefError: no file, or several of equal standing.
@@ -27,13 +27,13 @@ def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], plac
     own = [name for name in names if "/" not in name]
     adapters = [name for name in own if is_safetensors(name) and holds_adapter(name)]
     if len(adapters) > 1:
-        raise RefError(f"{place}: holds {len(adapters)} adapters, {list_names(adapters)}; name the one you mean")
+        raise RefError(f"{where}: holds {len(adapters)} adapters, {list_names(adapters)}; name the one you mean")
     if adapters:
         return adapters[0]
     for name in PICKLED:
         if name in names:
             return name
-    raise RefError(f"{place}: holds no adapter file; it holds {list_names(names) or 'nothing'}")
+    raise RefError(f"{where}: holds no adapter file; it holds {list_names(names) or 'nothing'}")
 
 
 def is_candidate(name: str) -> bool:

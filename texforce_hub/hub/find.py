@@ -19,7 +19,7 @@ from texforce_hub.hub.refs.hub_id import HubId
 
 if TYPE_CHECKING:
     from texforce_hub.hub.huggingface.repository import RemoteFile
-    from texforce_hub.hub.remote import RemotePlace
+    from texforce_hub.hub.remote import RemotePath
 _LOG = logging.getLogger("texforce_hub")
 _FORCED = "hf://"
 
@@ -31,26 +31,26 @@ def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
         RefError: nothing of that name, or a folder in which no adapter or several could be meant.
         HubError: the Hub has nothing of that name, or cannot be asked.
     """
-    place = find_local(ref)
-    if place is None:
+    path = find_local(ref)
+    if path is None:
         from texforce_hub.hub.remote import fetch_adapter
 
-        place = fetch_adapter(find_remote_place(ref))
-    return pick_bundle(place) if place.is_dir() else bundle_file(place)
+        path = fetch_adapter(find_remote_path(ref))
+    return pick_bundle(path) if path.is_dir() else bundle_file(path)
 
 
-def find_place(ref: str | Path | AdapterRef) -> Path:
+def find_path(ref: str | Path | AdapterRef) -> Path:
     """The file or folder that a reference means; one on the Hub is fetched with all tensor files in it.
 
     Raises:
         RefError, HubError: nothing of that name.
     """
-    place = find_local(ref)
-    if place is None:
-        from texforce_hub.hub.remote import fetch_place
+    path = find_local(ref)
+    if path is None:
+        from texforce_hub.hub.remote import fetch_all
 
-        return fetch_place(find_remote_place(ref))
-    return place
+        return fetch_all(find_remote_path(ref))
+    return path
 
 
 def find_local(ref: str | Path | AdapterRef) -> Path | None:
@@ -78,7 +78,7 @@ def _source_of(ref: str | Path | AdapterRef) -> str:
     return ref.source if isinstance(ref, AdapterRef) else str(ref)
 
 
-def find_remote_place(ref: str | Path | AdapterRef) -> "RemotePlace":
+def find_remote_path(ref: str | Path | AdapterRef) -> "RemotePath":
     """What a reference means on the Hub, if :func:`find_local` says that it is there; nothing is fetched.
 
     Raises:
@@ -148,7 +148,7 @@ def pick_bundle(folder: Path) -> Bundle:
     if not several:
         return bundle_file(pick_file(folder))
     single = [bundle for bundle in bundles if bundle.is_one_file and is_safetensors(bundle.path.name)]
-    rivals = [bundle.path for bundle in (*several, *(one for one in single if _holds_adapter(one.path)))]
+    rivals = [bundle.path for bundle in (*several, *(bundle for bundle in single if _holds_adapter(bundle.path)))]
     if len(rivals) > 1:
         names = list_names([path.name for path in rivals])
         raise RefError(f"{folder}: holds {len(rivals)} adapters, {names}; name the one you mean")
@@ -180,12 +180,12 @@ def list_adapters(ref: str | Path | AdapterRef) -> "list[Bundle] | list[RemoteFi
     Raises:
         RefError, HubError: nothing of that name, or a folder without any.
     """
-    place = find_local(ref)
-    if place is not None:
-        return _find_here(place)
+    path = find_local(ref)
+    if path is not None:
+        return _find_here(path)
     from texforce_hub.hub.remote import list_remote_files
 
-    return list_remote_files(find_remote_place(ref))
+    return list_remote_files(find_remote_path(ref))
 
 
 def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
@@ -194,16 +194,18 @@ def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
     Raises:
         RefError, HubError: nothing of that name, or a folder without any.
     """
-    return _find_here(find_place(ref))
+    return _find_here(find_path(ref))
 
 
-def _find_here(place: Path) -> list[Bundle]:
-    if not place.is_dir():
-        return [bundle_file(place)]
-    found = sorted(_walk(place), key=lambda bundle: bundle.path)
+def _find_here(path: Path) -> list[Bundle]:
+    if not path.is_dir():
+        return [bundle_file(path)]
+    found = sorted(_walk(path), key=lambda bundle: bundle.path)
     if not found:
-        seen = list_names([path.name + ("/" if path.is_dir() else "") for path in sorted(place.iterdir())]) or "nothing"
-        raise RefError(f"{place}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {seen}")
+        seen = [inner.name + ("/" if inner.is_dir() else "") for inner in sorted(path.iterdir())]
+        raise RefError(
+            f"{path}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {list_names(seen) or 'nothing'}"
+        )
     return found
 
 
@@ -215,12 +217,12 @@ def _walk(folder: Path) -> Iterator[Bundle]:
             yield from _walk(path)
 
 
-def pin_source(source: str, place: Path) -> tuple[str, str]:
-    """A source as it can be found again, and its commit if ``place``, where it was found, is from the Hub.
+def pin_source(source: str, path: Path) -> tuple[str, str]:
+    """A source as it can be found again, and its commit if ``path``, where it was found, is from the Hub.
 
     What was found here or in the catalogue's own folders stays as it is named; a Hub reference gets its commit.
     """
-    found = hub_id_of(place)
+    found = hub_id_of(path)
     if found is None:
         return source, ""
     return source if find_local(source) is not None else f"{_FORCED}{found}", found.revision or ""

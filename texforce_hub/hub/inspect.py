@@ -105,11 +105,11 @@ def _identify(bundle: Bundle, *, hashed: bool) -> Inspection:
     """What can be said of the files before they are understood: size, hashes, what lies beside them."""
     sizes = [regular_size(path) for path in bundle.files]
     hashes = [hash_files([path]) if hashed else "" for path in bundle.files]
-    known = Inspection(bundle.path, sum(sizes), sidecars=find_sidecars(bundle.place))
+    known = Inspection(bundle.path, sum(sizes), sidecars=find_sidecars(bundle.as_one_file))
     if bundle.is_one_file:
         return replace(known, sha256=hashes[0])
-    home = bundle.path if bundle.path.is_dir() else bundle.path.parent
-    names = [str(path.relative_to(home)) for path in bundle.files]
+    folder = bundle.path if bundle.path.is_dir() else bundle.path.parent
+    names = [str(path.relative_to(folder)) for path in bundle.files]
     return replace(known, files=dict(zip(names, hashes, strict=True)))
 
 

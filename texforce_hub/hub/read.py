@@ -160,14 +160,14 @@ def _open_piece(
     """The header of a file, or of all its shards, and its tensors, to be read when they are asked for."""
     check_shards(piece)
     headers: list[Header] = []
-    homes: dict[str, Mapping[str, Tensor]] = {}
+    owners: dict[str, Mapping[str, Tensor]] = {}
     for path in piece.paths:
         if sniff(path) == "pickle":
             _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
         header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
         headers.append(header)
-        homes |= dict.fromkeys(tensors, tensors)
-    return join_headers(piece.paths, headers), LazyMapping(homes, lambda key: homes[key][key])
+        owners |= dict.fromkeys(tensors, tensors)
+    return join_headers(piece.paths, headers), LazyMapping(owners, lambda key: owners[key][key])
 
 
 @contextmanager

@@ -21,7 +21,7 @@ _LONGEST_SIDECAR = 20_000_000  # bytes; previews can be short films
 
 
 @dataclass(frozen=True, slots=True)
-class RemotePlace:
+class RemotePath:
     """A file or a folder in a repository; ``path`` is empty for all of it, ``sha256`` what a catalogue says of it."""
 
     repository: Repository
@@ -52,8 +52,8 @@ class RemotePlace:
         return f"{self.repository}/{self.path}" if self.path else str(self.repository)
 
 
-def find_remote(source: str | CatalogEntry) -> RemotePlace:
-    """The place that a Hub id, or a catalogue entry on the Hub, means; nothing of it is fetched.
+def find_remote(source: str | CatalogEntry) -> RemotePath:
+    """The file or folder that a Hub id, or a catalogue entry on the Hub, means; nothing of it is fetched.
 
     Raises:
         HubError: the Hub cannot be asked, or says that there is no such thing.
@@ -69,23 +69,23 @@ def find_remote(source: str | CatalogEntry) -> RemotePlace:
         if isinstance(source, CatalogEntry) or source.startswith("hf://"):
             raise
         raise HubError(f"{source!r} is no file or folder here, and as a Hub id: {error}") from error
-    place = RemotePlace(repository, wanted.file or "", sha256)
-    if not place.is_file and not place.names:
+    remote = RemotePath(repository, wanted.file or "", sha256)
+    if not remote.is_file and not remote.names:
         names = sorted(repository.blobs)
         held = list_names([name for name in names if is_candidate(name)] or names) or "nothing"
-        raise RefError(f"{repository}: holds no file {place.path!r}; it holds {held}")
-    return place
+        raise RefError(f"{repository}: holds no file {remote.path!r}; it holds {held}")
+    return remote
 
 
-def pick_remote_file(place: RemotePlace) -> RemoteFile:
-    """The adapter's file in a place: the usual names in order, else the only one that holds an adapter.
+def pick_remote_file(remote: RemotePath) -> RemoteFile:
+    """The adapter's file in a folder: the usual names in order, else the only one that holds an adapter.
 
     Raises:
         RefError: no file, or several of equal standing.
     """
-    if place.is_file:
-        return place.repository.file(place.path)
-    return place.file(choose_name(place.names, lambda name: _holds_adapter(place.file(name)), str(place)))
+    if remote.is_file:
+        return remote.repository.file(remote.path)
+    return remote.file(choose_name(remote.names, lambda name: _holds_adapter(remote.file(name)), str(remote)))
 
 
 def _holds_adapter(file: RemoteFile) -> bool:
@@ -159,68 +159,68 @@ def _stem(path: str) -> str:
     return path[: path.rindex(".")] if path.lower().endswith(SUFFIXES) else path
 
 
-def list_remote_files(place: RemotePlace) -> list[RemoteFile]:
-    """Every tensor file in a place and the folders in it.
+def list_remote_files(remote: RemotePath) -> list[RemoteFile]:
+    """Every tensor file in a folder and the folders in it.
 
     Raises:
         RefError: there is none.
     """
-    if place.is_file:
-        return [place.repository.file(place.path)]
-    found = [place.file(name) for name in place.names if is_candidate(name)]
+    if remote.is_file:
+        return [remote.repository.file(remote.path)]
+    found = [remote.file(name) for name in remote.names if is_candidate(name)]
     if not found:
-        raise RefError(f"{place}: holds no tensor file; it holds {list_names(place.names)}")
+        raise RefError(f"{remote}: holds no tensor file; it holds {list_names(remote.names)}")
     return found
 
 
-def fetch_remote_file(place: RemotePlace, file: RemoteFile) -> Path:
-    """Where a file of the place lies in the cache, fetched if it was not there.
+def fetch_remote_file(remote: RemotePath, file: RemoteFile) -> Path:
+    """Where a file of the folder lies in the cache, fetched if it was not there.
 
     Raises:
         HubError: it cannot be fetched, or is not what the Hub lists or the catalogue says.
     """
     path = fetch_file(file)
-    if place.sha256:
+    if remote.sha256:
         with path.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != place.sha256:
-            raise HubError(f"{file}: its SHA-256 is {found[:12]}…, the catalogue's {place.sha256[:12]}…; not used")
+        if found != remote.sha256:
+            raise HubError(f"{file}: its SHA-256 is {found[:12]}…, the catalogue's {remote.sha256[:12]}…; not used")
     return path
 
 
-def fetch_adapter(place: RemotePlace) -> Path:
-    """The adapter in a place, fetched: its file in the cache, or the folder there of an adapter in several files.
+def fetch_adapter(remote: RemotePath) -> Path:
+    """The adapter at a path, fetched: its file in the cache, or the folder there of an adapter in several files.
 
     Raises:
         RefError: no adapter, or several of equal standing.
         HubError: a file of it cannot be fetched.
     """
-    if not place.is_file and lies_in_pieces(place.names) and not _are_shards_of_a_model(place):
-        return fetch_place(place)
-    file = pick_remote_file(place)
+    if not remote.is_file and lies_in_pieces(remote.names) and not _are_shards_of_a_model(remote):
+        return fetch_all(remote)
+    file = pick_remote_file(remote)
     folder, _, name = file.path.rpartition("/")
-    beside = RemotePlace(place.repository, folder)
+    beside = RemotePath(remote.repository, folder)
     for other in shard_names(name, beside.names):
         fetch_file(beside.file(other))
-    return fetch_remote_file(place, file)
+    return fetch_remote_file(remote, file)
 
 
-def _are_shards_of_a_model(place: RemotePlace) -> bool:
+def _are_shards_of_a_model(remote: RemotePath) -> bool:
     """Whether a folder's shards hold no adapter, so that their gigabytes are left where they are."""
-    shards = [name for name in place.names if "/" not in name and len(shard_names(name, place.names)) > 1]
-    return bool(shards) and not _holds_adapter(place.file(shards[0]))
+    shards = [name for name in remote.names if "/" not in name and len(shard_names(name, remote.names)) > 1]
+    return bool(shards) and not _holds_adapter(remote.file(shards[0]))
 
 
-def fetch_place(place: RemotePlace) -> Path:
-    """The file in the cache, or the folder in it, that a place is, with all tensor files in it fetched.
+def fetch_all(remote: RemotePath) -> Path:
+    """The file in the cache, or the folder in it, that a path means, with all tensor files in it fetched.
 
     Raises:
         RefError: there is none.
         HubError: one of them cannot be fetched.
     """
-    if place.is_file:
-        return fetch_remote_file(place, place.repository.file(place.path))
-    files = list_remote_files(place)
-    paths = [fetch_remote_file(place, file) for file in files]
-    inside = files[0].path.removeprefix(place.path).strip("/")
+    if remote.is_file:
+        return fetch_remote_file(remote, remote.repository.file(remote.path))
+    files = list_remote_files(remote)
+    paths = [fetch_remote_file(remote, file) for file in files]
+    inside = files[0].path.removeprefix(remote.path).strip("/")
     return paths[0].parents[inside.count("/")]

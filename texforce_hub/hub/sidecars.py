@@ -99,16 +99,16 @@ def find_sidecars(path: str | Path) -> tuple[Sidecar, ...]:
     """The sidecars of an adapter's file, read as far as they can be; the file itself need not be there."""
     path = Path(path)
     stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in SUFFIXES else path.name
-    places = ((path.with_name(stem + ending), ending) for ending in ENDINGS)
-    return tuple(read_sidecar(place, ending) for place, ending in places if place.is_file())
+    candidates = ((path.with_name(stem + ending), ending) for ending in ENDINGS)
+    return tuple(read_sidecar(candidate, ending) for candidate, ending in candidates if candidate.is_file())
 
 
 def leads_away(path: Path) -> bool:
     """Whether a file is a link to what is neither in its folder nor, in a Hub cache, in the same repository."""
     if not path.is_symlink():
         return False
-    home = path.parent.resolve()
-    repository = next((folder for folder in home.parents if folder.name.startswith("models--")), home)
+    own_folder = path.parent.resolve()
+    repository = next((folder for folder in own_folder.parents if folder.name.startswith("models--")), own_folder)
     return not path.resolve().is_relative_to(repository)
 
 
@@ -254,8 +254,8 @@ def _licence(model: Mapping[str, Any]) -> str:
 
 
 def _hashes(said: Mapping[str, Any]) -> Iterator[str]:
-    for one in _list(said.get("files")):
-        yield from _sha256(_object(_object(one).get("hashes")).get("SHA256"))
+    for file in _list(said.get("files")):
+        yield from _sha256(_object(_object(file).get("hashes")).get("SHA256"))
 
 
 def _sha256(value: Any) -> Iterator[str]:

@@ -13,11 +13,11 @@ from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_unet import from_ldm
 from texforce_hub.files.container import open_header
 from texforce_hub.hub.filenames import PICKLED, PREFERRED
-from texforce_hub.hub.find import find_bundle, find_local, find_remote_place
+from texforce_hub.hub.find import find_bundle, find_local, find_remote_path
 from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.remote import RemotePlace
+from texforce_hub.hub.remote import RemotePath
 from texforce_hub.pipelines.build import build_unet
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
@@ -61,14 +61,14 @@ def _find(ref: AdapterRef) -> Path:
     path = find_local(ref)
     if path is not None:
         return path
-    remote = find_remote_place(ref)
+    remote = find_remote_path(ref)
     for folder in ("unet/", ""):
         if f"{folder}config.json" in remote.names:
             return _fetch_unet(remote, folder)
     return find_bundle(ref).path
 
 
-def _fetch_unet(remote: RemotePlace, folder: str) -> Path:
+def _fetch_unet(remote: RemotePath, folder: str) -> Path:
     """The folder in the cache of a U-Net on the Hub, its configuration and weights fetched."""
     inside = [name.removeprefix(folder) for name in remote.names if name.startswith(folder)]
     names = weight_names([name for name in inside if "/" not in name], f"{remote}/{folder}".rstrip("/"))

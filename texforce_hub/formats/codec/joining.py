@@ -12,8 +12,8 @@ from texforce_hub.formats.codec.decoding import describe_reading, equal_layers
 from texforce_hub.formats.plan.planning import Plan
 
 
-def join_lazy(plan: Plan, stored: Mapping[str, LazyAdapter], *, alpha: float | None = None) -> LazyAdapter:
-    """One adapter of those that its files hold; ``plan`` is the joined one, ``stored`` are by the files' names.
+def join_lazy(plan: Plan, adapters: Mapping[str, LazyAdapter], *, alpha: float | None = None) -> LazyAdapter:
+    """One adapter of those that its files hold; ``plan`` is the joined one, ``adapters`` are by the files' names.
 
     ``alpha`` is that with which they were decoded. Layers that two files hold are read and compared here.
 
@@ -21,16 +21,18 @@ def join_lazy(plan: Plan, stored: Mapping[str, LazyAdapter], *, alpha: float | N
         DialectError: the plan has faults, or two files hold one layer unequally, or an extra of one name.
     """
     _check_joined(plan)
-    homes: dict[str, LazyAdapter] = {}
-    for file, one in stored.items():
-        for name in one.layers:
-            if homes.setdefault(name, one) is not one and not equal_layers(homes[name].layers[name], one.layers[name]):
+    owners: dict[str, LazyAdapter] = {}
+    for file, adapter in adapters.items():
+        for name in adapter.layers:
+            if owners.setdefault(name, adapter) is not adapter and not equal_layers(
+                owners[name].layers[name], adapter.layers[name]
+            ):
                 raise DialectError(f"{name} is in {file} and in another file of it, with unequal values; name one file")
-    outline = join_outlines(plan, {file: one.outline for file, one in stored.items()}, alpha=alpha)
-    extras = {key: one for one in stored.values() for key in one.extras}
+    outline = join_outlines(plan, {file: adapter.outline for file, adapter in adapters.items()}, alpha=alpha)
+    extras = {key: adapter for adapter in adapters.values() for key in adapter.extras}
     return LazyAdapter(
         outline,
-        LazyMapping(homes, lambda name: homes[name].layers[name]),
+        LazyMapping(owners, lambda name: owners[name].layers[name]),
         LazyMapping(extras, lambda key: extras[key].extras[key]),
     )
 
@@ -42,15 +44,15 @@ def join_outlines(plan: Plan, outlines: Mapping[str, Adapter], *, alpha: float |
         DialectError: the plan has faults, or two files hold an extra of one name.
     """
     _check_joined(plan)
-    layers = {name: layer for one in reversed(list(outlines.values())) for name, layer in one.layers.items()}
-    extras = [(key, tensor) for one in outlines.values() for key, tensor in one.extras.items()]
+    layers = {name: layer for adapter in reversed(list(outlines.values())) for name, layer in adapter.layers.items()}
+    extras = [(key, tensor) for adapter in outlines.values() for key, tensor in adapter.extras.items()]
     return Adapter({name: layers[name] for name in plan.layers}, describe_reading(plan, alpha), _once(extras))
 
 
 def _check_joined(plan: Plan) -> None:
     if plan.faults:
         more = f" (and {len(plan.faults) - 1} more)" if len(plan.faults) > 1 else ""
-        raise DialectError(f"{plan.faults[0]}{more}; mend it, or name the one file that you mean")
+        raise DialectError(f"{plan.faults[0]}{more}; fix it, or name the one file that you mean")
 
 
 def _once(extras: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:

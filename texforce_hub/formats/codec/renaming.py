@@ -70,7 +70,7 @@ def _library_names(layers: Mapping[LayerName, Layer]) -> set[LayerName]:
     found: set[LayerName] = set()
     for name in layers:
         with suppress(FamilyError):
-            found |= {target for target, _ in _find_homes(name, layers)}
+            found |= {target for target, _ in _find_targets(name, layers)}
     return found
 
 
@@ -99,7 +99,7 @@ def _find_pieces(layers: Mapping[LayerName, Layer]) -> dict[LayerName, _Piece]:
     pieces: dict[LayerName, _Piece] = {}
     for source in layers:
         try:
-            named = {name: _Piece(source, ranges) for name, ranges in _find_homes(source, layers)}
+            named = {name: _Piece(source, ranges) for name, ranges in _find_targets(source, layers)}
         except FamilyError as error:
             raise DialectError(str(error)) from error
         named = named or {source: _Piece(source)}
@@ -109,7 +109,7 @@ def _find_pieces(layers: Mapping[LayerName, Layer]) -> dict[LayerName, _Piece]:
     return pieces
 
 
-def _find_homes(name: LayerName, layers: Mapping[LayerName, Layer]) -> list[tuple[LayerName, Ranges]]:
+def _find_targets(name: LayerName, layers: Mapping[LayerName, Layer]) -> list[tuple[LayerName, Ranges]]:
     """Other names of a layer, and which of its rows each has; none where it has no other."""
     part, _, path = name.partition(".")
     if part != "transformer" or ("blocks." not in path and any(other.startswith(_BLOCKS) for other in layers)):

@@ -19,10 +19,10 @@ from texforce_hub.errors import DialectError
 Part = tuple[str, Tensor, float]
 """Role, tensor, and the factor that goes into it."""
 
-Halves = Iterator[Part]
+Tensors = Iterator[Part]
 
 
-def halves(layer: Layer, alpha: float | None) -> Halves:
+def tensors_of(layer: Layer, alpha: float | None) -> Tensors:
     """Everything that a layer is stored as, beside this ``alpha`` if there is one.
 
     What alpha does not say of the scale goes into one tensor, its sign always: a negative or zero ``.alpha``
@@ -32,7 +32,7 @@ def halves(layer: Layer, alpha: float | None) -> Halves:
         case Decomposed(inner=inner, magnitude=magnitude, axis=axis, weight=weight):
             if weight != 1.0:
                 raise DialectError(f"a DoRA layer at weight {weight:g} has no spelling; write it at weight 1")
-            yield from halves(inner, alpha)
+            yield from tensors_of(inner, alpha)
             yield _magnitude(magnitude, axis, inner.shape, stores_alpha=alpha is not None)
         case Dense(value=value, scale=scale) | Vector(value=value, scale=scale):
             yield "diff", value, scale
@@ -47,7 +47,7 @@ def halves(layer: Layer, alpha: float | None) -> Halves:
                 yield "alpha", torch.tensor(alpha, dtype=torch.float32), 1.0
 
 
-def _product(layer: LowRank | Hadamard | Kronecker, factor: float) -> Halves:
+def _product(layer: LowRank | Hadamard | Kronecker, factor: float) -> Tensors:
     match layer:
         case LowRank(down=down, up=up):
             yield "down", down, 1.0

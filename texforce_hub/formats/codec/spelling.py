@@ -1,4 +1,4 @@
-"""How an adapter is spelt in a dialect: all that one layer cannot know, found from names, shapes and scales alone."""
+"""How an adapter is spelled in a dialect: all that one layer cannot know, found from names, shapes and scales alone."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
 from texforce_hub.formats.codec import peft
 from texforce_hub.formats.codec.precision import fit_dtype
-from texforce_hub.formats.codec.roles import divisor_of, fill_up, halves
+from texforce_hub.formats.codec.roles import divisor_of, fill_up, tensors_of
 from texforce_hub.formats.dialects import DIALECTS
 from texforce_hub.formats.dialects.layout import Dialect
 from texforce_hub.formats.peft_config import peft_twin
@@ -51,7 +51,7 @@ class Spelling:
         return fill_up(fitted, rank) if isinstance(fitted, LowRank) else fitted
 
     def spell_layer(self, name: LayerName, layer: Layer) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that fit_dtype it, by their names in the file.
+        """The tensors that it is stored as, by their names in the file.
 
         Raises:
             DialectError: as :meth:`fit_layer`, or this layout cannot spell its name.
@@ -61,7 +61,7 @@ class Spelling:
         fitted = self.fit_layer(name, layer)
         if self.layout.name == "peft" and isinstance(fitted, Hadamard | Kronecker):
             fitted = replace(fitted, scale=1.0)  # the config has it, as an alpha
-        for role, stored in fit_dtype(list(halves(fitted, self.alpha)), self.dtype, name):
+        for role, stored in fit_dtype(list(tensors_of(fitted, self.alpha)), self.dtype, name):
             key = self.layout.write_name(name, role, self.family)
             yield key, stored
             twin = peft_twin(key) if self.layout.name == "peft" else None

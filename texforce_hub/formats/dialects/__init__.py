@@ -1,6 +1,6 @@
 """Every on-disk layout of an adapter: how it spells names, and the plan of a file that uses one or several.
 
-Torch-free: a header is enough. Each name is spelt by exactly one dialect, so the table's order cannot matter.
+Torch-free: a header is enough. Each name is spelled by exactly one dialect, so the table's order cannot matter.
 """
 
 from collections.abc import Mapping

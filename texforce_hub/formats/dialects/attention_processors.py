@@ -21,8 +21,8 @@ def read_name(key: str) -> Reading | None:
     match = _NAME.fullmatch(key)
     if match is None:
         return None
-    place = split_part(match["path"])
-    part, path = place or (infer_part(match["path"]), match["path"])
+    named = split_part(match["path"])
+    part, path = named or (infer_part(match["path"]), match["path"])
     if part is None:
         return None
     module, role = _module(part, path, match["which"]), match["role"]
@@ -30,7 +30,7 @@ def read_name(key: str) -> Reading | None:
     if last in _TEXT.values():
         module, role = path, role if last == _TEXT[match["which"]] else "unused"
     name = publish(part, module)
-    return None if name is None else Reading(name, role, match["stem"], assumed=place is None)
+    return None if name is None else Reading(name, role, match["stem"], assumed=named is None)
 
 
 def _module(part: str, attention: str, which: str) -> str:

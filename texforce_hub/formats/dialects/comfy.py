@@ -47,14 +47,14 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
     Raises:
         DialectError: the role or the layer has no spelling here.
     """
-    spelt = write_suffix(name, role, _WRITTEN)
-    part, _, path = (spelt or ("", ""))[0].partition(".")
+    spelled = write_suffix(name, role, _WRITTEN)
+    part, _, path = (spelled or ("", ""))[0].partition(".")
     prefix = _prefix(part, path, family)
     if part == "unet":
         path = to_ldm(path, family) or ""
-    if spelt is None or not path:
+    if spelled is None or not path:
         raise DialectError(f"comfy: no spelling for the {role} of {name}")
-    return f"{prefix}.{path}{spelt[1]}"
+    return f"{prefix}.{path}{spelled[1]}"
 
 
 def _prefix(part: str, path: str, family: str | None) -> str:

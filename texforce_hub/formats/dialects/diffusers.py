@@ -22,12 +22,12 @@ _FOREIGN = ("base_model.", "lora_", "lycoris_")
 def read_name(key: str) -> Reading | None:
     """``text_encoder.….q_proj.lora_A.weight``; ``transformers`` 5's flat spelling counts as well."""
     split = split_suffix(key, _READ)
-    place = split_part(split[0]) if split else None
-    if split is None or place is None or place[1].startswith(_FOREIGN):
+    named = split_part(split[0]) if split else None
+    if split is None or named is None or named[1].startswith(_FOREIGN):
         return None
-    if place[0] == "unet" and is_ldm(place[1]):  # OMI's
+    if named[0] == "unet" and is_ldm(named[1]):  # OMI's
         return None
-    name = publish(*place)
+    name = publish(*named)
     return None if name is None else Reading(name + split[2], split[1], split[0])
 
 
@@ -37,10 +37,10 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     Raises:
         DialectError: the role has no spelling here.
     """
-    spelt = write_suffix(name, role, _WRITTEN)
-    if spelt is None:
+    spelled = write_suffix(name, role, _WRITTEN)
+    if spelled is None:
         raise DialectError(f"diffusers: no spelling for the {role} of {name}")
-    return "".join(spelt)
+    return "".join(spelled)
 
 
 DIFFUSERS = Dialect(

@@ -64,13 +64,13 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
     Raises:
         DialectError: the role has no spelling here, or no reader could tell the layer from its flat name.
     """
-    spelt = write_suffix(name, role, _WRITTEN)
-    if spelt is None:
+    spelled = write_suffix(name, role, _WRITTEN)
+    if spelled is None:
         raise DialectError(f"kohya: no spelling for the {role} of {name}")
-    part, _, path = spelt[0].partition(".")
+    part, _, path = spelled[0].partition(".")
     if part == "unet" and family in _LDM_FAMILIES:
         path = to_ldm(path, family) or path
-    key = f"{_prefix(part, path, family)}_{flatten(path)}{spelt[1]}"
+    key = f"{_prefix(part, path, family)}_{flatten(path)}{spelled[1]}"
     reading = read_name(key)
     if reading is None or reading.name.partition(".")[2] != name.partition(".")[2]:
         raise DialectError(f"kohya: {name} cannot be flattened so that readers find it again; write it as 'diffusers'")

@@ -54,5 +54,5 @@ class Dialect:
     filename: str = "pytorch_lora_weights.safetensors"
 
     def recognizes(self, header: Header) -> bool:
-        """Whether any tensor of the file is spelt this way."""
+        """Whether any tensor of the file is spelled this way."""
         return any(self.read_name(key) is not None for key in header.tensors)

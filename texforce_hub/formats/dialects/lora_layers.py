@@ -18,10 +18,10 @@ def read_name(key: str) -> Reading | None:
     if split is None:
         return None
     stem, role, _ = split
-    place = split_part(stem)
-    part, path = place or (infer_part(stem), stem)
+    named = split_part(stem)
+    part, path = named or (infer_part(stem), stem)
     name = None if part is None or path.startswith(_FOREIGN) else publish(part, path)
-    return None if name is None else Reading(name, role, stem, assumed=place is None)
+    return None if name is None else Reading(name, role, stem, assumed=named is None)
 
 
 def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa: ARG001

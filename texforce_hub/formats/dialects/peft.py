@@ -37,10 +37,10 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     Raises:
         DialectError: the role has no spelling here, or no reader could tell the part from the module's name.
     """
-    spelt = write_suffix(name, role, _SUFFIXES)
-    if spelt is None or spelt[1] not in _SUFFIXES:
+    spelled = write_suffix(name, role, _SUFFIXES)
+    if spelled is None or spelled[1] not in _SUFFIXES:
         raise DialectError(f"peft: no spelling for the {role} of {name}")
-    module, end = spelt
+    module, end = spelled
     path = module.partition(".")[2]
     if infer_part(path) is None:
         raise DialectError(f"peft: no reader could tell which part {name!r:.100} belongs to; write it as 'diffusers'")

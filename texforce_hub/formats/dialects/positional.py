@@ -14,7 +14,7 @@ from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
 from texforce_hub.formats.dialects.layout import Dialect, Reading, Shapes
 
-_NAME = re.compile(r"(?P<stem>(?P<part>text_encoder|unet):(?P<place>0|[1-9]\d{0,5})):(?P<role>up|down)")
+_NAME = re.compile(r"(?P<stem>(?P<part>text_encoder|unet):(?P<index>0|[1-9]\d{0,5})):(?P<role>up|down)")
 _LISTED = re.compile(r"0|[1-9]\d{0,5}")
 _LIST = "list"  # the part of a list's layers, until their shapes tell it
 _TEXT = ("k_proj", "v_proj", "q_proj", "out_proj")
@@ -24,10 +24,10 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 def read_name(key: str) -> Reading | None:
     """A provisional name, ``text_encoder.#0``, to be settled when all shapes are known."""
     if _LISTED.fullmatch(key):
-        place, is_down = divmod(int(key), 2)
-        return Reading(f"{_LIST}.#{place}", "down" if is_down else "up", f"{_LIST}:{place}")
+        index, is_down = divmod(int(key), 2)
+        return Reading(f"{_LIST}.#{index}", "down" if is_down else "up", f"{_LIST}:{index}")
     match = _NAME.fullmatch(key)
-    return None if match is None else Reading(f"{match['part']}.#{match['place']}", match["role"], match["stem"])
+    return None if match is None else Reading(f"{match['part']}.#{match['index']}", match["role"], match["stem"])
 
 
 def settle(shapes: Shapes) -> Mapping[str, str]:
@@ -46,7 +46,7 @@ def settle(shapes: Shapes) -> Mapping[str, str]:
                 f"cloneofsimo: {len(mine)} unnamed layers of {whose} fit no known model in number and shapes, and a "
                 "layer's place alone does not name it; convert the file with the trainer that wrote it"
             )
-        settled |= {f"{part}.#{place}": name for place, (name, _) in enumerate(order)}
+        settled |= {f"{part}.#{index}": name for index, (name, _) in enumerate(order)}
     return settled
 
 
@@ -56,8 +56,8 @@ Walk = Sequence[tuple[str, tuple[int, ...]]]
 def _fits(walk: Walk, found: Shapes, part: str) -> bool:
     if len(walk) != len(found):
         return False
-    for place, (_, shape) in enumerate(walk):
-        roles = found.get(f"{part}.#{place}", {})
+    for index, (_, shape) in enumerate(walk):
+        roles = found.get(f"{part}.#{index}", {})
         if (roles.get("up", ())[:1], roles.get("down", (0, 0))[1:2]) != (shape[:1], shape[1:2]):
             return False
     return True

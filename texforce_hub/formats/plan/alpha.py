@@ -96,8 +96,8 @@ class Configs:
         config = config or self.collated.get(part) or self.collated.get(None)
         if config is None:
             return LayerSettings()
-        _, spelt = unwrap(stem.partition(" (")[0])
-        path = spelt if publish(part, spelt) == name else path
+        _, spelled = unwrap(stem.partition(" (")[0])
+        path = spelled if publish(part, spelled) == name else path
         stated, rank = config.alphas.find(path, self.layers), config.ranks.find(path, self.layers)
         return LayerSettings(config, config.alpha if stated is None else stated, config.rank if rank is None else rank)
 
@@ -144,9 +144,9 @@ def _by_part(collated: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
 def _read_config(config: Mapping[str, Any]) -> Config:
     rank = config.get("r")
     if rank is not None and (type(rank) is not int or rank < 0):
-        raise DialectError(f"r, the rank, is {rank!r:.80}; expected a whole number from 1: mend the configuration")
+        raise DialectError(f"r, the rank, is {rank!r:.80}; expected a whole number from 1: fix the configuration")
     if any(key in config and config[key] is None for key in ("lora_alpha", "alpha")):
-        raise DialectError("lora_alpha is null; expected a number: mend the configuration")
+        raise DialectError("lora_alpha is null; expected a number: fix the configuration")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise DialectError(
@@ -166,12 +166,12 @@ def _read_config(config: Mapping[str, Any]) -> Config:
 
 def _read_alpha(name: str, value: Any, config: Config, rank: Any) -> Alpha:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise DialectError(f"lora_alpha of {name} is {value!r:.80}; expected a number: mend the configuration")
+        raise DialectError(f"lora_alpha of {name} is {value!r:.80}; expected a number: fix the configuration")
     if not isinstance(config.rooted, (bool, NoneType)):
-        raise DialectError(f"use_rslora is {config.rooted!r:.80}; expected true or false: mend the configuration")
+        raise DialectError(f"use_rslora is {config.rooted!r:.80}; expected true or false: fix the configuration")
     rank = rank if config.is_product else None
     if rank is not None and (type(rank) is not int or rank < 1):
-        raise DialectError(f"the rank of {name} is {rank!r:.80}; expected a whole number from 1: mend it")
+        raise DialectError(f"the rank of {name} is {rank!r:.80}; expected a whole number from 1: fix it")
     return Alpha(_as_float(value), bool(config.rooted), rank)
 
 

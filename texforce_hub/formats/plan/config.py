@@ -93,7 +93,7 @@ def _find_magnitudes(layer: LayerPlan, config: Config) -> Iterator[str]:
 
 def note_config(config: Mapping[str, Any], used: Iterable[LayerSettings]) -> Iterator[str]:
     """What is worth knowing of the configuration that counts: what it lacks, and what it promises beside the layers."""
-    assumed = sum(one.assumes_alpha for one in used)
+    assumed = sum(settings.assumes_alpha for settings in used)
     if assumed:
         yield f"{assumed} layers have no alpha in the configuration; PEFT's own, {DEFAULT_ALPHA}, counts"
     promised = [words for option, words in _LOOSE.items() if config.get(option)]

@@ -249,13 +249,13 @@ def _plan_kronecker(shapes: Mapping[str, Shape]) -> _Outcome | str:
     factored_left = _product(shapes, "lokr_w1_a", "lokr_w1_b", "")
     right = shapes.get("lokr_w2")
     factored_right = _product(shapes, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    one = left or (factored_left[0] if factored_left else None)
-    two = right or (factored_right[0] if factored_right else None)
-    if one is None or two is None or len(one) != 2 or len(two) < 2:
+    first = left or (factored_left[0] if factored_left else None)
+    second = right or (factored_right[0] if factored_right else None)
+    if first is None or second is None or len(first) != 2 or len(second) < 2:
         return f"LoKr factors {_listed(shapes)} do not make two matrices"
-    rank = None if factored_right is None or right else min(one) * factored_right[1]
+    rank = None if factored_right is None or right else min(first) * factored_right[1]
     divisor = None if left and right else (factored_right or factored_left or ((), 1))[1]
-    return _Outcome("Kronecker", (one[0] * two[0], one[1] * two[1], *two[2:]), rank, divisor)
+    return _Outcome("Kronecker", (first[0] * second[0], first[1] * second[1], *second[2:]), rank, divisor)
 
 
 def _listed(shapes: Mapping[str, Shape]) -> str:

@@ -88,7 +88,7 @@ def sort_leftovers(keys: Iterable[str], layers: Collection[str] = ()) -> Leftove
         notes.append(f"{_count(unknown)} of unknown names, kept beside the layers and changing nothing")
     if weights:
         live = any(".base_layer." in key for key in weights)
-        advice = "the model was saved with its adapter live: repair mends it" if live else "a checkpoint holds them too"
+        advice = "the model was saved with its adapter live: repair fixes it" if live else "a checkpoint holds them too"
         notes.append(f"{_count(weights)} of a whole model left out ({advice})")
     faults = [f"{_count(lost)} that belong to an adapter and name no known layer"] if lost else []
     return Leftovers(tuple(extras), tuple(faults), tuple(notes))

@@ -38,14 +38,14 @@ class _Form:
         if start < 0 or (start > 0 and (self.whole or path[start - 1] != ".")):
             return None
         end = list(path[start:])
-        for place in self.wild:
-            end[place] = "."
+        for position in self.wild:
+            end[position] = "."
         return "".join(end)
 
 
 @dataclass(frozen=True, slots=True)
 class Patterns:
-    """Patterns ready for looking up: plain ``names`` by their form, and ``expressions``, each with its place.
+    """Patterns ready for looking up: plain ``names`` by their form, and ``expressions``, each with its position.
 
     Of those that fit, the first counts.
     """
@@ -63,7 +63,7 @@ class Patterns:
             raise DialectError(f"{len(self.names)} sorts of rank or alpha patterns could take forever to look through")
         found = [table[key] for form, table in self.names.items() if (key := form.key_of(path) or "") in table]
         times = layers * len(self.expressions)
-        found += [(place, value) for place, pattern, value in self.expressions if _matches(pattern, path, times)]
+        found += [(position, value) for position, pattern, value in self.expressions if _matches(pattern, path, times)]
         return min(found, key=lambda entry: entry[0])[1] if found else None
 
 
@@ -77,25 +77,25 @@ def read_patterns(patterns: Any) -> Patterns:
         raise DialectError(f"a rank or alpha pattern is {patterns!r:.80}; expected an object of patterns and numbers")
     names: dict[_Form, dict[str, tuple[int, Any]]] = {}
     expressions: list[tuple[int, str, Any]] = []
-    for place, (pattern, value) in enumerate((patterns or {}).items()):
+    for position, (pattern, value) in enumerate((patterns or {}).items()):
         if value is None:
             raise DialectError(f"pattern {pattern!r:.80} has no value; expected a number")
         plain = _PLAIN.fullmatch(pattern)
         if plain is None:
-            expressions.append((place, _checked(pattern), value))
+            expressions.append((position, _checked(pattern), value))
             continue
         name = plain["name"].replace("\\", "")
         form = _Form(len(name), tuple(_any_characters(plain["name"])), bool(plain["start"]))
-        names.setdefault(form, {}).setdefault(name, (place, value))
+        names.setdefault(form, {}).setdefault(name, (position, value))
     return Patterns(names, tuple(expressions))
 
 
 def _any_characters(name: str) -> Iterator[int]:
     """Where a plain pattern has dots that are not escaped, counted without the escapes."""
     escapes = 0
-    for place, character in enumerate(name):
-        if character == "." and name[place - 1 : place] != "\\":
-            yield place - escapes
+    for position, character in enumerate(name):
+        if character == "." and name[position - 1 : position] != "\\":
+            yield position - escapes
         escapes += character == "\\"
 
 
@@ -108,7 +108,7 @@ def _checked(pattern: str) -> str:
     try:
         re.compile(_anywhere(pattern))
     except (re.error, RecursionError, OverflowError) as error:
-        raise DialectError(f"pattern {pattern!r:.80} is no regular expression ({error}); mend it") from error
+        raise DialectError(f"pattern {pattern!r:.80} is no regular expression ({error}); fix it") from error
     return pattern
 
 

@@ -63,7 +63,7 @@ def plan_header(
 ) -> Plan:
     """The plan of a header, by the dialects of the table; ``part`` is the text encoder that the file's place names.
 
-    PEFT's config beside the file counts for all its tensors where ``owns_config``, else for those that PEFT spelt.
+    PEFT's config beside the file counts for all its tensors where ``owns_config``, else for those that PEFT spelled.
 
     Raises:
         DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
@@ -77,10 +77,10 @@ def plan_header(
     if not found.stems:
         raise DialectError(_nothing_read(header, dialects))
     named = _settle(found.stems.values(), dialects)
-    used = _used(_place(named, part))
+    used = _used(_assign_parts(named, part))
     configs = read_configs(header)
-    settings = [configs.of(one.name, one.stem, in_folder=owns_config or _is_wrapped(one.stem)) for one in used]
-    layers = _merge_twins(_plan_layer(stem, header, one) for stem, one in zip(used, settings, strict=True))
+    settings = [configs.of(stem.name, stem.stem, in_folder=owns_config or _is_wrapped(stem.stem)) for stem in used]
+    layers = _merge_twins(_plan_layer(stem, header, said) for stem, said in zip(used, settings, strict=True))
     trained = find_trained(found.unread, layers)
     if trained is not None:
         raise DialectError("this is {}: {!r}, {}; it cannot be read".format(*trained))
@@ -98,7 +98,7 @@ def plan_header(
         faults=(*found.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
         notes=(
             *_all_notes(layers, named),
-            *_placed(named, dialects),
+            *_note_positions(named, dialects),
             *note_config(header.config or {}, [s for stem, s in zip(used, settings) if "alpha" not in stem.roles]),
             *([_STRAY] if stray else []),
             *left.notes,
@@ -117,13 +117,13 @@ def _refuse_kinds(header: Header) -> None:
         raise DialectError(f"this is {kind} ({key!r}): {reason}; it cannot be read")
 
 
-def _used(placed: Iterable[Stem]) -> list[Stem]:
+def _used(stems: Iterable[Stem]) -> list[Stem]:
     """The layers that act: diffusers 0.16 also stored some that it never used."""
-    placed = list(placed)
-    used = [stem for stem in placed if stem.roles.keys() != {"unused"}]
+    stems = list(stems)
+    used = [stem for stem in stems if stem.roles.keys() != {"unused"}]
     if not used:
         raise DialectError(
-            f"all {len(placed)} pairs are such as diffusers 0.16 stored and never used; they change nothing"
+            f"all {len(stems)} pairs are such as diffusers 0.16 stored and never used; they change nothing"
         )
     return used
 
@@ -138,8 +138,8 @@ def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
         if not key.isprintable():
             found.clashes.append(f"{key!r} holds control characters, and no layer is called so")
             continue
-        place = f"{reading.stem}|{reading.name}"
-        stem = found.stems.setdefault(place, Stem(reading.stem, reading.name, dialect, reading.assumed))
+        identity = f"{reading.stem}|{reading.name}"
+        stem = found.stems.setdefault(identity, Stem(reading.stem, reading.name, dialect, reading.assumed))
         if reading.role in stem.roles and reading.role != "unused":
             found.clashes.append(
                 f"{key!r} and {stem.roles[reading.role][0]!r} are both the {reading.role} of one layer"
@@ -185,16 +185,16 @@ def _settle(stems: Iterable[Stem], dialects: Mapping[str, Dialect]) -> list[Stem
     return stems
 
 
-def _place(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
+def _assign_parts(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
     """Text layers whose encoder the file leaves open go to the one named; as wide as CLIP-G, to the second."""
     is_open = [stem.assumed and stem.name.startswith("text_encoder") for stem in stems]
     named = part if part is not None and part.startswith("text_encoder") else None
     wide = any(_width(stem) == _CLIP_G_WIDTH for stem, left_open in zip(stems, is_open) if left_open)
     for stem, left_open in zip(stems, is_open):
         if left_open:
-            home, _, path = stem.name.partition(".")
-            home = named or home
-            stem.name = f"{'text_encoder_2' if wide and home == 'text_encoder' else home}.{path}"
+            chosen, _, path = stem.name.partition(".")
+            chosen = named or chosen
+            stem.name = f"{'text_encoder_2' if wide and chosen == 'text_encoder' else chosen}.{path}"
         yield stem
 
 
@@ -207,9 +207,9 @@ def _width(stem: Stem) -> int | None:
 
 
 def _is_wrapped(name: str) -> bool:
-    """Whether PEFT spelt it: ``base_model.model.…``, or that after a part."""
-    place = split_part(name)
-    return (place[1] if place else name).startswith(WRAPPERS[0])
+    """Whether PEFT spelled it: ``base_model.model.…``, or that after a part."""
+    named = split_part(name)
+    return (named[1] if named else name).startswith(WRAPPERS[0])
 
 
 def _plan_layer(stem: Stem, header: Header, settings: LayerSettings) -> LayerPlan:
@@ -258,16 +258,16 @@ def _unreadable(extras: Sequence[str], header: Header) -> Iterator[str]:
         yield f"extra tensor {found[0]!r} has dtype {header.tensors[found[0]].dtype}, which torch cannot hold"
 
 
-def _placed(stems: Sequence[Stem], dialects: Mapping[str, Dialect]) -> Iterator[str]:
-    placed = sum(dialects[stem.dialect].settle is not None for stem in stems)
-    if placed:
-        yield f"{placed} layers have no names in the file; they are named by their places, which all shapes fit"
+def _note_positions(stems: Sequence[Stem], dialects: Mapping[str, Dialect]) -> Iterator[str]:
+    counted = sum(dialects[stem.dialect].settle is not None for stem in stems)
+    if counted:
+        yield f"{counted} layers have no names in the file; they are named by their places, which all shapes fit"
 
 
 def _is_for_both(layer: LayerPlan) -> bool:
-    """Whether it is spelt twice on purpose: by PEFT, once for each generation of ``transformers``."""
-    spelt = [tuple(one.keys.values()) for one in (layer, *layer.twins)]
-    return any({tuple(map(peft_twin, old)), old} == set(spelt) for old in spelt)
+    """Whether it is spelled twice on purpose: by PEFT, once for each generation of ``transformers``."""
+    spelled = [tuple(plan.keys.values()) for plan in (layer, *layer.twins)]
+    return any({tuple(map(peft_twin, old)), old} == set(spelled) for old in spelled)
 
 
 def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterator[str]:
@@ -279,7 +279,7 @@ def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterat
         yield f"{len(names)} layer{'s' if len(names) > 1 else ''} with {oddity}, e.g. {names[0]}"
     twice = sum(bool(layer.twins) and not _is_for_both(layer) for layer in layers.values())
     if twice:
-        yield f"{twice} layers are spelt twice; equal ones count once"
+        yield f"{twice} layers are spelled twice; equal ones count once"
     unused = sum("unused" in stem.roles for stem in stems)
     if unused:
         yield f"{unused} pairs that diffusers 0.16 stored and never used are left out"
@@ -290,7 +290,7 @@ def plan(header: Header, part: str | None = None, *, owns_config: bool = False) 
 
     ``part`` is the text encoder that the file's place names (``text_encoder_2/adapter_model.safetensors``); it
     counts where the tensors' names leave that open. ``owns_config`` is that the file is called as PEFT calls its
-    own: then the config beside it counts whatever way its tensors are spelt, else for those that PEFT spelt.
+    own: then the config beside it counts whatever way its tensors are spelled, else for those that PEFT spelled.
 
     Raises:
         DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
