@@ -14,6 +14,8 @@ from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
 from texforce_hub.families.original_unet import to_ldm
 from texforce_hub.files.writing import write_tensors
 from texforce_hub.pipelines.save import refuse_live_adapters
+from texforce_hub.pipelines.scheduler_facts import describe_scheduler
+from texforce_hub.pipelines.single_file import usual_scheduler
 
 _VAE = {"norm1": "norm1", "norm2": "norm2", "conv1": "conv1", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
@@ -25,7 +27,8 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype 
     """Save an SD1, SD2 or SDXL pipeline as one checkpoint, with whatever is fused into it.
 
     SD2's original text encoder has a 24th block that no pipeline reads; like every ``diffusers`` export, the file
-    holds 23. ``dtype``: the pipeline's own by default.
+    holds 23. What the scheduler has to know is marked as other tools read it, and stands whole in the header.
+    ``dtype``: the pipeline's own by default.
 
     Raises:
         FamilyError: another family.
@@ -39,7 +42,8 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype 
     tensors |= _text_tensors(pipe, family)
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    return write_tensors(Path(file), tensors)
+    marks, metadata = describe_scheduler(pipe.scheduler, usual_scheduler(family))
+    return write_tensors(Path(file), tensors | marks, metadata)
 
 
 def pipeline_family(pipe: Any) -> str:

@@ -1,5 +1,6 @@
 """Load a single-file checkpoint (the original latent-diffusion layout) of SD1, SD2 or SDXL, offline."""
 
+import json
 import logging
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.files.container import open_header
 from texforce_hub.files.header import Header
 from texforce_hub.pipelines.folder import read_json
+from texforce_hub.pipelines.scheduler_facts import MODELSPEC, names_prediction, restore_scheduler
 from texforce_hub.pipelines.tokenizer import write_tokenizer
 
 logger = logging.getLogger("texforce_hub")
@@ -43,7 +45,7 @@ def checkpoint_family(header: Header) -> str:
 
 
 def load_single_file(path: Path, dtype: torch.dtype, *, config: Path | None = None) -> Any:
-    """A pipeline from one file.
+    """A pipeline from one file, its scheduler as the file says.
 
     ``config`` is a pipeline folder without weights; by default the family's own, with a tokenizer made from the
     vocabulary that an installed package carries.
@@ -57,15 +59,28 @@ def load_single_file(path: Path, dtype: torch.dtype, *, config: Path | None = No
     except (FamilyError, PipelineError) as error:
         raise type(error)(f"{path}: {error}") from error
     if config is not None:
-        return _from_file(path, family, config, dtype)
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder)
-        write_config(family, made)
-        pipe = _from_file(path, family, made, dtype)
-    if header.metadata.get("modelspec.prediction_type") == "v":
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
-        logger.info("%s: v-prediction, as its header says", path)
+        pipe = _from_file(path, family, config, dtype)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder)
+            write_config(family, made)
+            pipe = _from_file(path, family, made, dtype)
+    pipe.scheduler = restore_scheduler(pipe.scheduler, header, path)
+    if family == "sd2" and not names_prediction(header):
+        logger.warning(
+            "%s does not say whether it predicts noise or v, and SD2 has models of both; drawn as noise. If pictures "
+            "are grey or overdone, it is v: give its diffusers folder, or write %s = v into its header",
+            path,
+            MODELSPEC,
+        )
     return pipe
+
+
+def usual_scheduler(family: str) -> dict[str, Any]:
+    """The configuration of the scheduler that every tool takes for granted for this family."""
+    file = resources.files("texforce_hub.pipelines") / "configs" / family / "scheduler" / "scheduler_config.json"
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
 
 
 def write_config(family: str, folder: Path) -> None:

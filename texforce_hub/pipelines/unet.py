@@ -21,6 +21,7 @@ from texforce_hub.hub.remote import RemotePath
 from texforce_hub.pipelines.build import build_unet
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
+from texforce_hub.pipelines.scheduler_facts import restore_scheduler, take_noise
 
 logger = logging.getLogger("texforce_hub")
 
@@ -54,6 +55,15 @@ def put_unet(pipe: Any, unet: str) -> None:
         logger.warning("%s was saved with live adapters; repaired with them summed in (scale 1)", path)
     own = config or dict(pipe.unet.config)
     pipe.register_modules(unet=build_unet(own, _plain_names(state), pipe.unet.dtype))
+    pipe.scheduler = _scheduler_of(files, pipe.scheduler)
+
+
+def _scheduler_of(files: list[Path], scheduler: Any) -> Any:
+    """The pipeline's scheduler with what this U-Net's file, or the pipeline's folder that it lies in, says of it."""
+    beside = files[0].parent.parent / "scheduler" / "scheduler_config.json"
+    if files[0].parent.name in _IN_A_FOLDER and beside.is_file():
+        return take_noise(scheduler, read_json(beside), beside)
+    return restore_scheduler(scheduler, open_header(files[0]), files[0])
 
 
 def _find(ref: AdapterRef) -> Path:
