@@ -10,6 +10,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.support.watching import broken_rules, watch_files
+
+
+def pytest_configure(config):
+    """From here on every file that our code opens is looked at."""
+    watch_files()
+
+
+@pytest.fixture(autouse=True)
+def files_are_opened_by_the_rules():
+    """Only ``files`` opens tensor files, and everything is written through ``files.writing``: held in every test."""
+    broken_rules()
+    yield
+    assert broken_rules() == []
+
 
 def pytest_collection_modifyitems(config, items):
     """GPU tests are skipped with a reason; campaigns run only when asked for by marker."""

@@ -1,12 +1,12 @@
 """From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from texforce_hub.errors import DialectError, FileError, HubError, RefError
 from texforce_hub.files.container import open_header
+from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
 from texforce_hub.hub.catalog import CatalogEntry
@@ -181,10 +181,9 @@ def fetch_remote_file(remote: RemotePath, file: RemoteFile) -> Path:
     """
     path = fetch_file(file)
     if remote.sha256:
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != remote.sha256:
-            raise HubError(f"{file}: its SHA-256 is {found[:12]}…, the catalogue's {remote.sha256[:12]}…; not used")
+        digest = hash_files([path])
+        if digest != remote.sha256:
+            raise HubError(f"{file}: its SHA-256 is {digest[:12]}…, the catalogue's {remote.sha256[:12]}…; not used")
     return path
 
 

@@ -1,6 +1,5 @@
 """A repository's file in the cache that all Hugging Face libraries share; fetched once, and checked."""
 
-import hashlib
 import logging
 import re
 from contextlib import suppress
@@ -10,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from texforce_hub.errors import HubError
+from texforce_hub.files.hashing import hash_files
 from texforce_hub.hub.huggingface.client import LIBRARY, find_endpoint, make_headers
 from texforce_hub.hub.huggingface.faults import FAULTS, explained
 from texforce_hub.hub.huggingface.repository import RemoteFile, Repository
@@ -87,12 +87,11 @@ def _check_hash(file: RemoteFile, path: Path) -> None:
     """What was fetched has the listed hash, or is taken out of the cache again."""
     if not file.blob.sha256:
         return
-    with path.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != file.blob.sha256:
-        for place in (path.resolve(), path):
-            place.unlink(missing_ok=True)
-        raise HubError(f"{file}: fetched with SHA-256 {found[:12]}…, listed with {file.blob.sha256[:12]}…; try again")
+    digest = hash_files([path])
+    if digest != file.blob.sha256:
+        for copy in (path.resolve(), path):
+            copy.unlink(missing_ok=True)
+        raise HubError(f"{file}: fetched with SHA-256 {digest[:12]}…, listed with {file.blob.sha256[:12]}…; try again")
 
 
 @cache
