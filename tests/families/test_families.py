@@ -63,11 +63,11 @@ def meta_transformer(row):
     import diffusers
 
     heads = row.width // 64
-    if row.layout == "sd3":
+    if row.design == "sd3":
         return diffusers.SD3Transformer2DModel(
             num_layers=row.blocks, attention_head_dim=64, num_attention_heads=heads, caption_projection_dim=row.width
         )
-    if row.layout == "flux":
+    if row.design == "flux":
         return diffusers.FluxTransformer2DModel(
             num_layers=row.blocks, num_single_layers=row.singles, num_attention_heads=24, guidance_embeds=True
         )

@@ -190,8 +190,8 @@ def test_every_command_says_it_in_one_line_at_once_and_leaves_nothing(tmp_path, 
     ("command", "where", "error"),
     [
         ("inspect", "texforce_hub.hub.inspect.plan_bundle", ValueError("Exceeds the limit")),
-        ("convert", "texforce_hub.hub.convert.open_bundle", RuntimeError("Stride calculation overflowed")),
-        ("convert", "texforce_hub.hub.convert.open_bundle", MemoryError("160 GB")),
+        ("convert", "texforce_hub.hub.convert.open_adapter", RuntimeError("Stride calculation overflowed")),
+        ("convert", "texforce_hub.hub.convert.open_adapter", MemoryError("160 GB")),
     ],
 )
 def test_whatever_one_file_raises_the_others_are_done(tmp_path, monkeypatch, command, where, error):

@@ -18,9 +18,9 @@ from texforce_hub.families import FAMILIES
 from texforce_hub.hub.bundles import bundle_file, bundle_folder, plan_bundle
 from texforce_hub.hub.convert import convert_adapter, plan_conversions
 from texforce_hub.hub.find import find_bundle, find_bundles
-from texforce_hub.hub.inspect import inspect_bundle
-from texforce_hub.hub.measure import measure_bundle
-from texforce_hub.hub.read import open_adapter, read_adapter, read_outline
+from texforce_hub.hub.inspect import inspect_file
+from texforce_hub.hub.measure import measure_file
+from texforce_hub.hub.read import open_adapter, read_adapter
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.merge.merge import merge_adapters
 
@@ -112,7 +112,7 @@ def test_peft_folders_of_parts_are_one_adapter(tmp_path, text, unet):
     same(read_adapter(tmp_path / "both"), whole)
     stored = open_adapter(tmp_path / "both")
     assert set(stored.layers) == set(whole.layers)
-    outline = read_outline(tmp_path / "both")
+    outline = open_adapter(tmp_path / "both", checked=False).outline
     assert {name: layer.shape for name, layer in outline.layers.items()} == {
         name: layer.shape for name, layer in whole.layers.items()
     }
@@ -128,7 +128,7 @@ def test_several_parts_become_a_folder_of_peft_folders_that_is_read_as_one(tmp_p
     assert sorted(one.name for one in output.iterdir()) == ["text_encoder", "unet"]
     assert (tmp_path / "out" / "cat.json").is_file()
     same(read_adapter(output), whole)
-    assert [one.ending for one in inspect_bundle(find_bundle(output)).sidecars] == [".json"]
+    assert [one.ending for one in inspect_file(find_bundle(output)).sidecars] == [".json"]
     with pytest.raises(FileError, match="text_encoder, unet are a folder each; name a new folder"):
         write_adapter(whole, output, dialect="peft")
     with pytest.raises(FileError, match="name a new folder"):
@@ -225,7 +225,7 @@ def test_halves_of_different_models_are_refused(tmp_path):
     write_adapter(wide, tmp_path / "text_encoder", dialect="peft")
     with pytest.raises(DialectError, match="do not belong together"):
         read_adapter(tmp_path)
-    assert inspect_bundle(find_bundle(tmp_path)).error is not None
+    assert inspect_file(find_bundle(tmp_path)).error is not None
 
 
 def test_a_damaged_half_is_named(tmp_path):
@@ -233,7 +233,7 @@ def test_a_damaged_half_is_named(tmp_path):
     (tmp_path / "unet" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(FileError, match=r"unet/adapter_model\.safetensors: is empty"):
         read_adapter(tmp_path)
-    facts = inspect_bundle(find_bundle(tmp_path))
+    facts = inspect_file(find_bundle(tmp_path))
     assert "unet" in (facts.error or "")
 
 
@@ -336,7 +336,7 @@ def test_inspect_says_that_it_is_one_adapter_in_several_files(tmp_path):
     assert found["sha256"] is None
     (weighed,) = json.loads(run("inspect", tmp_path, "--json", "--weights").stdout)["files"]
     assert len(weighed["weights"]) == 4
-    assert len(measure_bundle(find_bundle(tmp_path / "both"))) == 4
+    assert len(measure_file(find_bundle(tmp_path / "both"))) == 4
 
 
 def test_check_convert_and_merge_take_it_as_one(tmp_path):

@@ -289,7 +289,7 @@ def test_a_catalogue_name_is_its_folder(tmp_path, monkeypatch):
         "lost": CatalogEntry("lost", "T", "shapes", "x", folder=tmp_path / "nowhere"),
         "away": CatalogEntry("away", "T", "sd1", "x", repo="me/x", revision="0" * 40),
     }
-    monkeypatch.setattr("texforce_hub.hub.find.read_catalog", lambda: entries)
+    monkeypatch.setattr("texforce_hub.hub.catalog._read_catalog", lambda _: entries)
     same(read_adapter("here:0.3"), read_adapter(PEFT))
     with pytest.raises(HubError, match=r"me/x@0000.*HF_HUB_OFFLINE is set"):
         read_adapter("away")

@@ -8,7 +8,6 @@ from safetensors.torch import save
 
 from tests.support.hub_session import LAYER, adapter_bytes, find_file, find_files, forget, peft_files, pickle_bytes
 from texforce_hub.errors import FileError, HubError, RefError
-from texforce_hub.hub import find as locate
 from texforce_hub.hub.catalog import CatalogEntry
 from texforce_hub.hub.find import find_local, find_path, list_adapters, pin_source
 from texforce_hub.hub.read import read_adapter
@@ -134,7 +133,7 @@ def test_a_catalogue_entry_on_the_hub_is_fetched_and_its_hash_verified(hub, monk
         "good": CatalogEntry("good", "T", "sd1", "x", **pin, sha256=sha256),
         "bad": CatalogEntry("bad", "T", "sd1", "x", **pin, sha256="0" * 64),
     }
-    monkeypatch.setattr(locate, "read_catalog", lambda: entries)
+    monkeypatch.setattr("texforce_hub.hub.catalog._read_catalog", lambda _: entries)
     assert find_file("good:0.5").read_bytes() == adapter_bytes()
     with pytest.raises(HubError, match="the catalogue's 000000000000…; not used"):
         find_file("bad")

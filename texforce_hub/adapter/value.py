@@ -15,6 +15,7 @@ from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import narrow
 from texforce_hub.errors import AdapterError
+from texforce_hub.families.names import part_of
 from texforce_hub.families.recognition import FamilyVerdict, recognize_family
 
 LayerName = str
@@ -51,7 +52,7 @@ class Adapter:
     @property
     def parts(self) -> tuple[str, ...]:
         """The pipeline parts it changes, in the order of the layers: ``text_encoder``, ``unet`` …"""
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.layers))
+        return tuple(dict.fromkeys(part_of(name) for name in self.layers))
 
     @property
     def ranks(self) -> Mapping[LayerName, int | None]:
@@ -96,7 +97,7 @@ class Adapter:
 
     def only(self, part: str) -> "Adapter":
         """The layers of one part (``"text_encoder"``), without extras."""
-        chosen = {n: layer for n, layer in self.layers.items() if n.partition(".")[0] == part}
+        chosen = {n: layer for n, layer in self.layers.items() if part_of(n) == part}
         return replace(self, layers=chosen, extras={})
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Adapter":

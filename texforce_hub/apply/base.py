@@ -10,13 +10,12 @@ from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families import FAMILIES, Family, find_family
 from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.families.checkpoint_weights import checkpoint_weights
+from texforce_hub.families.names import PARTS, part_of
 from texforce_hub.families.recognition import claims_family
 from texforce_hub.families.text import ClipEncoder
 from texforce_hub.files.container import open_header
 
 Shape = tuple[int, ...]
-
-PARTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +29,7 @@ class BaseShapes:
     @property
     def parts(self) -> tuple[str, ...]:
         """The parts it has."""
-        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.weights))
+        return tuple(dict.fromkeys(part_of(name) for name in self.weights))
 
     def shape_of(self, layer: str) -> Shape | None:
         """The shape of what a layer of this name changes; ``None`` if there is no such weight."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from texforce_hub.apply.base import BaseShapes, Shape, read_base
 from texforce_hub.errors import DialectError, FamilyError
+from texforce_hub.families.names import part_of, path_of
 from texforce_hub.families.original_transformer import find_rows
 from texforce_hub.formats.plan.layers import LayerPlan
 from texforce_hub.formats.plan.planning import Plan
@@ -81,7 +82,7 @@ def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:
     parts: dict[str, dict[str, LayerPlan]] = {}
     for layer in layers:
         if not layer.faults:
-            parts.setdefault(layer.name.partition(".")[0], {})[layer.name] = layer
+            parts.setdefault(part_of(layer.name), {})[layer.name] = layer
     return parts
 
 
@@ -109,7 +110,7 @@ def _misfit(weight: str, shape: Shape, base: BaseShapes) -> str | None:
 
 def _sort_original(name: str, layer: LayerPlan, base: BaseShapes, outcome: _Sorted) -> None:
     """A layer that the base does not have, unless it is one of the authors' own names for what it has."""
-    part, _, path = name.partition(".")
+    part, path = part_of(name), path_of(name)
     try:
         rows = find_rows(path, layer.shape) if part == "transformer" else ()
     except FamilyError as error:

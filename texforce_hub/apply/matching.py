@@ -18,6 +18,7 @@ from texforce_hub.apply.model import parts_of, plain, unwrapped
 from texforce_hub.apply.patch import TunerLayer, can_attach
 from texforce_hub.errors import AdapterError, FamilyError, MatchError
 from texforce_hub.families import live_name
+from texforce_hub.families.names import part_of, path_of
 from texforce_hub.families.original_transformer import Ranges, Rows, find_rows
 
 
@@ -111,7 +112,7 @@ def match(adapter: Adapter, target: Any, *, attaching: bool) -> dict[LayerName, 
     modules = parts_of(target)
     decisions: dict[LayerName, Decision] = {}
     for part in adapter.parts:
-        layers = {name: layer for name, layer in adapter.layers.items() if name.partition(".")[0] == part}
+        layers = {name: layer for name, layer in adapter.layers.items() if part_of(name) == part}
         decisions |= _match_part(part, layers, modules, attaching=attaching)
     return decisions
 
@@ -149,7 +150,7 @@ def _match_in(
 
 def _prefix(root: nn.Module, layers: Iterable[LayerName]) -> str:
     """Where inside somebody else's module the encoder lies (``transformer.`` …); empty if at the top."""
-    first = next(iter(layers)).partition(".")[2]
+    first = path_of(next(iter(layers)))
     endings = {live_name(first, has) for has in (True, False)}
     if any(_child(root, ending) is not None for ending in endings):
         return ""
@@ -167,7 +168,7 @@ def _child(root: nn.Module, path: str) -> nn.Module | None:
 
 def _decide(part: str, root: nn.Module, prefix: str, name: LayerName, layer: Layer, *, attaching: bool) -> Decision:
     encoder = _child(root, prefix.rstrip(".")) if prefix else root
-    inside = name.partition(".")[2]
+    inside = path_of(name)
     path = prefix + live_name(inside, hasattr(encoder, "text_model"))
     whole = _find(part, root, path, layer, attaching=attaching)
     if whole is not None:

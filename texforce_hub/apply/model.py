@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.errors import FamilyError, MatchError, MergeError
 from texforce_hub.families import live_name
-from texforce_hub.families.names import PARTS
+from texforce_hub.families.names import PARTS, part_of, path_of
 from texforce_hub.families.original_transformer import find_rows
 from texforce_hub.families.parameters import Shape
 
@@ -45,7 +45,7 @@ def _weight(base: Base, name: LayerName) -> Tensor | None:
 
 def _join(base: Base, name: LayerName, shape: Shape) -> Tensor | None:
     """The weight of an original layer whose rows ``diffusers`` has in other layers; ``None`` if they do not fit."""
-    part, _, path = name.partition(".")
+    part, path = part_of(name), path_of(name)
     try:
         targets = find_rows(path, shape) if part == "transformer" else ()
     except FamilyError:
@@ -62,7 +62,7 @@ def _join(base: Base, name: LayerName, shape: Shape) -> Tensor | None:
 
 
 def _live_weight(base: Base, name: LayerName) -> Any:
-    part, _, path = name.partition(".")
+    part, path = part_of(name), path_of(name)
     modules = parts_of(base)
     if part not in modules:
         return None

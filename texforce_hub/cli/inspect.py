@@ -126,14 +126,14 @@ def _measure(
 ) -> "tuple[list[Inspection], dict[Path, list[LayerFacts]]]":
     """The numbers of every readable file; one whose numbers cannot be read is unreadable after all."""
     from texforce_hub.hub.inspect import with_error
-    from texforce_hub.hub.measure import measure_bundle, with_numbers
+    from texforce_hub.hub.measure import measure_file, with_numbers
 
     judged, measured = [], {}
     for inspection in track(inspections, total=len(inspections), what="measuring"):
         judged.append(inspection)
         if inspection.error is None:
             try:
-                measured[inspection.path] = measure_bundle(bundles[inspection.path])
+                measured[inspection.path] = measure_file(bundles[inspection.path])
                 judged[-1] = with_numbers(inspection, measured[inspection.path])
             except TexForceHubError as error:
                 judged[-1] = with_error(inspection, str(error))

@@ -26,6 +26,16 @@ _OWN_MODULES = {
 }
 
 
+def part_of(name: str) -> str:
+    """The part that a layer of this name changes: ``unet`` of ``unet.conv_in``."""
+    return name.partition(".")[0]
+
+
+def path_of(name: str) -> str:
+    """A layer's name inside its part: ``conv_in`` of ``unet.conv_in``."""
+    return name.partition(".")[2]
+
+
 def split_part(path: str) -> tuple[str, str] | None:
     """``(part, path inside it)`` where the name says its part; ``None`` where it does not."""
     for part in PARTS:

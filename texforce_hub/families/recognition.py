@@ -9,6 +9,7 @@ from typing import Any
 
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
+from texforce_hub.families.names import part_of, path_of
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
@@ -83,7 +84,7 @@ def _fits(family: Family, name: str, shape: Shape) -> bool:
     known = next((found for n in _spellings(family, name) if (found := family.shape_of(n)) is not None), None)
     if known is not None:
         return known[0] == shape[0] and math.prod(known) == math.prod(shape)
-    part, _, path = name.partition(".")
+    part, path = part_of(name), path_of(name)
     originals = getattr(family.parts.get(part), "originals", ())
     return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", path) in originals
 
@@ -91,7 +92,7 @@ def _fits(family: Family, name: str, shape: Shape) -> bool:
 def _spellings(family: Family, name: str) -> Iterator[str]:
     """The layer's name, or for T5 the part in which this family keeps it."""
     yield name
-    part, _, path = name.partition(".")
+    part, path = part_of(name), path_of(name)
     if path.startswith("encoder.block."):
         yield from (f"{other}.{path}" for other in family.parts if other != part)
 
@@ -99,7 +100,7 @@ def _spellings(family: Family, name: str) -> Iterator[str]:
 def _by_part(shapes: Mapping[str, Shape]) -> Mapping[str, Mapping[str, Shape]]:
     parts: dict[str, dict[str, Shape]] = {}
     for name, shape in shapes.items():
-        parts.setdefault(name.partition(".")[0], {})[name] = shape
+        parts.setdefault(part_of(name), {})[name] = shape
     return parts
 
 
@@ -122,7 +123,7 @@ def _summary(candidates: tuple[str, ...], shapes: Mapping[str, Shape]) -> str:
         return "of no known family"
     if len(candidates) == 1:
         return FAMILIES[candidates[0]].title
-    parts = {name.partition(".")[0] for name in shapes}
+    parts = {part_of(name) for name in shapes}
     if parts == {"text_encoder"} and "sd1" in candidates:
         others = "/".join(name.upper() if name != "flux" else "Flux" for name in candidates if name != "sd1")
         return f"CLIP-L alone: SD1.x, or part 1 of {others}"

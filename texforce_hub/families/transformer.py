@@ -18,7 +18,7 @@ class Transformer:
     are read under those names and written back unchanged. What they are here: ``families.originals``.
     """
 
-    layout: Literal["sd3", "flux", "pixart"]
+    design: Literal["sd3", "flux", "pixart"]
     width: int
     blocks: int
     context: int
@@ -27,13 +27,13 @@ class Transformer:
 
     def weights(self) -> Weights:
         """The parameters' names and shapes."""
-        block = self._pixart_block() if self.layout == "pixart" else self._joint_block()
+        block = self._pixart_block() if self.design == "pixart" else self._joint_block()
         found = self._around()
         for index in range(self.blocks):
             found |= under(f"transformer_blocks.{index}", block)
         for index in range(self.singles):
             found |= under(f"single_transformer_blocks.{index}", self._single_block())
-        return found if self.layout != "sd3" else self._without_last_context(found)
+        return found if self.design != "sd3" else self._without_last_context(found)
 
     def _joint_block(self) -> Weights:
         width = self.width
@@ -68,14 +68,14 @@ class Transformer:
 
     def _around(self) -> Weights:
         width = self.width
-        if self.layout == "pixart":
+        if self.design == "pixart":
             found = convolution("pos_embed.proj", width, 4, 2) | linear("proj_out", 32, width)
             found |= linear("adaln_single.linear", 6 * width, width)
             found |= _embedder("adaln_single.emb.timestep_embedder", width, 256)
             return found | _embedder("caption_projection", width, self.context)
         found = linear("context_embedder", width, self.context) | linear("norm_out.linear", 2 * width, width)
         found |= linear("proj_out", 64, width) | _embedder("time_text_embed.timestep_embedder", width, 256)
-        if self.layout == "sd3":
+        if self.design == "sd3":
             return found | convolution("pos_embed.proj", width, 16, 2) | self._pooled(2048)
         found |= linear("x_embedder", width, 64) | _embedder("time_text_embed.guidance_embedder", width, 256)
         return found | self._pooled(768)

@@ -12,7 +12,7 @@ from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.draw import DrawSettings
 from texforce_hub.generate.prompts.tags import TaggedPrompt
-from texforce_hub.hub.find import find_bundle, find_local, find_remote_path, pin_source
+from texforce_hub.hub.find import find_bundle, find_local, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.recipe import Recipe, RecipeSource
 
@@ -87,7 +87,9 @@ def _pin_unet(unet: str) -> str:
     ref = AdapterRef.parse(unet)
     if find_local(ref) is not None:
         return unet
-    return str(replace(ref, source=find_remote_path(ref).name))
+    from texforce_hub.hub.remote import find_remote
+
+    return str(replace(ref, source=find_remote(ref).name))
 
 
 def replay_run(path: Path) -> DrawRun:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from texforce_hub.hub.refs.hub_id import HubId
 
+_REPOSITORY = "models--"  # how a repository's folder begins; ``--`` stands for a slash
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -14,12 +15,18 @@ def hub_id_of(path: Path) -> HubId | None:
     parts = path.absolute().parts
     for index, (folder, commit) in enumerate(pairwise(parts)):
         repo = parts[index - 1]
-        if folder == "snapshots" and _COMMIT.fullmatch(commit) and repo.startswith("models--"):
+        if folder == "snapshots" and _COMMIT.fullmatch(commit) and repo.startswith(_REPOSITORY):
             inside = "/".join(parts[index + 2 :])
-            return HubId(repo.removeprefix("models--").replace("--", "/"), commit, inside or None)
+            return HubId(repo.removeprefix(_REPOSITORY).replace("--", "/"), commit, inside or None)
     return None
 
 
-def _in_hub_cache(path: Path) -> bool:
+def is_in_hub_cache(path: Path) -> bool:
+    """Whether a path lies in a Hub cache: then a stranger put the file there."""
     folders = path.absolute().parts
-    return "snapshots" in folders and any(folder.startswith("models--") for folder in folders)
+    return "snapshots" in folders and any(folder.startswith(_REPOSITORY) for folder in folders)
+
+
+def repository_folder(path: Path) -> Path | None:
+    """The folder of the repository, in a Hub cache, that a path lies in; ``None`` outside of one."""
+    return next((folder for folder in path.parents if folder.name.startswith(_REPOSITORY)), None)

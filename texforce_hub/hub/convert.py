@@ -18,7 +18,7 @@ from texforce_hub.hub.bundles import Bundle
 from texforce_hub.hub.cache import hub_id_of
 from texforce_hub.hub.filenames import SUFFIXES, is_safetensors
 from texforce_hub.hub.find import find_bundle, find_bundles, find_path
-from texforce_hub.hub.read import open_bundle
+from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
 from texforce_hub.hub.sidecars import Sidecar, find_sidecars, leads_away
 from texforce_hub.hub.stack import check_patterns
@@ -108,7 +108,7 @@ def convert_bundle(
     """
     chosen = _dtype(dtype)
     filename = find_writable(dialect).filename
-    adapter = open_bundle(bundle, alpha=alpha, allow_pickle=allow_pickle)
+    adapter = open_adapter(bundle, alpha=alpha, allow_pickle=allow_pickle)
     if weights is not None:
         check_patterns(weights.label, adapter.outline, weights)
         adapter = adapter.weighted(weights.weight_of)

@@ -14,12 +14,11 @@ from texforce_hub.hub.bundles import Bundle, bundle_file, bundle_folder, part_fo
 from texforce_hub.hub.cache import hub_id_of
 from texforce_hub.hub.catalog import CatalogEntry, read_catalog
 from texforce_hub.hub.filenames import PREFERRED, SUFFIXES, choose_name, is_safetensors, list_names
-from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
 
 if TYPE_CHECKING:
     from texforce_hub.hub.huggingface.repository import RemoteFile
-    from texforce_hub.hub.remote import RemotePath
 _LOG = logging.getLogger("texforce_hub")
 _FORCED = "hf://"
 
@@ -33,9 +32,9 @@ def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
     """
     path = find_local(ref)
     if path is None:
-        from texforce_hub.hub.remote import fetch_adapter
+        from texforce_hub.hub.remote import fetch_adapter, find_remote
 
-        path = fetch_adapter(find_remote_path(ref))
+        path = fetch_adapter(find_remote(ref))
     return pick_bundle(path) if path.is_dir() else bundle_file(path)
 
 
@@ -47,9 +46,9 @@ def find_path(ref: str | Path | AdapterRef) -> Path:
     """
     path = find_local(ref)
     if path is None:
-        from texforce_hub.hub.remote import fetch_all
+        from texforce_hub.hub.remote import fetch_all, find_remote
 
-        return fetch_all(find_remote_path(ref))
+        return fetch_all(find_remote(ref))
     return path
 
 
@@ -59,7 +58,7 @@ def find_local(ref: str | Path | AdapterRef) -> Path | None:
     Raises:
         RefError: nothing of that name here, and it can be none on the Hub.
     """
-    source = _source_of(ref)
+    source = source_of(ref)
     if not source.startswith(_FORCED) and "\0" not in source and os.path.lexists(source):
         if isinstance(ref, str | AdapterRef):
             _say_shadow(source)
@@ -70,24 +69,6 @@ def find_local(ref: str | Path | AdapterRef) -> Path | None:
     if isinstance(ref, Path) or not _names_hub(source):
         raise RefError(_not_found(source))
     return None
-
-
-def _source_of(ref: str | Path | AdapterRef) -> str:
-    if isinstance(ref, str):
-        ref = AdapterRef.parse(ref)
-    return ref.source if isinstance(ref, AdapterRef) else str(ref)
-
-
-def find_remote_path(ref: str | Path | AdapterRef) -> "RemotePath":
-    """What a reference means on the Hub, if :func:`find_local` says that it is there; nothing is fetched.
-
-    Raises:
-        RefError, HubError: as :func:`texforce_hub.hub.remote.find_remote`.
-    """
-    from texforce_hub.hub.remote import find_remote
-
-    source = _source_of(ref)
-    return find_remote(read_catalog().get(source) or source)
 
 
 @cache
@@ -183,9 +164,9 @@ def list_adapters(ref: str | Path | AdapterRef) -> "list[Bundle] | list[RemoteFi
     path = find_local(ref)
     if path is not None:
         return _find_here(path)
-    from texforce_hub.hub.remote import list_remote_files
+    from texforce_hub.hub.remote import find_remote, list_remote_files
 
-    return list_remote_files(find_remote_path(ref))
+    return list_remote_files(find_remote(ref))
 
 
 def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:

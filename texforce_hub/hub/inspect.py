@@ -1,23 +1,19 @@
 """What a file says by its header alone, and its hash: layout, family, parts, ranks, alphas, problems."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from texforce_hub.errors import TexForceHubError
+from texforce_hub.families.names import part_of
 from texforce_hub.files.container import sniff
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.header import regular_size
 from texforce_hub.formats.plan.planning import Plan
 from texforce_hub.hub.bundles import Bundle, bundle_file, plan_bundle
 from texforce_hub.hub.sidecars import Sidecar, find_contradictions, find_sidecars
-
-if TYPE_CHECKING:
-    pass
-_LOG = logging.getLogger("texforce_hub")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,23 +66,15 @@ class Inspection:
         return plain | {"path": str(self.path), "autov2": self.autov2, "layers": self.layers}
 
 
-def inspect_file(path: str | Path, *, hashed: bool = True) -> Inspection:
-    """The facts of one file, adapter or not; nothing in it is run, and its tensors are only hashed.
+def inspect_file(source: str | Path | Bundle, *, hashed: bool = True) -> Inspection:
+    """The facts of a file, adapter or not, or of an adapter in several; nothing in it is run, its tensors are hashed.
 
-    With ``hashed=False`` no more than its header is read, and there is no hash.
-
-    Raises:
-        FileError: there is no such file, or it cannot be opened. A damaged one gives its ``error``.
-    """
-    return inspect_bundle(bundle_file(Path(path)), hashed=hashed)
-
-
-def inspect_bundle(bundle: Bundle, *, hashed: bool = True) -> Inspection:
-    """The facts of an adapter in one file or in several, as :func:`inspect_file`.
+    With ``hashed=False`` no more than headers are read, and there is no hash.
 
     Raises:
-        FileError: a file is not there, or cannot be opened.
+        FileError: a file is not there, or cannot be opened. A damaged one gives its ``error``.
     """
+    bundle = source if isinstance(source, Bundle) else bundle_file(Path(source))
     known = _identify(bundle, hashed=hashed)
     try:
         containers = dict.fromkeys(sniff(path) for path in bundle.files)
@@ -123,7 +111,7 @@ def describe(known: Inspection, planned: Plan) -> Inspection:
         families=families,
         verdict=planned.family.summary,
         evidence=planned.family.evidence,
-        parts=_counted(layer.name.partition(".")[0] for layer in layers),
+        parts=_counted(part_of(layer.name) for layer in layers),
         ranks=_counted(layer.rank for layer in layers),
         alphas=_counted(layer.alpha for layer in layers),
         kinds=_counted(("DoRA" if layer.decomposed else layer.kind) or "unreadable" for layer in layers),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.hub.bundles import Bundle, bundle_file
-from texforce_hub.hub.inspect import Inspection, inspect_bundle, with_error
+from texforce_hub.hub.inspect import Inspection, inspect_file, with_error
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -35,7 +35,7 @@ def _inspect_safely(source: "Path | Bundle | RemoteFile", *, hashed: bool, alone
         return inspect_remote_file(source, alone=alone)
     bundle = bundle_file(source) if isinstance(source, Path) else source
     try:
-        return inspect_bundle(bundle, hashed=hashed)
+        return inspect_file(bundle, hashed=hashed)
     except TexForceHubError as error:
         return with_error(Inspection(bundle.path), str(error))
     except Exception as error:  # noqa: BLE001  # whatever one file does, the hundreds beside it are looked at

@@ -20,7 +20,7 @@ from texforce_hub.adapter.value import Layer, LayerName
 from texforce_hub.errors import AdapterError
 from texforce_hub.hub.bundles import Bundle, bundle_file
 from texforce_hub.hub.inspect import Inspection, with_error
-from texforce_hub.hub.read import store_bundle
+from texforce_hub.hub.read import open_adapter
 
 _MOST_NUMBERS = 2**27  # that a change is expanded to: half a gigabyte, beyond the largest layers in use
 
@@ -52,25 +52,16 @@ class LayerFacts:
         return asdict(self) | {"is_zero": self.is_zero}
 
 
-def measure_file(path: Path, *, device: str | torch.device | None = None) -> list[LayerFacts]:
-    """The numbers of every layer of a file, as :func:`measure_bundle`.
-
-    Raises:
-        FileError, DialectError, AdapterError: the file cannot be read as an adapter.
-    """
-    return measure_bundle(bundle_file(path), device=device)
-
-
-def measure_bundle(bundle: Bundle, *, device: str | torch.device | None = None) -> list[LayerFacts]:
-    """The numbers of every layer of an adapter; NaN and infinity are counted, not refused.
+def measure_file(source: str | Path | Bundle, *, device: str | torch.device | None = None) -> list[LayerFacts]:
+    """The numbers of every layer of a file, or of an adapter in several; NaN and infinity are counted, not refused.
 
     Memory: a few layers at a time, whatever the file's size.
 
     Raises:
         FileError, DialectError, AdapterError: the file cannot be read as an adapter.
     """
-    stored = store_bundle(bundle, device=device)
-    return list(measure_layers(stored.layers.items()))
+    bundle = source if isinstance(source, Bundle) else bundle_file(Path(source))
+    return list(measure_layers(open_adapter(bundle, device=device, checked=False).layers.items()))
 
 
 def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:

@@ -19,11 +19,11 @@ from texforce_hub.files.lazy_mapping import LazyMapping
 from texforce_hub.files.tensors import stream_tensors
 from texforce_hub.files.torch_dtypes import DTYPES
 from texforce_hub.formats.codec.decoding import decode_lazily
-from texforce_hub.formats.codec.joining import join_lazy, join_outlines
+from texforce_hub.formats.codec.joining import join_lazy
 from texforce_hub.formats.plan.joining import join_plans
 from texforce_hub.formats.plan.planning import Plan, plan
-from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, open_piece, owns_config
-from texforce_hub.hub.cache import _in_hub_cache
+from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, owns_config
+from texforce_hub.hub.cache import is_in_hub_cache
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.refs.adapter import AdapterRef
 
@@ -33,7 +33,7 @@ _LONGEST_NOTE = 300  # characters
 
 
 def read_adapter(
-    path_or_ref: str | Path | AdapterRef,
+    source: str | Path | AdapterRef | Bundle,
     *,
     device: str | torch.device | None = None,
     alpha: float | None = None,
@@ -51,64 +51,34 @@ def read_adapter(
         DialectError: no layout fits the tensors' names.
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
-    bundle = find_bundle(path_or_ref)
-    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
+    bundle = _find(source)
+    lazy = open_adapter(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, checked=False, aloud=True)
     with _naming(bundle.path):
-        adapter = replace(stored.outline, layers=dict(stored.layers), extras=dict(stored.extras))
+        adapter = replace(lazy.outline, layers=dict(lazy.layers), extras=dict(lazy.extras))
         check_finite(adapter)
         return adapter
 
 
 def open_adapter(
-    path_or_ref: str | Path | AdapterRef,
+    source: str | Path | AdapterRef | Bundle,
     *,
     device: str | torch.device | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
+    checked: bool = True,
+    aloud: bool | None = None,
 ) -> LazyAdapter:
     """As :func:`read_adapter`, of an adapter that stays in its files: layers are read when they are looked at.
 
-    All of it is read and checked once, here, so that what can be wrong with it is said before any work.
+    ``checked``: all of it is read once, here, so that what can be wrong with it is said before any work. Without,
+    nothing but headers is read, for its outline or to measure it: NaN and infinity may be among its numbers.
+    ``aloud`` (by default as ``checked``): what is worth knowing of it goes to the log.
 
     Raises:
-        RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`.
+        RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`; unless ``checked``, as far as
+            headers tell.
     """
-    return open_bundle(find_bundle(path_or_ref), device=device, alpha=alpha, allow_pickle=allow_pickle)
-
-
-def open_bundle(
-    bundle: Bundle,
-    *,
-    device: str | torch.device | None = None,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-) -> LazyAdapter:
-    """As :func:`open_adapter`, of the files that are known to be the adapter's.
-
-    Raises:
-        FileError, DialectError, AdapterError: as :func:`read_adapter`.
-    """
-    stored = store_bundle(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, aloud=True)
-    with _naming(bundle.path):
-        check_finite(stored)
-        return stored
-
-
-def store_bundle(
-    bundle: Bundle,
-    *,
-    device: str | torch.device | None = None,
-    alpha: float | None = None,
-    allow_pickle: bool = False,
-    aloud: bool = False,
-) -> LazyAdapter:
-    """The adapter in its files, its numbers not yet looked at: NaN and infinity may be among them.
-
-    ``aloud``: what is worth knowing of it goes to the log.
-
-    Raises:
-        FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
-    """
+    bundle = _find(source)
     plans: dict[str, Plan] = {}
     pieces: dict[str, LazyAdapter] = {}
     for piece in bundle.pieces:
@@ -119,10 +89,17 @@ def store_bundle(
             pieces[name] = decode_lazily(plans[name], _outlines(header), tensors, alpha=alpha)
     with _naming(bundle.path):
         whole = join_plans(plans)
-        stored = pieces.popitem()[1] if len(pieces) == 1 else join_lazy(whole, pieces, alpha=alpha)
-    if aloud:
+        lazy = pieces.popitem()[1] if len(pieces) == 1 else join_lazy(whole, pieces, alpha=alpha)
+    if checked if aloud is None else aloud:
         _warn(bundle, whole.notes)
-    return stored
+    if checked:
+        with _naming(bundle.path):
+            check_finite(lazy)
+    return lazy
+
+
+def _find(source: str | Path | AdapterRef | Bundle) -> Bundle:
+    return source if isinstance(source, Bundle) else find_bundle(source)
 
 
 def _warn(bundle: Bundle, notes: Sequence[str]) -> None:
@@ -132,26 +109,6 @@ def _warn(bundle: Bundle, notes: Sequence[str]) -> None:
         _LOG.warning("%s: %s%s", bundle.path, shown, "…" if len(note) > _LONGEST_NOTE else "")
     if len(notes) > _MOST_NOTES:
         _LOG.warning("%s: %d notes more; texforce-hub inspect lists them", bundle.path, len(notes) - _MOST_NOTES)
-
-
-def read_outline(path_or_ref: str | Path | AdapterRef) -> Adapter:
-    """As :func:`read_adapter`, from the files' headers alone: every tensor is on the ``meta`` device, a shape only.
-
-    Raises:
-        RefError, FileError, DialectError: as :func:`read_adapter`, as far as a header can tell.
-    """
-    bundle = find_bundle(path_or_ref)
-    plans: dict[str, Plan] = {}
-    outlines: dict[str, Adapter] = {}
-    for piece in bundle.pieces:
-        header, name = open_piece(piece), bundle.name_of(piece)
-        with _naming(piece.paths[0]):
-            plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
-            outlines[name] = decode_lazily(plans[name], _outlines(header), {}).outline
-    if len(outlines) == 1:
-        return outlines.popitem()[1]
-    with _naming(bundle.path):
-        return join_outlines(join_plans(plans), outlines)
 
 
 def _open_piece(
@@ -164,7 +121,7 @@ def _open_piece(
     for path in piece.paths:
         if sniff(path) == "pickle":
             _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
-        header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not _in_hub_cache(path))
+        header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not is_in_hub_cache(path))
         headers.append(header)
         owners |= dict.fromkeys(tensors, tensors)
     return join_headers(piece.paths, headers), LazyMapping(owners, lambda key: owners[key][key])

@@ -9,11 +9,12 @@ from texforce_hub.files.container import open_header
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
-from texforce_hub.hub.catalog import CatalogEntry
+from texforce_hub.hub.catalog import read_catalog
 from texforce_hub.hub.filenames import SUFFIXES, choose_name, is_candidate, list_names
 from texforce_hub.hub.huggingface.fetch import fetch_file, find_cached
 from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
 from texforce_hub.hub.huggingface.repository import RemoteFile, Repository, open_repository
+from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
 from texforce_hub.hub.sidecars import ENDINGS, Sidecar, read_sidecar
 
@@ -52,24 +53,23 @@ class RemotePath:
         return f"{self.repository}/{self.path}" if self.path else str(self.repository)
 
 
-def find_remote(source: str | CatalogEntry) -> RemotePath:
-    """The file or folder that a Hub id, or a catalogue entry on the Hub, means; nothing of it is fetched.
+def find_remote(ref: str | Path | AdapterRef) -> RemotePath:
+    """The file or folder on the Hub that a Hub id, or a catalogue entry, means; nothing of it is fetched.
 
     Raises:
         HubError: the Hub cannot be asked, or says that there is no such thing.
         RefError: the repository holds no such file.
     """
-    if isinstance(source, CatalogEntry):
-        wanted, sha256 = HubId(source.repo or "", source.revision, source.file), source.sha256 or ""
-    else:
-        wanted, sha256 = HubId.parse(source), ""
+    source = source_of(ref)
+    entry = read_catalog().get(source)
+    wanted = HubId.parse(source) if entry is None else HubId(entry.repo or "", entry.revision, entry.file)
     try:
         repository = open_repository(wanted.repo, wanted.revision)
     except HubError as error:
-        if isinstance(source, CatalogEntry) or source.startswith("hf://"):
+        if entry is not None or source.startswith("hf://"):
             raise
         raise HubError(f"{source!r} is no file or folder here, and as a Hub id: {error}") from error
-    remote = RemotePath(repository, wanted.file or "", sha256)
+    remote = RemotePath(repository, wanted.file or "", (entry and entry.sha256) or "")
     if not remote.is_file and not remote.names:
         names = sorted(repository.blobs)
         held = list_names([name for name in names if is_candidate(name)] or names) or "nothing"

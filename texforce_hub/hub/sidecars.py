@@ -20,6 +20,7 @@ from typing import Any
 
 from texforce_hub.errors import FileError
 from texforce_hub.files.header import regular_size
+from texforce_hub.hub.cache import repository_folder
 from texforce_hub.hub.filenames import SUFFIXES
 
 _PICTURES = {
@@ -108,7 +109,7 @@ def leads_away(path: Path) -> bool:
     if not path.is_symlink():
         return False
     own_folder = path.parent.resolve()
-    repository = next((folder for folder in own_folder.parents if folder.name.startswith("models--")), own_folder)
+    repository = repository_folder(own_folder) or own_folder
     return not path.resolve().is_relative_to(repository)
 
 

@@ -54,7 +54,7 @@ def read_stack(
     """The stack's entries, adapters read and weights checked; labels are made unique.
 
     ``weight`` is for the items that bring none; ``read`` may be ``open_adapter`` for adapters that stay in their files,
-    or ``read_outline`` where no values are needed.
+    or one of outlines where no values are needed.
 
     Raises:
         ConfigError: no adapter, or an impossible weight.

@@ -14,6 +14,7 @@ from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import parts_of, plain
 from texforce_hub.errors import MergeError
+from texforce_hub.families.names import part_of
 from texforce_hub.merge.methods.spaces import as_low_rank
 from texforce_hub.merge.resize import Limits, shrink
 
@@ -128,8 +129,8 @@ def _is_table(name: LayerName) -> bool:
 
 def _pairs(tuned: Any, base: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
     after, before = _parameters(tuned), _parameters(base)
-    parts = {name.partition(".")[0] for name in before}
-    lone = sorted(name for name in after.keys() ^ before.keys() if name.partition(".")[0] in parts)
+    parts = {part_of(name) for name in before}
+    lone = sorted(name for name in after.keys() ^ before.keys() if part_of(name) in parts)
     if lone or not after:
         raise MergeError(f"{len(lone)} parameters are in one model only, e.g. {lone[:1]}; expected two of one family")
     for name in after:

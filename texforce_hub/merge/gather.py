@@ -96,7 +96,7 @@ def gather(
     device: str | torch.device | None = None,
     read: Reader = open_adapter,
 ) -> Gathered:
-    """Read and check everything a merge needs; ``read`` may be ``read_outline`` where no values are needed.
+    """Read and check everything a merge needs; ``read`` may give outlines where no values are needed.
 
     Raises:
         MergeError: too many sources for the method, different families or shapes, a pattern that covers no layer.

@@ -10,7 +10,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.model import Base
 from texforce_hub.hub.find import find_bundle
-from texforce_hub.hub.read import read_outline
+from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY, Gathered, Group, gather
 from texforce_hub.merge.request import MergeRequest
@@ -53,7 +53,7 @@ def plan_merge(request: MergeRequest, *, base: Base | None = None) -> MergePlan:
     Raises:
         MergeError: as the merge itself would.
     """
-    gathered = gather(request, base=base, device="meta", read=read_outline)
+    gathered = gather(request, base=base, device="meta", read=lambda ref: open_adapter(ref, checked=False).outline)
     width = torch.finfo(request.dtype or torch.float32).bits // 8
     ranks: dict[LayerName, int | None] = {}
     size = 0

@@ -15,7 +15,7 @@ from texforce_hub.errors import RecipeError
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.codec.renaming import share_names
 from texforce_hub.hub.find import find_bundle
-from texforce_hub.hub.read import open_adapter, read_outline
+from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY
 from texforce_hub.merge.merge import Merged, run_request
@@ -103,7 +103,7 @@ def read_recipe(path: str | Path) -> Recipe:
             return Recipe.parse(Path(path).read_text("utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"{path}: cannot be read as text: {error}") from error
-    return recipe_of(read_outline(path), str(path))
+    return recipe_of(open_adapter(path, checked=False).outline, str(path))
 
 
 def recipe_of(adapter: Adapter, label: str = "the adapter") -> Recipe:

@@ -13,11 +13,11 @@ from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_unet import from_ldm
 from texforce_hub.files.container import open_header
 from texforce_hub.hub.filenames import PICKLED, PREFERRED
-from texforce_hub.hub.find import find_bundle, find_local, find_remote_path
+from texforce_hub.hub.find import find_bundle, find_local
 from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.remote import RemotePath
+from texforce_hub.hub.remote import RemotePath, find_remote
 from texforce_hub.pipelines.build import build_unet
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
 from texforce_hub.pipelines.repair import is_spoilt, repair_state
@@ -71,7 +71,7 @@ def _find(ref: AdapterRef) -> Path:
     path = find_local(ref)
     if path is not None:
         return path
-    remote = find_remote_path(ref)
+    remote = find_remote(ref)
     for folder in ("unet/", ""):
         if f"{folder}config.json" in remote.names:
             return _fetch_unet(remote, folder)

@@ -28,7 +28,7 @@ def join_lazy(plan: Plan, adapters: Mapping[str, LazyAdapter], *, alpha: float |
                 owners[name].layers[name], adapter.layers[name]
             ):
                 raise DialectError(f"{name} is in {file} and in another file of it, with unequal values; name one file")
-    outline = join_outlines(plan, {file: adapter.outline for file, adapter in adapters.items()}, alpha=alpha)
+    outline = _join_outlines(plan, {file: adapter.outline for file, adapter in adapters.items()}, alpha)
     extras = {key: adapter for adapter in adapters.values() for key in adapter.extras}
     return LazyAdapter(
         outline,
@@ -37,13 +37,8 @@ def join_lazy(plan: Plan, adapters: Mapping[str, LazyAdapter], *, alpha: float |
     )
 
 
-def join_outlines(plan: Plan, outlines: Mapping[str, Adapter], *, alpha: float | None = None) -> Adapter:
-    """As :func:`join_lazy`, of shapes without values, which cannot be compared.
-
-    Raises:
-        DialectError: the plan has faults, or two files hold an extra of one name.
-    """
-    _check_joined(plan)
+def _join_outlines(plan: Plan, outlines: Mapping[str, Adapter], alpha: float | None) -> Adapter:
+    """The shapes of all that the files hold."""
     layers = {name: layer for adapter in reversed(list(outlines.values())) for name, layer in adapter.layers.items()}
     extras = [(key, tensor) for adapter in outlines.values() for key, tensor in adapter.extras.items()]
     return Adapter({name: layers[name] for name in plan.layers}, describe_reading(plan, alpha), _once(extras))

@@ -11,6 +11,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
+from texforce_hub.families.names import path_of
 from texforce_hub.formats.codec.roles import fill_up
 from texforce_hub.formats.dialects.layout import PLAIN_AND_DORA
 from texforce_hub.formats.peft_config import PRODUCTS, find_factor, lora_config, product_config
@@ -63,7 +64,7 @@ def describe_folder(layers: Mapping[LayerName, Layer], adapter: Adapter) -> dict
             "write_adapter makes a folder for each, Adapter.only() chooses one"
         )
     base = adapter.metadata.get("texforce_hub.base")
-    inside = {name.partition(".")[2]: layer for name, layer in layers.items()}
+    inside = {path_of(name): layer for name, layer in layers.items()}
     products = {path: layer for path, layer in inside.items() if isinstance(layer, Hadamard | Kronecker)}
     if products:
         ranks = {path: _rank(layer) for path, layer in products.items()}

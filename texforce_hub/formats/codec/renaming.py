@@ -14,6 +14,7 @@ from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import AdapterError, DialectError, FamilyError
+from texforce_hub.families.names import part_of, path_of
 from texforce_hub.families.original_transformer import Ranges, find_rows
 from texforce_hub.files.lazy_mapping import LazyMapping
 
@@ -111,7 +112,7 @@ def _find_pieces(layers: Mapping[LayerName, Layer]) -> dict[LayerName, _Piece]:
 
 def _find_targets(name: LayerName, layers: Mapping[LayerName, Layer]) -> list[tuple[LayerName, Ranges]]:
     """Other names of a layer, and which of its rows each has; none where it has no other."""
-    part, _, path = name.partition(".")
+    part, path = part_of(name), path_of(name)
     if part != "transformer" or ("blocks." not in path and any(other.startswith(_BLOCKS) for other in layers)):
         return []  # img_in beside diffusers' blocks is a layer of a model that diffusers names so
     return [(f"{part}.{found.path}", found.ranges) for found in find_rows(path, layers[name].shape)]

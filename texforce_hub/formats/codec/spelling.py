@@ -13,6 +13,7 @@ from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
+from texforce_hub.families.names import part_of
 from texforce_hub.formats.codec import peft
 from texforce_hub.formats.codec.precision import fit_dtype
 from texforce_hub.formats.codec.roles import divisor_of, fill_up, tensors_of
@@ -45,7 +46,7 @@ class Spelling:
             DialectError: it is of another kind, and no exact expansion.
         """
         fitted = self._expand(name, layer)
-        rank = self.ranks.get(name.partition(".")[0], 1 if self.layout.name == "peft" else 0)  # PEFT makes none of 0
+        rank = self.ranks.get(part_of(name), 1 if self.layout.name == "peft" else 0)  # PEFT makes none of 0
         if isinstance(fitted, Decomposed) and isinstance(fitted.inner, LowRank):
             return replace(fitted, inner=fill_up(fitted.inner, rank))
         return fill_up(fitted, rank) if isinstance(fitted, LowRank) else fitted
@@ -124,7 +125,7 @@ def _highest_ranks(layers: Mapping[LayerName, Layer]) -> dict[str, int]:
     """
     highest: dict[str, int] = {}
     for name, layer in layers.items():
-        part = name.partition(".")[0]
+        part = part_of(name)
         highest[part] = max(highest.get(part, 0), layer.rank or 0)
     return highest
 

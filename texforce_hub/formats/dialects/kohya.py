@@ -9,7 +9,7 @@ import re
 
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
-from texforce_hub.families.names import publish
+from texforce_hub.families.names import part_of, path_of, publish
 from texforce_hub.families.original_unet import to_ldm
 from texforce_hub.formats.dialects.flat import flatten, unflatten
 from texforce_hub.formats.dialects.layout import EVERY_KIND, Dialect, Reading
@@ -67,12 +67,12 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
     spelled = write_suffix(name, role, _WRITTEN)
     if spelled is None:
         raise DialectError(f"kohya: no spelling for the {role} of {name}")
-    part, _, path = spelled[0].partition(".")
+    part, path = part_of(spelled[0]), path_of(spelled[0])
     if part == "unet" and family in _LDM_FAMILIES:
         path = to_ldm(path, family) or path
     key = f"{_prefix(part, path, family)}_{flatten(path)}{spelled[1]}"
     reading = read_name(key)
-    if reading is None or reading.name.partition(".")[2] != name.partition(".")[2]:
+    if reading is None or path_of(reading.name) != path_of(name):
         raise DialectError(f"kohya: {name} cannot be flattened so that readers find it again; write it as 'diffusers'")
     return key
 

@@ -7,7 +7,7 @@ the whole (``unet.base_model.model.…``).
 from types import MappingProxyType
 
 from texforce_hub.errors import DialectError
-from texforce_hub.families.names import infer_part, publish, split_part
+from texforce_hub.families.names import infer_part, path_of, publish, split_part
 from texforce_hub.formats.dialects.layout import PLAIN_AND_DORA, Dialect, Reading
 from texforce_hub.formats.dialects.suffixes import LORA_AB, LYCORIS, split_suffix, write_suffix
 
@@ -41,7 +41,7 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     if spelled is None or spelled[1] not in _SUFFIXES:
         raise DialectError(f"peft: no spelling for the {role} of {name}")
     module, end = spelled
-    path = module.partition(".")[2]
+    path = path_of(module)
     if infer_part(path) is None:
         raise DialectError(f"peft: no reader could tell which part {name!r:.100} belongs to; write it as 'diffusers'")
     return f"{_WRAPPER}{path}{end}"

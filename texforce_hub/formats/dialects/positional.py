@@ -12,6 +12,7 @@ from itertools import product
 
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
+from texforce_hub.families.names import part_of
 from texforce_hub.formats.dialects.layout import Dialect, Reading, Shapes
 
 _NAME = re.compile(r"(?P<stem>(?P<part>text_encoder|unet):(?P<index>0|[1-9]\d{0,5})):(?P<role>up|down)")
@@ -37,7 +38,7 @@ def settle(shapes: Shapes) -> Mapping[str, str]:
         DialectError: the counts or shapes are those of no known model.
     """
     settled: dict[str, str] = {}
-    for part in dict.fromkeys(name.partition(".")[0] for name in shapes):
+    for part in dict.fromkeys(part_of(name) for name in shapes):
         mine = {name: roles for name, roles in shapes.items() if name.startswith(f"{part}.")}
         order = next((walk for walk in _walks(part) if _fits(walk, mine, part)), None)
         if order is None:

@@ -7,7 +7,7 @@ from types import NoneType
 from typing import Any
 
 from texforce_hub.errors import DialectError
-from texforce_hub.families.names import PARTS, publish, unwrap
+from texforce_hub.families.names import PARTS, part_of, path_of, publish, unwrap
 from texforce_hub.families.recognition import read_collated
 from texforce_hub.files.header import Header
 from texforce_hub.formats.plan.patterns import Patterns, read_patterns
@@ -91,7 +91,7 @@ class Configs:
 
     def of(self, name: str, stem: str, *, in_folder: bool) -> LayerSettings:
         """What counts for the layer ``name`` that the file spells ``stem``; ``in_folder``: PEFT's config is for it."""
-        part, _, path = name.partition(".")
+        part, path = part_of(name), path_of(name)
         config = self.folder if in_folder else None
         config = config or self.collated.get(part) or self.collated.get(None)
         if config is None:

@@ -7,12 +7,12 @@ from types import MappingProxyType
 
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
-from texforce_hub.families.names import WRAPPERS, split_part
+from texforce_hub.families.names import WRAPPERS, part_of, path_of, split_part
 from texforce_hub.families.recognition import FamilyVerdict, find_base, recognize_family
 from texforce_hub.files.dtypes import UNREADABLE
 from texforce_hub.files.header import Header
 from texforce_hub.formats.dialects import DIALECTS
-from texforce_hub.formats.dialects.layout import Dialect, Reading
+from texforce_hub.formats.dialects.layout import Reading
 from texforce_hub.formats.peft_config import peft_twin
 from texforce_hub.formats.plan.alpha import LayerSettings, read_configs
 from texforce_hub.formats.plan.config import check_config, find_contradictions, note_config
@@ -58,25 +58,25 @@ class _Sorted:
     clashes: list[str] = field(default_factory=list)
 
 
-def plan_header(
-    header: Header, dialects: Mapping[str, Dialect], part: str | None = None, *, owns_config: bool = False
-) -> Plan:
-    """The plan of a header, by the dialects of the table; ``part`` is the text encoder that the file's place names.
+def plan(header: Header, part: str | None = None, *, owns_config: bool = False) -> Plan:
+    """What a file holds, by our layer names, from its header alone.
 
-    PEFT's config beside the file counts for all its tensors where ``owns_config``, else for those that PEFT spelled.
+    ``part`` is the text encoder that the file's folder names (``text_encoder_2/adapter_model.safetensors``); it
+    counts where the tensors' names leave that open. ``owns_config`` is that the file is called as PEFT calls its
+    own: then the config beside it counts whatever way its tensors are spelled, else for those that PEFT spelled.
 
     Raises:
-        DialectError: nothing in the file is an adapter's layer, or some of it is of a kind that is not read.
+        DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
     """
     _refuse_kinds(header)
     stray = header.config is not None and not owns_config and not any(map(_is_wrapped, header.tensors))
     if stray:
         header = replace(header, config=None)
     check_config(header.config or {})
-    found = _sort(header, dialects)
+    found = _sort(header)
     if not found.stems:
-        raise DialectError(_nothing_read(header, dialects))
-    named = _settle(found.stems.values(), dialects)
+        raise DialectError(_nothing_read(header))
+    named = _settle(found.stems.values())
     used = _used(_assign_parts(named, part))
     configs = read_configs(header)
     settings = [configs.of(stem.name, stem.stem, in_folder=owns_config or _is_wrapped(stem.stem)) for stem in used]
@@ -98,7 +98,7 @@ def plan_header(
         faults=(*found.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
         notes=(
             *_all_notes(layers, named),
-            *_note_positions(named, dialects),
+            *_note_positions(named),
             *note_config(header.config or {}, [s for stem, s in zip(used, settings) if "alpha" not in stem.roles]),
             *([_STRAY] if stray else []),
             *left.notes,
@@ -128,10 +128,10 @@ def _used(stems: Iterable[Stem]) -> list[Stem]:
     return used
 
 
-def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
+def _sort(header: Header) -> _Sorted:
     found = _Sorted()
     for key, info in header.tensors.items():
-        reading, dialect = _read(key, dialects)
+        reading, dialect = _read(key)
         if reading is None:
             found.unread.append(key)
             continue
@@ -148,20 +148,20 @@ def _sort(header: Header, dialects: Mapping[str, Dialect]) -> _Sorted:
     found.clashes += [  # a pickle can hold numbers that are no tensors
         f"{key!r} is {value!r:.40} and no tensor; a reader would lose it"
         for key, value in header.metadata.items()
-        if len(key) <= _LONGEST_NAME and _read(key, dialects)[0] is not None
+        if len(key) <= _LONGEST_NAME and _read(key)[0] is not None
     ]
     return found
 
 
-def _read(key: str, dialects: Mapping[str, Dialect]) -> tuple[Reading | None, str]:
-    for name, dialect in dialects.items():
+def _read(key: str) -> tuple[Reading | None, str]:
+    for name, dialect in DIALECTS.items():
         reading = dialect.read_name(key)
         if reading is not None:
             return reading, name
     return None, ""
 
 
-def _nothing_read(header: Header, dialects: Mapping[str, Dialect]) -> str:
+def _nothing_read(header: Header) -> str:
     if not header.tensors:
         return "the file holds no tensors; expected an adapter's"
     model = describe_model(header.tensors)
@@ -169,14 +169,14 @@ def _nothing_read(header: Header, dialects: Mapping[str, Dialect]) -> str:
         return f"this is {model}"
     example = f"{next(iter(header.tensors))!r:.100}"
     return (
-        f"none of {len(header.tensors)} tensors is an adapter's, e.g. {example}; known layouts: {', '.join(dialects)}"
+        f"none of {len(header.tensors)} tensors is an adapter's, e.g. {example}; known layouts: {', '.join(DIALECTS)}"
     )
 
 
-def _settle(stems: Iterable[Stem], dialects: Mapping[str, Dialect]) -> list[Stem]:
+def _settle(stems: Iterable[Stem]) -> list[Stem]:
     """Give real names to layers that a positional dialect only counted."""
     stems = list(stems)
-    for name, dialect in dialects.items():
+    for name, dialect in DIALECTS.items():
         mine = [stem for stem in stems if stem.dialect == name]
         if dialect.settle is not None and mine:
             names = dialect.settle({stem.name: stem.shapes for stem in mine})
@@ -192,9 +192,8 @@ def _assign_parts(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
     wide = any(_width(stem) == _CLIP_G_WIDTH for stem, left_open in zip(stems, is_open) if left_open)
     for stem, left_open in zip(stems, is_open):
         if left_open:
-            chosen, _, path = stem.name.partition(".")
-            chosen = named or chosen
-            stem.name = f"{'text_encoder_2' if wide and chosen == 'text_encoder' else chosen}.{path}"
+            chosen = named or part_of(stem.name)
+            stem.name = f"{'text_encoder_2' if wide and chosen == 'text_encoder' else chosen}.{path_of(stem.name)}"
         yield stem
 
 
@@ -258,8 +257,8 @@ def _unreadable(extras: Sequence[str], header: Header) -> Iterator[str]:
         yield f"extra tensor {found[0]!r} has dtype {header.tensors[found[0]].dtype}, which torch cannot hold"
 
 
-def _note_positions(stems: Sequence[Stem], dialects: Mapping[str, Dialect]) -> Iterator[str]:
-    counted = sum(dialects[stem.dialect].settle is not None for stem in stems)
+def _note_positions(stems: Sequence[Stem]) -> Iterator[str]:
+    counted = sum(DIALECTS[stem.dialect].settle is not None for stem in stems)
     if counted:
         yield f"{counted} layers have no names in the file; they are named by their places, which all shapes fit"
 
@@ -283,16 +282,3 @@ def _all_notes(layers: Mapping[str, LayerPlan], stems: Sequence[Stem]) -> Iterat
     unused = sum("unused" in stem.roles for stem in stems)
     if unused:
         yield f"{unused} pairs that diffusers 0.16 stored and never used are left out"
-
-
-def plan(header: Header, part: str | None = None, *, owns_config: bool = False) -> Plan:
-    """What a file holds, by our layer names, from its header alone.
-
-    ``part`` is the text encoder that the file's place names (``text_encoder_2/adapter_model.safetensors``); it
-    counts where the tensors' names leave that open. ``owns_config`` is that the file is called as PEFT calls its
-    own: then the config beside it counts whatever way its tensors are spelled, else for those that PEFT spelled.
-
-    Raises:
-        DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
-    """
-    return plan_header(header, DIALECTS, part, owns_config=owns_config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from texforce_hub.errors import DialectError, FileError, RefError
+from texforce_hub.families.names import part_of
 from texforce_hub.files.container import open_header
 from texforce_hub.generate.prompts.tags import PromptTag, TaggedPrompt
 from texforce_hub.hub.bundles import Bundle, plan_bundle
@@ -156,7 +157,7 @@ def _weighted(source: str, tag: PromptTag) -> AdapterRef:
         layers = plan_bundle(bundle).layers
     except DialectError as error:
         raise DialectError(f"{bundle.path}: {error}") from error
-    parts = dict.fromkeys(layer.partition(".")[0] for layer in layers)
+    parts = dict.fromkeys(part_of(layer) for layer in layers)
     weights = {part: tag.text_encoder if part.startswith("text_encoder") else tag.unet for part in parts}
     if tag.text_encoder != tag.unet:
         _say_idle(tag, parts)

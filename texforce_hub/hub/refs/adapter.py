@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 from texforce_hub.errors import RefError
 from texforce_hub.grammar import fail, parse_number, write_number
@@ -110,6 +110,17 @@ class AdapterRef:
         """The weight of one layer, by its canonical name; the longest fitting part or pattern decides."""
         fitting = [(len(part), w) for part, w in self.parts if _covers(part, layer)]
         return max(fitting, key=lambda found: found[0])[1] if fitting else self.weight
+
+
+def source_of(ref: "str | Path | AdapterRef") -> str:
+    """Where a reference says that its adapter is, without weights and window; a path means exactly itself.
+
+    Raises:
+        RefError: a text that writes no reference.
+    """
+    if isinstance(ref, str):
+        ref = AdapterRef.parse(ref)
+    return ref.source if isinstance(ref, AdapterRef) else str(ref)
 
 
 def _covers(part: str, layer: str) -> bool:
