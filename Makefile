@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+QUICK := tests/adapter tests/families tests/files tests/formats tests/merge tests/apply tests/rewards tests/whole
 
-.PHONY: help setup demo test check fix gpu bench campaign fuzz cube old build clean
+.PHONY: help setup demo test quick check fix docs gpu bench campaign fuzz cube mutants old build clean
 help: ## print the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -20,17 +21,31 @@ demo: $(READY) ## the whole story on the embedded pipeline: train, compose, tabl
 	$(BIN)/texforce-hub demo --output demo
 
 test: $(READY) ## the test suite (ARGS="-k name" for a part of it)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n 2 $(ARGS)
+
+quick: $(READY) ## what one needs while working: under a minute on two cores (ARGS=tests/merge for a room)
+	$(BIN)/pytest -n 2 -q -m "not slow" $(or $(ARGS),$(QUICK))
 
 check: $(READY) ## the one gate: format, lint, types, tests, README executed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2
 
 fix: $(READY) ## format and apply safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(READY) ## write the documents that are made from the code: the public surface, the reference, the errors
+	$(BIN)/python -m tests.generated
+
+COSMIC_RAY := $(VENV)/.cosmic-ray
+$(COSMIC_RAY): $(READY)
+	$(BIN)/pip install --quiet cosmic-ray==8.7.0
+	@touch $@
+
+mutants: $(COSMIC_RAY) ## change one operator at a time in what must never be wrong, and see that a test notices (a sample)
+	$(BIN)/python -m tests.mutants
 
 gpu: $(READY) ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -26,4 +26,5 @@ def test_the_floor_has_no_more_names_than_recorded():
 
 def test_a_functions_lines_do_not_count_its_docstring():
     (function,) = ast.parse('def f():\n    """Text.\n\n    More.\n    """\n    a = 1\n    return a\n').body
+    assert isinstance(function, ast.FunctionDef)
     assert code_lines(function) == 2
