@@ -9,8 +9,9 @@ from tests.support.pipelines_saved import load, saved, text_out, unet_out
 from tests.support.pipelines_tiny import tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import PipelineError
-from texforce_hub.pipelines.repair import repair_pipeline, repair_state
+from texforce_hub.pipelines.repair import repair_pipeline
 from texforce_hub.pipelines.save import save_pipeline
+from texforce_hub.pipelines.spoilt import repair_state
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -1,7 +1,7 @@
 """``texforce-hub repair``: a pipeline that was saved with live adapters, sound again."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,6 +16,13 @@ def register(app: typer.Typer) -> None:
 def repair(
     path: Annotated[Path, typer.Argument(help="Pipeline folder that was saved with live adapters.")],
     output: Annotated[Path, typer.Option("--output", help="New folder for the repaired pipeline.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="What the adapters were trained on, to see how they lie: as for apply.")
+    ] = None,
+    reading: Annotated[
+        Literal["live", "fused"] | None,
+        typer.Option("--reading", help="How the adapters lay when it was saved, if you know."),
+    ] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Drop the adapters: the base they were trained on.")] = False,
     portable: Annotated[bool, typer.Option("--portable", help="Readable by transformers 4 as well.")] = False,
 ) -> None:
@@ -23,4 +30,5 @@ def repair(
     from texforce_hub.pipelines.repair import repair_pipeline
     from texforce_hub.pipelines.save import save_pipeline
 
-    put(str(save_pipeline(repair_pipeline(path, tuned=not drop), output, portable=portable)))
+    pipe = repair_pipeline(path, tuned=not drop, base=base, reading=reading)
+    put(str(save_pipeline(pipe, output, portable=portable)))

@@ -13,8 +13,8 @@ from texforce_hub.errors import PipelineError
 from texforce_hub.hub.huggingface.client import mask_secrets
 from texforce_hub.pipelines.folder import folder_variant
 from texforce_hub.pipelines.quiet import quiet
-from texforce_hub.pipelines.repair import repaired_components
 from texforce_hub.pipelines.single_file import load_single_file
+from texforce_hub.pipelines.spoilt import repaired_components
 from texforce_hub.pipelines.unet import put_unet
 from texforce_hub.shapes import WEIGHTS
 
@@ -68,7 +68,7 @@ def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
     variant = folder_variant(path)
     if variant is not None:
         logger.info("%s: using its %s files", path, variant)
-    components = {**repaired_components(path, dtype), **components}
+    components = components or repaired_components(path, dtype)
     try:
         return DiffusionPipeline.from_pretrained(
             path, dtype=dtype, variant=variant, local_files_only=True, **components

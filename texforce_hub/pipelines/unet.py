@@ -12,6 +12,7 @@ from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_unet import from_ldm
 from texforce_hub.files.container import open_header
+from texforce_hub.formats.live import is_live, true_name
 from texforce_hub.hub.filenames import PICKLED, PREFERRED
 from texforce_hub.hub.find import find_bundle, find_local
 from texforce_hub.hub.huggingface.fetch import fetch_file
@@ -20,8 +21,8 @@ from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.remote import RemotePath, find_remote
 from texforce_hub.pipelines.build import build_unet
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
-from texforce_hub.pipelines.repair import is_spoilt, repair_state
 from texforce_hub.pipelines.scheduler_facts import restore_scheduler, take_noise
+from texforce_hub.pipelines.spoilt import repair_state
 
 logger = logging.getLogger("texforce_hub")
 
@@ -48,11 +49,10 @@ def put_unet(pipe: Any, unet: str) -> None:
     if ref.weight != 1.0 or ref.parts:
         raise PipelineError(f"{unet}: {path} is a whole U-Net, which takes no weight; leave ':…' out")
     shapes = read_shapes(files)
-    spoilt = is_spoilt(shapes)
-    _check_family(path, {n.replace(".base_layer.", "."): s for n, s in shapes.items()}, pipe.unet)
-    state = repair_state(read_state(files)) if spoilt else read_state(files)
-    if spoilt:
-        logger.warning("%s was saved with live adapters; repaired with them summed in (scale 1)", path)
+    _check_family(path, {true_name(name): shape for name, shape in shapes.items()}, pipe.unet)
+    state = read_state(files)
+    if is_live(shapes):
+        state = repair_state(state, name=str(path))
     own = config or dict(pipe.unet.config)
     pipe.register_modules(unet=build_unet(own, _plain_names(state), pipe.unet.dtype))
     pipe.scheduler = _scheduler_of(files, pipe.scheduler)
