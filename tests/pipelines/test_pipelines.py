@@ -158,8 +158,8 @@ def test_the_vocabulary_is_clips(tmp_path):
         find_vocabulary()
     except PipelineError as error:
         pytest.skip(str(error))
-    write_tokenizer(tmp_path, padding="!")
-    tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer", padding="!")
+    tokenizer = CLIPTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert tokenizer(["a photo of a cat"]).input_ids == [[49406, 320, 1125, 539, 320, 2368, 49407]]
     assert len(tokenizer) == 49408
     assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (0, 77)
@@ -168,16 +168,17 @@ def test_the_vocabulary_is_clips(tmp_path):
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_shipped_configurations_are_the_familys(family, tmp_path, monkeypatch):
     monkeypatch.setattr("texforce_hub.pipelines.single_file.write_tokenizer", lambda *a, **k: None)
-    write_config(family, tmp_path)
+    folder = tmp_path / family
+    write_config(family, folder)
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    index = json.loads((tmp_path / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text())
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(json.loads((tmp_path / "unet/config.json").read_text()))
-        AutoencoderKL.from_config(json.loads((tmp_path / "vae/config.json").read_text()))
+        unet = UNet2DConditionModel.from_config(json.loads((folder / "unet/config.json").read_text()))
+        AutoencoderKL.from_config(json.loads((folder / "vae/config.json").read_text()))
         shapes = {f"unet.{n}": tuple(t.shape) for n, t in unet.state_dict().items()}
         for part in (p for p in index if p.startswith("text_encoder")):
-            config = CLIPTextConfig.from_dict(json.loads((tmp_path / part / "config.json").read_text()))
+            config = CLIPTextConfig.from_dict(json.loads((folder / part / "config.json").read_text()))
             kind = CLIPTextModelWithProjection if index[part][1].endswith("Projection") else CLIPTextModel
             model = kind(config)
             prefix = f"{part}." if hasattr(model, "text_model") else f"{part}.text_model."

@@ -55,8 +55,8 @@ def test_the_cube(kind, dialect, tmp_path):
 
 def true_model(family, part, tmp_path, monkeypatch, device, dtype):
     monkeypatch.setattr("texforce_hub.pipelines.single_file.write_tokenizer", lambda *a, **k: None)
-    write_config(family, tmp_path)
-    config = json.loads((tmp_path / part / "config.json").read_text())
+    write_config(family, tmp_path / family)
+    config = json.loads((tmp_path / family / part / "config.json").read_text())
     torch.manual_seed(0)
     if part == "unet":
         shapes = FAMILIES[family].parts["unet"].weights()

@@ -15,6 +15,7 @@ from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.files.container import open_header
 from texforce_hub.files.header import Header
+from texforce_hub.files.writing import writing
 from texforce_hub.pipelines.folder import read_json
 from texforce_hub.pipelines.scheduler_facts import MODELSPEC, names_prediction, restore_scheduler
 from texforce_hub.pipelines.tokenizer import write_tokenizer
@@ -62,7 +63,7 @@ def load_single_file(path: Path, dtype: torch.dtype, *, config: Path | None = No
         pipe = _from_file(path, family, config, dtype)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder)
+            made = Path(folder) / family
             write_config(family, made)
             pipe = _from_file(path, family, made, dtype)
     pipe.scheduler = restore_scheduler(pipe.scheduler, header, path)
@@ -84,11 +85,12 @@ def usual_scheduler(family: str) -> dict[str, Any]:
 
 
 def write_config(family: str, folder: Path) -> None:
-    """A pipeline folder of this family with configurations and tokenizers, without weights."""
-    with resources.as_file(resources.files("texforce_hub.pipelines") / "configs" / family) as shipped:
-        shutil.copytree(shipped, folder, dirs_exist_ok=True)
-    for number, padding in enumerate(_PADDING[family]):
-        write_tokenizer(folder / ("tokenizer" if number == 0 else f"tokenizer_{number + 1}"), padding=padding)
+    """A new pipeline folder of this family with configurations and tokenizers, without weights."""
+    configs = resources.files("texforce_hub.pipelines") / "configs" / family
+    with resources.as_file(configs) as shipped, writing(folder) as part:
+        shutil.copytree(shipped, part)
+        for number, padding in enumerate(_PADDING[family]):
+            write_tokenizer(part / ("tokenizer" if number == 0 else f"tokenizer_{number + 1}"), padding=padding)
 
 
 def _from_file(path: Path, family: str, config: Path, dtype: torch.dtype) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from texforce_hub.errors import PipelineError
+from texforce_hub.files.writing import writing
 
 FILE = "bpe_simple_vocab_16e6.txt.gz"
 PACKAGES = ("open_clip", "clip")  # PyPI: open_clip_torch, clip-anytorch; read as files, never imported
@@ -28,7 +29,7 @@ def find_vocabulary() -> Path:
 
 
 def write_tokenizer(folder: Path, *, padding: str) -> None:
-    """Write a CLIP tokenizer's folder: ``vocab.json``, ``merges.txt``, configuration.
+    """Write a CLIP tokenizer's new folder: ``vocab.json``, ``merges.txt``, configuration.
 
     ``padding``: ``<|endoftext|>`` for SD1 and SDXL's first encoder, ``!`` for OpenCLIP's encoders.
     """
@@ -37,8 +38,9 @@ def write_tokenizer(folder: Path, *, padding: str) -> None:
     letters = _byte_letters()
     symbols = [*letters, *(letter + "</w>" for letter in letters), *("".join(m.split()) for m in merges)]
     symbols += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tokenizer_files(folder, {symbol: number for number, symbol in enumerate(symbols)}, merges, padding=padding)
+    with writing(folder) as part:
+        part.mkdir()
+        write_tokenizer_files(part, {symbol: number for number, symbol in enumerate(symbols)}, merges, padding=padding)
 
 
 def write_tokenizer_files(
