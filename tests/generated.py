@@ -10,6 +10,7 @@ import ast
 import enum
 import inspect
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,13 @@ def cleaned(thing: Any) -> str:
 
 
 def split_example(text: str) -> tuple[str, str]:
-    """A docstring's words, and its doctest as a program with what it prints in comments."""
-    before, _, after = text.partition("\n>>> ")
+    """A docstring's words, and its example as a program with what it prints in comments."""
+    before, _, example = text.partition("\nExample:\n")
     code: list[str] = []
-    for line in f">>> {after}".splitlines() if after else ():
+    for line in textwrap.dedent(example).splitlines():
         if line.startswith((">>> ", "... ")):
             code.append(line[4:])
-        elif line.strip() and line.strip() != "...":
+        elif line.strip():
             code[-1] += f"  # {line.strip()}"
     return before, "\n".join(code)
 
@@ -127,7 +128,9 @@ def render_reference() -> str:
         shown = f"class {name}" if inspect.isclass(thing) and issubclass(thing, Exception) else signature(name, thing)
         parts += [f"## {name}\n", f"```text\n{wrap(shown)}\n```\n", cleaned_text(words) + "\n"]
         if code:
-            parts.append(f"```python\n{code}\n```\n")
+            runs = "# doctest: +SKIP" not in code
+            shown = code.replace("  # doctest: +SKIP", "")
+            parts.append(f"```{'python' if runs else 'text'}\n{shown}\n```\n")
     return "\n".join(parts)
 
 
