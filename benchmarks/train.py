@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from texforce_hub.demo import PROMPTS, SEEDS, Demonstration, run_demo
-from texforce_hub.evaluate.evaluation import Interval
+from texforce_hub.evaluate.statistics import Interval
 
 
 def render_row(seed: int, done: Demonstration, seconds: float) -> str:

@@ -18,7 +18,8 @@ from PIL import Image
 
 from texforce_hub import __version__
 from texforce_hub.errors import ConfigError
-from texforce_hub.evaluate.evaluation import Evaluation, Interval, Sampling
+from texforce_hub.evaluate.evaluation import Evaluation, Sampling
+from texforce_hub.evaluate.statistics import Interval
 from texforce_hub.evaluate.variants import Variant, draw_images, evaluate_variants, in_place
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.images.sheet import column_sheet

@@ -1,12 +1,15 @@
 """Paired evaluation: equal noise for all, intervals that mean what they say, a pipeline left as it was."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from tests.support.training import make_policy, short_config, tiny_pipeline
 from texforce_hub.errors import ConfigError, PromptError
-from texforce_hub.evaluate.evaluation import Evaluation, Sampling, bootstrap_mean
+from texforce_hub.evaluate.evaluation import Evaluation, Sampling, describe
+from texforce_hub.evaluate.statistics import bootstrap_mean
 from texforce_hub.evaluate.variants import Variant, evaluate_variants
 from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.train.lora import describe_run, read_lora
@@ -85,3 +88,18 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     intervals = [bootstrap_mean(sample, resamples=1000) for sample in samples]
     covered = np.mean([i.low <= 0.1 <= i.high for i in intervals])
     assert 0.91 <= covered <= 0.98
+
+
+def test_a_comparison_says_how_often_how_surely_and_what_could_be_seen():
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 0.2, (40, 2))
+    scores = {"r": {"base": base, "same": base.copy(), "better": base + 0.3}}
+    result = Evaluation(tuple(map(str, range(40))), Sampling(), scores)
+    same, better = result.compare("same", "base"), result.compare("better", "base")
+    assert (same.difference.mean, same.wins.mean, same.p, same.resolvable) == (0.0, 0.5, 1.0, 0.0)
+    assert better.difference.mean == pytest.approx(0.3)
+    assert (better.wins.mean, better.difference.excludes_zero) == (1.0, True)
+    assert result.corrected() == {"same": 1.0, "better": pytest.approx(2 * better.p)}
+    described = describe(result)["rewards"]["r"]
+    assert described["better"]["p_holm"] == pytest.approx(2 * better.p)
+    assert json.loads(json.dumps(described)) == described

@@ -86,14 +86,18 @@ def _make_variants(stacks: list[str], unet: Any) -> dict[str, "Variant"]:
 def _print(result: "Evaluation") -> None:
     first = result.variants[0]
     for reward in result.rewards:
-        rows = []
+        rows, corrected = [], result.corrected(reward=reward)
         for name in result.variants:
             mean = result.mean(name, reward=reward)
-            against = "" if name == first else str(result.difference(name, first, reward=reward))
-            rows.append([name, f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]", against])
-        put_table(["variant", f"{reward}, mean", f"minus {first}, paired"], rows)
+            row = [name, f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"]
+            if name == first:
+                rows.append([*row, "", "", ""])
+            else:
+                against = result.compare(name, first, reward=reward)
+                rows.append([*row, str(against.difference), f"{against.wins.mean:.0%}", f"{corrected[name]:.4f}"])
+        put_table(["variant", f"{reward}, mean", f"minus {first}, paired", "wins", "p (Holm)"], rows)
     s = result.sampling
     say(
         f"{len(result.prompts)} prompts × {len(s.seeds)} seeds, {s.inference_steps} steps, guidance {s.guidance:g}; "
-        "95 % bootstrap intervals over prompts"
+        "95 % bootstrap intervals over prompts; p by flipping signs, corrected for several variants"
     )

@@ -1,12 +1,13 @@
 """What an evaluation found: scores of every variant, and means, differences and rates with their intervals."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-_RESAMPLES = 10_000
+from texforce_hub.evaluate.statistics import Interval, bootstrap_mean, holm, resolvable, sign_flip, win_rate
 
 
 @dataclass(frozen=True)
@@ -21,15 +22,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate and its 95 % interval."""
+class Comparison:
+    """One variant against another, paired by prompt.
 
-    mean: float
-    low: float
-    high: float
+    difference: the mean of the first minus the other
+    wins: the share of prompts on which the first is better, ties counting half
+    p: of a difference of zero, by flipping signs; two-sided, not corrected for other comparisons
+    resolvable: the smallest true difference that this many prompts show in four of five experiments
+    """
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+    difference: Interval
+    wins: Interval
+    p: float
+    resolvable: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,34 +69,45 @@ class Evaluation:
 
     def difference(self, variant: str, other: str, *, reward: str | None = None) -> Interval:
         """Mean of ``variant`` minus ``other``, paired by prompt, with its interval."""
-        return bootstrap_mean(self.per_prompt(variant, reward=reward) - self.per_prompt(other, reward=reward))
+        return bootstrap_mean(self._paired(variant, other, reward))
+
+    def compare(self, variant: str, other: str, *, reward: str | None = None) -> Comparison:
+        """``variant`` against ``other``: difference, win rate, p and what so many prompts can tell apart."""
+        paired = self._paired(variant, other, reward)
+        return Comparison(bootstrap_mean(paired), win_rate(paired), sign_flip(paired), resolvable(paired))
+
+    def corrected(self, *, reward: str | None = None) -> dict[str, float]:
+        """p of every variant against the first, corrected for there being several (Holm 1979)."""
+        first, *others = self.variants
+        return holm({name: sign_flip(self._paired(name, first, reward)) for name in others})
+
+    def _paired(self, variant: str, other: str, reward: str | None) -> np.ndarray:
+        differences: np.ndarray = self.per_prompt(variant, reward=reward) - self.per_prompt(other, reward=reward)
+        return differences
 
 
-def bootstrap_mean(values: np.ndarray, *, resamples: int = _RESAMPLES) -> Interval:
-    """The mean of ``values (n,)`` with its 95 % percentile bootstrap interval (Efron 1979); always the same draws."""
-    rng = np.random.default_rng(0)
-    means = np.concatenate([rng.choice(values, (500, len(values))).mean(1) for _ in range(resamples // 500)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(values.mean()), float(low), float(high))
-
-
-def describe(result: "Evaluation") -> dict[str, Any]:
-    """An evaluation as JSON can hold it: settings, and for every reward and variant mean, interval and prompts."""
-    from dataclasses import asdict
-
-    first = result.variants[0]
+def describe(result: Evaluation) -> dict[str, Any]:
+    """An evaluation as JSON can hold it: settings, and for every reward and variant its figures and its prompts."""
     return {
         "prompts": result.prompts,
         "sampling": asdict(result.sampling),
-        "rewards": {
-            reward: {
-                name: {
-                    **asdict(result.mean(name, reward=reward)),
-                    f"vs_{first}": asdict(result.difference(name, first, reward=reward)),
-                    "per_prompt": result.per_prompt(name, reward=reward).tolist(),
-                }
-                for name in result.variants
-            }
-            for reward in result.rewards
-        },
+        "rewards": {reward: _describe_reward(result, reward) for reward in result.rewards},
     }
+
+
+def _describe_reward(result: Evaluation, reward: str) -> dict[str, Any]:
+    first = result.variants[0]
+    corrected = result.corrected(reward=reward)
+    described = {}
+    for name in result.variants:
+        against = result.compare(name, first, reward=reward)
+        described[name] = {
+            **asdict(result.mean(name, reward=reward)),
+            f"vs_{first}": asdict(against.difference),
+            "wins": asdict(against.wins),
+            "p": against.p,
+            "p_holm": corrected.get(name, 1.0),
+            "resolvable": against.resolvable if math.isfinite(against.resolvable) else None,
+            "per_prompt": result.per_prompt(name, reward=reward).tolist(),
+        }
+    return described
