@@ -8,16 +8,14 @@ layers of equal shape go through one batched call. Sums over ranks are taken in 
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.sums import Factors, Sums, alike, sum_dtype
 from texforce_hub.errors import MergeError
-
-#: Elements stacked for one batched call: enough to keep a device busy, little beside the layers themselves.
-_CHUNK = 1 << 21
 
 Choice = Callable[[int, Tensor], int]
 
@@ -33,15 +31,10 @@ def concat(layers: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     if not layers or len(layers) != len(weights):
         raise MergeError(f"{len(layers)} layers and {len(weights)} weights; expected one weight for each of at least 1")
     check_one_shape(layers)
-    dtype = torch.promote_types(*_wide_pair([half for layer in layers for half in (layer.up, layer.down)]))
+    dtype = sum_dtype(layers)
     ups = [layer.up.to(dtype) for layer in layers]
     downs = [layer.down.to(dtype) * (layer.scale * weight) for layer, weight in zip(layers, weights)]
     return LowRank(torch.cat(downs), torch.cat(ups, dim=1))
-
-
-def _wide_pair(halves: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype]:
-    double = any(half.dtype == torch.float64 for half in halves)
-    return torch.float32, torch.float64 if double else torch.float32
 
 
 def check_one_shape(layers: Sequence[LowRank]) -> None:
@@ -80,9 +73,9 @@ def norm(a: LowRank) -> float:
 def singular_values(layers: Sequence[LowRank]) -> list[Tensor]:
     """Each change's singular values, largest first, float64, ``(min(out, rank),)`` or fewer."""
     values: list[Tensor] = [torch.empty(0)] * len(layers)
-    for indices, factors in _batches(layers):
+    for indices, factors in _factored([[layer] for layer in layers], [[1.0]] * len(layers)):
         for index, row in zip(indices, factors.values):
-            values[index] = row[: min(layers[index].shape[0], row.numel(), _width(layers[index]))]
+            values[index] = row[: min(layers[index].shape[0], row.numel(), math.prod(layers[index].shape[1:]))]
     return values
 
 
@@ -91,10 +84,9 @@ def recompress(
 ) -> list[tuple[LowRank, float]]:
     """The nearest changes of smaller rank, and the share of each change's energy (squared norm) they keep.
 
-    With ``up = Q R`` (thin QR), the left singular vectors of the change are ``Q U`` with
-    ``R (down downᵀ) Rᵀ = U S² Uᵀ``, a rank × rank problem; ``U`` projects ``R down`` exactly. Both halves
-    carry ``√S``, so that small changes survive storage in half precision. Costs
-    O((out + in) · rank²) and O((out + in) · rank) memory.
+    With ``up = Q R``, the left singular vectors of the change are ``Q U`` with ``R (down downᵀ) Rᵀ = U S² Uᵀ``, a
+    rank × rank problem (see :mod:`texforce_hub.adapter.sums`). Both halves carry ``√S``, so that small changes
+    survive storage in half precision. Costs O((out + in) · rank²) and O((out + in) · rank) memory.
 
     Args:
         layers: changes of any shapes and ranks; those alike are computed as one batch.
@@ -134,63 +126,37 @@ def truncate(layers: Sequence[LowRank], choose: Choice) -> list[tuple[LowRank, f
     Values that are rounding noise beside the largest are never kept.
     """
     results: dict[int, tuple[LowRank, float]] = {}
-    for indices, factors in _batches(layers):
-        rows = list(factors.values.cpu())
-        ranks = [min(choose(i, row), _significant(row, factors.up.dtype)) for i, row in zip(indices, rows)]
-        ups, downs = factors.project(max(ranks))
-        for i, row, r, up, down in zip(indices, rows, ranks, ups, downs):
-            energy = row.square()
-            total = float(energy.sum())
-            share = float(energy[:r].sum()) / total if total > 0 else 1.0
-            kernel = layers[i].down.shape[1:]
-            results[i] = (LowRank(down[:r].reshape(r, *kernel).clone(), up[:, :r].clone()), min(1.0, share))
+    for indices, factors in _factored([[layer] for layer in layers], [[1.0]] * len(layers)):
+        kernels = [layers[index].down.shape[1:] for index in indices]
+        results |= zip(indices, cut(factors, kernels, [partial(choose, index) for index in indices]))
     return [results[i] for i in range(len(layers))]
 
 
-class _Factors:
-    """A batch of changes in factors: ``up = Q R``, ``R (down downᵀ) Rᵀ = U S² Uᵀ``; ``values`` are the S."""
-
-    def __init__(self, up: Tensor, down: Tensor) -> None:
-        self.up, triangle = torch.linalg.qr(up)
-        self.down = triangle @ down
-        wide_down = self.down.double()
-        squares, directions = torch.linalg.eigh(wide_down @ wide_down.mT)
-        self.values = squares.flip(-1).clamp_min(0).sqrt()
-        self.directions = directions.flip(-1).to(up.dtype)
-
-    def project(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading ``rank`` directions as balanced halves, ``(batch, out, rank)`` and ``(batch, rank, in)``."""
-        directions = self.directions[..., :rank]
-        down = directions.mT @ self.down
-        root = down.double().norm(dim=-1, keepdim=True).sqrt().to(down.dtype)
-        return self.up @ directions * root.mT, down / root.clamp_min(torch.finfo(down.dtype).tiny)
+def _factored(
+    groups: Sequence[Sequence[LowRank]], coefficients: Sequence[Sequence[float]]
+) -> Iterator[tuple[list[int], Factors]]:
+    for chunk in alike(groups):
+        sums = Sums([groups[index] for index in chunk])
+        weights = torch.tensor([coefficients[index] for index in chunk], dtype=torch.float64, device=sums.up.device)
+        for rows, factors in sums.factor(weights):
+            yield [chunk[row] for row in rows], factors
 
 
-def _batches(layers: Sequence[LowRank]) -> Iterator[tuple[list[int], _Factors]]:
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, layer in enumerate(layers):
-        dtype = torch.promote_types(*_wide_pair((layer.up, layer.down)))
-        groups.setdefault((layer.up.shape, _width(layer), layer.up.device, dtype), []).append(index)
-    for indices in groups.values():
-        first = layers[indices[0]]
-        size = max(1, _CHUNK // max(1, first.up.numel() + first.down.numel()))
-        for start in range(0, len(indices), size):
-            chunk = indices[start : start + size]
-            yield chunk, _factor([layers[i] for i in chunk])
+def cut(
+    factors: Factors, kernels: Sequence[Sequence[int]], choices: Sequence[Callable[[Tensor], int]]
+) -> list[tuple[LowRank, float]]:
+    """A batch's changes at chosen ranks, and the shares of their energy kept.
 
-
-def _factor(layers: Sequence[LowRank]) -> _Factors:
-    dtype = torch.promote_types(*_wide_pair([half for layer in layers for half in (layer.up, layer.down)]))
-    up = torch.stack([layer.up.to(dtype) for layer in layers])
-    down = torch.stack([layer.down.to(dtype).flatten(1) * layer.scale for layer in layers])
-    return _Factors(up, down)
-
-
-def _width(layer: LowRank) -> int:
-    return math.prod(layer.down.shape[1:])
-
-
-def _significant(values: Tensor, dtype: torch.dtype) -> int:
-    """How many singular values stand above the rounding of the halves they came from (at least 1)."""
-    floor = max(8 * torch.finfo(dtype).eps, 1e-8) * float(values[0])
-    return max(1, int((wide(values) > floor).sum()))
+    ``kernels`` are the shapes ``(in, *kernel)`` of what their downs read, ``choices`` give a rank for singular values.
+    """
+    values = factors.values.cpu()
+    limits = (values > factors.noise * values[:, :1]).sum(1).clamp_min(1).tolist()
+    ranks = [min(choose(row), limit) for choose, row, limit in zip(choices, values, limits)]
+    energy = values.square().cumsum(1)
+    kept = energy.gather(1, torch.tensor(ranks)[:, None] - 1)[:, 0]
+    shares = torch.where(energy[:, -1] > 0, kept / energy[:, -1], 1.0).clamp_max(1.0).tolist()
+    ups, downs = factors.project(max(ranks))
+    return [
+        (LowRank(down[:rank].reshape(rank, *kernel).clone(), up[:, :rank].clone()), share)
+        for up, down, rank, kernel, share in zip(ups, downs, ranks, kernels, shares)
+    ]

@@ -1,6 +1,6 @@
 """A few layers at a time: enough for one batched call, little beside the files that they come from."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 from texforce_hub.adapter.value import Layer, LayerName
@@ -9,19 +9,27 @@ TOGETHER = 1 << 22
 """Numbers that are worth a call of their own."""
 
 Some = TypeVar("Some", bound=Layer)
+Item = TypeVar("Item")
 
 
-def take_batches(
-    layers: Iterable[tuple[LayerName, Some]], *, enough: float | None = None
-) -> Iterator[Mapping[LayerName, Some]]:
-    """Layers together until they hold ``enough`` numbers (:data:`TOGETHER`); one batch is dropped before the next."""
-    most = TOGETHER if enough is None else enough
-    batch: dict[LayerName, Some] = {}
+def take_batches(layers: Iterable[tuple[LayerName, Some]]) -> Iterator[Mapping[LayerName, Some]]:
+    """Layers together until they hold :data:`TOGETHER` numbers; one batch is dropped before the next."""
+    for batch in take_together(layers, lambda item: count_numbers(item[1])):
+        together = dict(batch)
+        yield together
+        together.clear()
+
+
+def take_together(
+    items: Iterable[Item], size_of: Callable[[Item], int], *, enough: float = TOGETHER
+) -> Iterator[list[Item]]:
+    """Items together until their sizes reach ``enough``; one batch is dropped before the next."""
+    batch: list[Item] = []
     size = 0
-    for name, layer in layers:
-        batch[name] = layer
-        size += count_numbers(layer)
-        if size >= most:
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= enough:
             yield batch
             batch.clear()
             size = 0

@@ -9,6 +9,7 @@ import torch
 
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.lazy import LazyAdapter
+from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import ConfigError, MergeError, RefError
@@ -32,6 +33,12 @@ class Group:
     layers: tuple[Mergeable, ...]
     weights: tuple[float, ...]
     context: Context
+
+    @property
+    def factors(self) -> tuple[LowRank, ...]:
+        """The changes, where all are of low rank; else nothing."""
+        low = tuple(layer for layer in self.layers if isinstance(layer, LowRank))
+        return low if len(low) == len(self.layers) else ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,60 +1,55 @@
-"""One run of a merge: layer by layer, what is low rank truncated a few layers together."""
+"""One run of a merge: a few layers at a time, those of one shape as one batch."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
-from texforce_hub.adapter.algebra import norm
-from texforce_hub.adapter.batches import take_batches
+from texforce_hub.adapter.algebra import concat, cut, norm
+from texforce_hub.adapter.batches import count_numbers, take_together
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.sums import Sums, alike
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.merge.gather import Gathered, Group
 from texforce_hub.merge.methods.linear import products
-from texforce_hub.merge.methods.registry import Mergeable
+from texforce_hub.merge.methods.registry import Mergeable, Terms
 from texforce_hub.merge.methods.spaces import as_low_rank
-from texforce_hub.merge.report import LayerReport, MergeReport, kept_share
+from texforce_hub.merge.report import MergeReport
 from texforce_hub.merge.request import MergeRequest
 from texforce_hub.merge.resize import Limits, norm_before, shrink
-
-#: A layer whose norm is below this share of its sources' weighted norms has cancelled.
-CANCELLED = 1e-6
+from texforce_hub.merge.tally import Tally
 
 
 class MergeRun:
-    """One run: merge layer by layer, note norms and cosines, truncate what is low rank, a few layers together."""
+    """One run: every layer merged, what is low rank truncated at once, norms and cosines noted.
+
+    A linear method is told by its coefficients: the Gram matrices that give the sources' inner products give the
+    truncated sum as well. Any other is asked layer by layer.
+    """
 
     def __init__(self, gathered: Gathered, request: MergeRequest) -> None:
         self.gathered = gathered
         self.method, self.options, self.limits = request.definition, request.options, request.limits
-        count = len(gathered.entries)
-        self.products = torch.zeros(count, count, dtype=torch.float64)
-        self.squares = torch.zeros(count, count, dtype=torch.float64)
-        self.norms: dict[LayerName, float] = {}
-        self.kept: dict[LayerName, float] = {}
-        self.removed: list[LayerName] = []
+        self.tally = Tally(gathered)
+        self.floors: Mapping[int, float] | None = None
+        #: Without any limit, ``svd`` gives a layer the largest rank among its sources.
         self.ranks: dict[LayerName, int] = {}
-        self.sizes: dict[LayerName, float] = {}
+        #: The layers that have got their final rank.
+        self.cut: set[LayerName] = set()
+        #: The sum of all ranks is spent over all layers at once; other limits let a few layers go together.
+        self.spends = self.limits.max_total_rank is not None
 
     def run(self) -> tuple[Adapter, MergeReport]:
         """The merged layers as an adapter without metadata, and the report."""
+        self.floors = self._survey()
         done: dict[LayerName, Mergeable] = {}
-        # The sum of all ranks is spent over all layers at once; other limits let a few layers go together.
-        enough = None if self.limits.max_total_rank is None else math.inf
-        for together in take_batches(self._merged(), enough=enough):
-            low = {n: layer for n, layer in together.items() if isinstance(layer, LowRank) and self._truncates(n)}
-            done.update(together)
-            done.update(self._truncate(low))
-        layers = {name: done[name] for name in self.gathered.names if name in done and name not in self.removed}
-        return Adapter(layers), self._report(layers)
-
-    def _merged(self) -> Iterator[tuple[LayerName, Mergeable]]:
-        """The merged layers one by one, not yet truncated together."""
-        floors = self._survey()
-        for group in self.gathered.groups():
-            merged = self._merge(group, floors)
-            if merged is not None:
-                yield group.name, self._limited(group.name, merged)
+        enough = {"enough": math.inf} if self.spends else {}
+        for groups in take_together(self.gathered.groups(), _count, **enough):
+            done.update(self._merge_together(groups))
+        layers = {name: done[name] for name in self.gathered.names if name in done and name not in self.tally.removed}
+        return Adapter(layers), self.tally.report(self.method.name, layers)
 
     def _survey(self) -> Mapping[int, float] | None:
         """What the method must know of all layers before the first is merged."""
@@ -68,42 +63,73 @@ class MergeRun:
 
         return self.method.survey(stream, self.options)
 
-    def _merge(self, group: Group, floors: Mapping[int, float] | None) -> Mergeable | None:
-        """The merged layer, or ``None`` if nothing is left of it."""
-        size = self._note_products(group)
-        if size == 0:
-            self.removed.append(group.name)
-            return None
-        self.sizes[group.name] = size
-        merged = self.method.merge(group.layers, group.weights, self.options, group.context.with_floors(floors))
-        ranks = [layer.rank for layer in group.layers if isinstance(layer, LowRank)]
-        if self.method.name == "svd" and not self.limits.any and len(ranks) == len(group.layers):
-            self.ranks[group.name] = max(ranks)
-        if isinstance(merged, LowRank) and self._truncates(group.name):
-            return merged  # its singular values, soon to be known, give the norm
-        return None if self._has_cancelled(group.name, _norm(merged)) else merged
+    def _merge_together(self, groups: Sequence[Group]) -> dict[LayerName, Mergeable]:
+        merged: dict[LayerName, Mergeable] = {}
+        factored = [group for group in groups if group.factors]
+        for indices in alike([group.factors for group in factored]):
+            merged.update(self._merge_alike([factored[index] for index in indices]))
+        for group in groups:
+            if not group.layers:
+                self.tally.removed.add(group.name)
+            elif not group.factors:
+                inner = products(group.layers).cpu()
+                self.tally.note_sources([group], inner[None])
+                merged.update(self._merge_one(group, inner))
+        late = {n: layer for n, layer in merged.items() if isinstance(layer, LowRank) and self._truncates_late(n)}
+        return merged | self._truncate(late)
 
-    def _truncates(self, name: LayerName) -> bool:
-        return self.limits.any or name in self.ranks
+    def _merge_alike(self, groups: Sequence[Group]) -> dict[LayerName, Mergeable]:
+        """Layers of one shape; the truncated ones' norms and shares are known then."""
+        sums = Sums([group.factors for group in groups])
+        inner = sums.products().cpu()
+        self.tally.note_sources(groups, inner)
+        if self.method.coefficients is None or self.spends:
+            return {n: m for group, each in zip(groups, inner) for n, m in self._merge_one(group, each).items()}
+        weights = torch.tensor([self._coefficients(*pair) for pair in zip(groups, inner)], dtype=torch.float64)
+        lengths = (weights[:, None, :] @ inner @ weights[:, :, None]).flatten().clamp_min(0).sqrt().tolist()
+        left = [not self._is_gone(group, length) for group, length in zip(groups, lengths)]
+        if self.method.name != "svd" and not self.limits.any:
+            return {g.name: concat(g.factors, w) for g, w, stays in zip(groups, weights.tolist(), left) if stays}
+        merged: dict[LayerName, Mergeable] = {}
+        for rows, factors in sums.factor(weights.to(sums.up.device)):
+            kernels = [groups[row].factors[0].down.shape[1:] for row in rows]
+            choices = [partial(self._rank, groups[row]) for row in rows]
+            for row, (layer, share) in zip(rows, cut(factors, kernels, choices)):
+                self.tally.kept[groups[row].name] = share
+                self.cut.add(groups[row].name)
+                merged[groups[row].name] = layer
+        return {group.name: merged[group.name] for group, stays in zip(groups, left) if stays}
 
-    def _has_cancelled(self, name: LayerName, length: float) -> bool:
-        """Note a merged layer's norm; nothing is left of it if that is rounding noise beside its sources."""
-        self.norms[name] = length
-        cancelled = length <= CANCELLED * self.sizes[name]
-        if cancelled:
-            self.removed.append(name)
-        return cancelled
+    def _coefficients(self, group: Group, inner: Tensor) -> Sequence[float]:
+        assert self.method.coefficients is not None
+        return self.method.coefficients(Terms(inner, group.weights, group.context.positions), **self.options)
 
-    def _note_products(self, group: Group) -> float:
-        """Add the layer to the sources' inner products; the sum of its weighted norms."""
-        if not group.layers:
-            return 0.0
-        inner = products(group.layers).cpu()
-        norms = inner.diagonal().clamp_min(0)
-        rows = torch.tensor(group.context.positions)
-        self.products[rows[:, None], rows] += inner
-        self.squares[rows[:, None], rows] += norms[:, None]
-        return math.fsum(abs(w) * math.sqrt(float(n)) for w, n in zip(group.weights, norms))
+    def _is_gone(self, group: Group, length: float) -> bool:
+        return group.name in self.tally.removed or self.tally.has_cancelled(group.name, length)
+
+    def _rank(self, group: Group, values: Tensor) -> int:
+        return self.limits.count(values) if self.limits.any else max(layer.rank for layer in group.factors)
+
+    def _merge_one(self, group: Group, inner: Tensor) -> dict[LayerName, Mergeable]:
+        """One layer, or nothing if nothing is left of it."""
+        if group.name in self.tally.removed:
+            return {}
+        merged = self._merge(group, inner)
+        if self.method.name == "svd" and not self.limits.any and group.factors:
+            self.ranks[group.name] = max(layer.rank for layer in group.factors)
+        late = isinstance(merged, LowRank) and self._truncates_late(group.name)
+        if not late and self.tally.has_cancelled(group.name, _norm(merged)):
+            return {}
+        return {group.name: self._limited(group.name, merged)}
+
+    def _merge(self, group: Group, inner: Tensor) -> Mergeable:
+        if self.method.coefficients is not None and group.factors:
+            return concat(group.factors, self._coefficients(group, inner))
+        return self.method.merge(group.layers, group.weights, self.options, group.context.with_floors(self.floors))
+
+    def _truncates_late(self, name: LayerName) -> bool:
+        """Whether a low-rank layer is still to be truncated; its singular values, then known, give its norm."""
+        return name not in self.cut and (self.limits.any or name in self.ranks)
 
     def _limited(self, name: LayerName, merged: Mergeable) -> Mergeable:
         """A matrix under a limit becomes low rank at once, so that a dense one is never held."""
@@ -112,52 +138,20 @@ class MergeRun:
         factors = as_low_rank(merged)  # type: ignore[arg-type]  # a vector has no second dimension
         cap = self.limits.max_total_rank
         first = Limits(min((r for r in (self.limits.rank, cap) if r), default=None), self.limits.energy)
-        (shrunk, self.kept[name]) = shrink({name: factors}, first)[name]
+        (shrunk, self.tally.kept[name]) = shrink({name: factors}, first)[name]
         return shrunk
 
-    def _truncate(self, layers: dict[LayerName, LowRank]) -> dict[LayerName, LowRank]:
+    def _truncate(self, layers: Mapping[LayerName, LowRank]) -> dict[LayerName, Mergeable]:
         results = shrink(layers, self.limits, ranks=self.ranks) if layers else {}
         for name, (layer, share) in results.items():
-            self.kept[name] = self.kept.get(name, 1.0) * share
-            if name not in self.norms:
-                self._has_cancelled(name, norm_before(layer, share))
+            self.tally.kept[name] = self.tally.kept.get(name, 1.0) * share
+            if name not in self.tally.norms:
+                self.tally.has_cancelled(name, norm_before(layer, share))
         return {name: layer for name, (layer, _) in results.items()}
 
-    def _report(self, layers: dict[LayerName, Mergeable]) -> MergeReport:
-        lengths = (self.squares * self.squares.T).sqrt()
-        cosines = torch.where(lengths > 0, self.products / lengths, 0).tolist()
-        facts = [
-            LayerReport(
-                name, type(layer).__name__, layer.rank, self.norms[name], self.kept.get(name, 1.0), self._sources(name)
-            )
-            for name, layer in layers.items()
-        ]
-        return MergeReport(
-            method=self.method.name,
-            labels=self.gathered.labels,
-            layers=tuple(facts),
-            cosines=tuple(tuple(row) for row in cosines),
-            removed=tuple(self.removed),
-            warnings=tuple(self._warnings(facts)),
-        )
 
-    def _sources(self, name: LayerName) -> tuple[int | None, ...]:
-        return tuple(
-            entry.adapter.layers[name].rank if name in entry.adapter.layers else 0 for entry in self.gathered.entries
-        )
-
-    def _warnings(self, facts: Sequence[LayerReport]) -> Iterator[str]:
-        if self.removed:
-            yield f"{len(self.removed)} layers cancelled and were removed, e.g. {self.removed[0]}"
-        kept = kept_share(facts)
-        if kept < 0.9:
-            yield f"{1 - kept:.1%} of the merged change was discarded by the rank; a higher rank keeps more"
-        if any(fact.kind == "Dense" for fact in facts):
-            yield "some layers are dense: nothing is discarded, but the file is large; a rank makes them low rank"
-        for key in sorted({key for entry in self.gathered.entries for key in entry.adapter.extras}):
-            holders = [entry.label for entry in self.gathered.entries if key in entry.adapter.extras]
-            if len(holders) > 1:
-                yield f"{key} comes with {', '.join(holders)}; the first one's is kept"
+def _count(group: Group) -> int:
+    return sum(map(count_numbers, group.layers))
 
 
 def _norm(layer: Mergeable) -> float:

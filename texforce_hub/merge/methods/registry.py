@@ -5,7 +5,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+from torch import Tensor
 
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
@@ -13,6 +15,8 @@ from texforce_hub.errors import MergeError
 
 Mergeable = LowRank | Dense | Vector
 MergeFunction = Callable[..., Mergeable]
+#: ``f(terms, **options) -> coefficients (n)`` of a linear combination.
+Coefficients = Callable[..., Sequence[float]]
 
 #: Yields every layer's source positions and changes; may be asked for more than once.
 Stream = Callable[[], Iterable[tuple[tuple[int, ...], Sequence[Mergeable]]]]
@@ -49,6 +53,19 @@ class Context:
         return self if floors is None else replace(self, floors=tuple(floors[p] for p in self.positions))
 
 
+class Terms(NamedTuple):
+    """What a linear method chooses a layer's coefficients by.
+
+    products: ``(n, n)`` float64, the inner products of the changes
+    weights: of the sources that have the layer
+    positions: which source each is
+    """
+
+    products: Tensor
+    weights: Sequence[float]
+    positions: Sequence[int]
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option of a method: its default, and its choices if it is a word."""
@@ -69,6 +86,7 @@ class Method:
     run: ``f(layers, weights, *, context, **options) -> layer``
     most: the largest number of sources it is defined for; ``None``: any
     survey: what it must know of all layers before it merges the first
+    coefficients: of the combination, where the method is a linear one
     """
 
     name: str
@@ -78,6 +96,7 @@ class Method:
     options: Mapping[str, Option]
     most: int | None = None
     survey: Survey | None = field(default=None, repr=False)
+    coefficients: Coefficients | None = field(default=None, repr=False)
     wants_context: bool = False
 
     def merge(
@@ -125,6 +144,7 @@ def merge_method(
     laws: set[Law],
     most: int | None = None,
     survey: Survey | None = None,
+    coefficients: Coefficients | None = None,
     also: Mapping[str, Option] = MappingProxyType({}),
 ) -> Callable[[MergeFunction], MergeFunction]:
     """Register a merge method under its function's name.
@@ -142,7 +162,8 @@ def merge_method(
             options=MappingProxyType({**_read_options(parameters.values()), **also}),
             most=most,
             survey=survey,
-            wants_context="context" in parameters,
+            coefficients=coefficients,
+            wants_context="context" in parameters or coefficients is not None,
         )
         return function
 
