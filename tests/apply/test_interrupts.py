@@ -1,18 +1,19 @@
-"""Whatever happens while a stack is put on or taken off, the pipeline is whole afterwards."""
+"""Whatever happens while a stack is put on, changed or taken off, the pipeline is whole afterwards."""
 
+import random
+import signal
 import sys
+import time
 from linecache import getline
 
 import pytest
+import torch
 
-from tests.support.applying import (
-    bits,
-    same_bits,
-    shared_pipeline,
-)
+from tests.support.applying import bits, same_bits, shared_pipeline
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.apply.model import tuner_layers
 
 
 class Boom(BaseException):
@@ -24,7 +25,7 @@ def interrupt_at(number):
     seen = [0]
 
     def trace(frame, event, _):
-        if not frame.f_code.co_filename.endswith(("apply/patch.py", "apply/applied.py")):
+        if "/texforce_hub/apply/" not in frame.f_code.co_filename:
             return None
         # A with statement's own line comes up again on the way out, where Python handles no signal.
         if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
@@ -36,18 +37,128 @@ def interrupt_at(number):
     return trace, seen
 
 
-def try_interrupted(pipe, adapter, mode, number):
-    """Whether an interrupt at this line came through, and how many lines ran."""
+def interrupted(action, number):
+    """Run an action, interrupted before a line: whether the interrupt came through, what came out, lines that ran."""
     trace, seen = interrupt_at(number)
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        apply_adapter(pipe, adapter, mode=mode)
+        result = action()
     except Boom:
-        return True, seen[0]
+        return True, None, seen[0]
     finally:
         sys.settrace(before)
-    return False, seen[0]
+    return False, result, seen[0]
+
+
+def is_whole(pipe, before):
+    """As it was: every bit, no layer of PEFT's, nothing in its list."""
+    left = list(tuner_layers(pipe.text_encoder))
+    return same_bits(pipe, before) and not left and not getattr(pipe.text_encoder, "peft_config", None)
+
+
+def leave(handle):
+    with handle:
+        pass
+
+
+ACTIONS = {
+    "apply": lambda pipe, stack, mode: (lambda: apply_adapter(pipe, stack, mode=mode), None),
+    "set_weights": lambda pipe, stack, mode: started(pipe, stack, mode, lambda handle: handle.set_weights([0.3, -1.0])),
+    "remove": lambda pipe, stack, mode: started(pipe, stack, mode, lambda handle: handle.remove()),
+    "exit": lambda pipe, stack, mode: started(pipe, stack, mode, leave),
+}
+
+
+def started(pipe, stack, mode, action):
+    handle = apply_adapter(pipe, stack, mode=mode)
+    return (lambda: action(handle)), handle
+
+
+def small_stack(pipe):
+    few = [Adapter(dict(list(random_adapter(pipe, seed=seed).layers.items())[:4])) for seed in (1, 2)]
+    return [(few[0], 0.7), (few[1], 0.4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", ["attach", "fuse"])
+@pytest.mark.parametrize("name", ACTIONS)
+def test_a_pipeline_left_by_ctrl_c_is_as_it_was(name, mode, dtype):
+    pipe = tiny_pipeline("sd1").to(dtype=dtype)
+    stack, before = small_stack(pipe), bits(pipe)
+    action, handle = ACTIONS[name](pipe, stack, mode)
+    _, _, lines = interrupted(action, 0)
+    pipe = tiny_pipeline("sd1").to(dtype=dtype)
+    draw = random.Random(f"{name}{mode}{dtype}")
+    for number in sorted(draw.sample(range(1, lines + 1), 4)):
+        action, handle = ACTIONS[name](pipe, stack, mode)
+        raised, _, _ = interrupted(action, number)
+        assert raised
+        if name in ("apply", "exit"):
+            handle = None
+            del action
+            assert is_whole(pipe, before), number
+        if handle is not None:
+            handle.remove()
+        assert is_whole(pipe, before), number
+
+
+@pytest.mark.campaign
+def test_five_hundred_timed_interrupts_leave_every_pipeline_whole():
+    armed = [False]
+
+    def ring(*_):
+        if armed[0]:
+            armed[0] = False
+            raise Boom
+
+    old, draw, came = signal.signal(signal.SIGALRM, ring), random.Random(0), dict.fromkeys(ACTIONS, 0)
+    left = []
+    try:
+        for number in range(500):
+            name = list(ACTIONS)[number % 4]
+            mode, dtype = ("attach", "fuse")[number // 4 % 2], (torch.float32, torch.bfloat16)[number // 8 % 2]
+            came[name] += interrupt_in_time(name, mode, dtype, draw, armed, left)
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    sys.stdout.write(f"interrupts that came through: {came}; pipelines left changed: {left}\n")
+    assert left == []
+    assert min(came.values()) > 60
+
+
+PIPES = {}
+
+
+def interrupt_in_time(name, mode, dtype, draw, armed, left):
+    key = (mode, dtype)
+    if key not in PIPES:
+        pipe = tiny_pipeline("sd1").to(dtype=dtype)
+        PIPES[key] = pipe, small_stack(pipe), bits(pipe)
+    pipe, stack, before = PIPES[key]
+    action, handle = ACTIONS[name](pipe, stack, mode)
+    started_at = time.perf_counter()
+    result = action()
+    duration = time.perf_counter() - started_at
+    (result or handle).remove()
+    action, handle = ACTIONS[name](pipe, stack, mode)
+    raised, result = False, None
+    try:
+        armed[0] = True
+        signal.setitimer(signal.ITIMER_REAL, max(1e-5, draw.random() * duration))
+        result = action()
+        armed[0] = False
+    except Boom:
+        raised = True
+    armed[0] = False
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    if name == "exit":
+        handle = action = None
+    if result or handle:
+        (result or handle).remove()
+    if not is_whole(pipe, before):
+        left.append((name, mode, dtype))
+        del PIPES[key]
+    return raised
 
 
 @pytest.mark.parametrize("mode", ["attach", "fuse"])
@@ -61,10 +172,10 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(mode, others):
         pipe.text_encoder.add_adapter(theirs, adapter_name="theirs")
     adapter = Adapter(dict(list(random_adapter(pipe).layers.items())[:3]))
     before, flags = bits(pipe), [p.requires_grad for p in pipe.text_encoder.parameters()]
-    _, lines = try_interrupted(tiny_pipeline("sd1"), adapter, mode, 0)
+    _, _, lines = interrupted(lambda: apply_adapter(tiny_pipeline("sd1"), adapter, mode=mode), 0)
     assert lines > 60
-    for number in range(1, lines, 2):
-        assert try_interrupted(pipe, adapter, mode, number) == (True, number)
+    for number in range(1, lines, 4):
+        assert interrupted(lambda: apply_adapter(pipe, adapter, mode=mode), number) == (True, None, number)
         assert same_bits(pipe, before)
         assert [p.requires_grad for p in pipe.text_encoder.parameters()] == flags
         assert sorted(getattr(pipe.text_encoder, "peft_config", {})) == (["theirs"] if others else [])

@@ -13,8 +13,11 @@ from torch import nn
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.apply import patch
+from texforce_hub.apply import patch, roster
+from texforce_hub.apply.attach import attach, detach
+from texforce_hub.apply.model import unwrapped
 from texforce_hub.apply.rounding import summed
+from texforce_hub.apply.wrappers import Wrappers
 from texforce_hub.errors import MatchError
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -52,6 +55,20 @@ def written(module, name, terms):
     entry = patch.begin_write(module, name)
     patch.write(entry, terms)
     return entry
+
+
+def owner_of(model, path):
+    above, _, child = path.rpartition(".")
+    return model.get_submodule(above), child
+
+
+def put_beside(model, path, name, layer):
+    attachment = attach(owner_of(model, path), Wrappers(name), [(layer, 1.0)])
+    roster.register(model, name, {path: attachment})
+
+
+def take_off(model, path, name):
+    detach(owner_of(model, path), name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,13 +151,12 @@ def test_an_attached_pair_adds_its_delta_and_leaves_the_weight_alone(dtype):
     x = torch.randn(5, 6, dtype=dtype)
     layer = pair((8, 6), 3)
     gold = nn.functional.linear(x.float(), model.inner[0].weight.float() + layer.delta(), model.inner[0].bias.float())
-    patch.attach(model, "inner.0", "stack", layer)
-    patch.register(model, "stack", {"inner.0": 3})
-    assert patch.unwrapped(model.inner[0]).get_parameter("weight").data_ptr() == storage
+    put_beside(model, "inner.0", "stack", layer)
+    assert unwrapped(model.inner[0]).get_parameter("weight").data_ptr() == storage
     assert torch.allclose(model.inner[0](x).float(), gold, atol=1e-5 if dtype == torch.float32 else 0.15)
-    patch.detach(model, "inner.0", "stack")
-    patch.unregister(model, "stack")
-    patch.detach(model, "inner.0", "stack")
+    take_off(model, "inner.0", "stack")
+    roster.unregister(model, "stack")
+    take_off(model, "inner.0", "stack")
     assert same_bits(model, before)
     assert not hasattr(model, "peft_config")
 
@@ -149,27 +165,25 @@ def test_a_convolution_takes_a_pair_too():
     model = Model()
     x, layer = torch.randn(2, 3, 4, 4), pair((5, 3, 3, 3), 2)
     gold = nn.functional.conv2d(x, model.conv.weight + layer.delta(), model.conv.bias, padding=1)
-    patch.attach(model, "conv", "stack", layer)
+    put_beside(model, "conv", "stack", layer)
     assert torch.allclose(model.conv(x), gold, atol=1e-5)
-    patch.detach(model, "conv", "stack")
+    take_off(model, "conv", "stack")
     assert type(model.conv) is nn.Conv2d
 
 
 def test_two_stacks_on_one_layer_come_off_in_any_order():
     model = Model()
     before, x = bits(model), torch.randn(5, 6)
-    patch.attach(model, "inner.0", "one", pair((8, 6), 2, 1))
-    patch.register(model, "one", {"inner.0": 2})
-    patch.attach(model, "inner.0", "two", pair((8, 6), 4, 2))
-    patch.register(model, "two", {"inner.0": 4})
+    put_beside(model, "inner.0", "one", pair((8, 6), 2, 1))
+    put_beside(model, "inner.0", "two", pair((8, 6), 4, 2))
     both = before["inner.0.weight"] + pair((8, 6), 2, 1).delta() + pair((8, 6), 4, 2).delta()
     assert torch.allclose(model.inner[0](x), nn.functional.linear(x, both, before["inner.0.bias"]), atol=1e-5)
-    patch.detach(model, "inner.0", "one")
-    patch.unregister(model, "one")
+    take_off(model, "inner.0", "one")
+    roster.unregister(model, "one")
     alone = before["inner.0.weight"] + pair((8, 6), 4, 2).delta()
     assert torch.allclose(model.inner[0](x), nn.functional.linear(x, alone, before["inner.0.bias"]), atol=1e-5)
-    patch.detach(model, "inner.0", "two")
-    patch.unregister(model, "two")
+    take_off(model, "inner.0", "two")
+    roster.unregister(model, "two")
     assert same_bits(model, before)
 
 
@@ -181,12 +195,11 @@ def test_another_adapter_stays_as_active_and_as_trainable_as_it_was():
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     x = torch.randn(5, 6)
     theirs = model.inner[0](x)
-    patch.attach(model, "inner.0", "ours", pair((8, 6)))
-    patch.register(model, "ours", {"inner.0": 2})
+    put_beside(model, "inner.0", "ours", pair((8, 6)))
     assert model.inner[0].active_adapters == ["theirs", "ours"]
     assert torch.allclose(model.inner[0](x), theirs + x @ pair((8, 6)).delta().T, atol=1e-5)
-    patch.detach(model, "inner.0", "ours")
-    patch.unregister(model, "ours")
+    take_off(model, "inner.0", "ours")
+    roster.unregister(model, "ours")
     assert model.inner[0].active_adapters == ["theirs"]
     assert torch.equal(model.inner[0](x), theirs)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags

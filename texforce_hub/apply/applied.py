@@ -5,16 +5,19 @@ The result is ``W + Σ wᵢ·ΔWᵢ``. All layers are matched and all shapes che
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from torch import nn
 
-from texforce_hub.adapter.algebra import concat
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import LayerName
+from texforce_hub.apply.attach import Attachment, Pair, attach, detach, unwrap_moved
+from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
     Contribution,
     Contributions,
@@ -30,21 +33,12 @@ from texforce_hub.apply.matching import (
     why_dead,
 )
 from texforce_hub.apply.model import parts_of, plain, unwrapped
-from texforce_hub.apply.patch import (
-    Attachment,
-    Write,
-    activate,
-    attach,
-    begin_write,
-    detach,
-    free_name,
-    keep,
-    register,
-    undo,
-    unregister,
-    write,
-)
+from texforce_hub.apply.patch import Owner, Write, begin_write, check_writable, keep, undo, write
+from texforce_hub.apply.placement import place
+from texforce_hub.apply.roster import activate, free_name, note_factors, register, unregister
 from texforce_hub.apply.rounding import Loss, Term, seed_for, total_loss
+from texforce_hub.apply.undoing import do_all, insist
+from texforce_hub.apply.wrappers import Wrappers
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import Item, StackEntry, Weight, read_stack, reweighted
@@ -84,24 +78,35 @@ def apply_adapter(
     if rounding not in ("nearest", "stochastic") or (rounding == "stochastic" and mode == "attach"):
         raise ConfigError(f"rounding {rounding!r} with mode {mode!r}; expected 'nearest', or 'stochastic' with 'fuse'")
     entries = read_stack(adapters, weight=weight)
+    draws = seed if rounding == "stochastic" else None
+    roots = {part: plain(module) for part, module in parts_of(pipe).items()}
+    return alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, strict=strict, draws=draws))
+
+
+def _apply(
+    pipe: Any,
+    roots: Mapping[str, nn.Module],
+    entries: list[StackEntry],
+    mode: str,
+    *,
+    strict: bool,
+    draws: int | None,
+) -> "Applied":
     decisions = {e.label: match(e.adapter, pipe, attaching=mode == "attach") for e in entries}
     for entry in entries:
         _check_fit(entry, decisions[entry.label], strict=strict)
-    roots = {part: plain(module) for part, module in parts_of(pipe).items()}
     riding, written = sort_contributions(decisions[entry.label] for entry in entries)
     for part in dict.fromkeys(key[0] for key in (*riding, *written)):
         check_ready(part, parts_of(pipe)[part], attaching=any(key[0] == part for key in riding))
-    name = free_name(list(roots.values()))
-    draws = seed if rounding == "stochastic" else None
-    applied = Applied(entries, mode, decisions, name, roots, riding, written, draws)
+    applied = Applied(entries, mode, decisions, free_name(list(roots.values())), roots, riding, written, draws)
     try:
         applied._put_on()
         _say_notes(decisions)
         _say_loss(applied)
+        return applied
     except BaseException:
         applied.remove()
         raise
-    return applied
 
 
 def _check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
@@ -161,6 +166,8 @@ class Applied:
     _attachments: dict[ParameterKey, Attachment] = field(default_factory=dict, repr=False)
     _writes: dict[ParameterKey, Write] = field(default_factory=dict, repr=False)
     _on: bool = field(default=True, repr=False)
+    _gone: bool = field(default=False, repr=False)
+    _in_block: bool = field(default=False, repr=False)
 
     @property
     def weights(self) -> Mapping[str, AdapterRef]:
@@ -179,27 +186,21 @@ class Applied:
             ConfigError: an unknown label, another number of weights, or an impossible weight.
             MatchError: the stack was taken off.
         """
-        entries = reweighted(self.entries, weights)
-        gone = [key for key, attachment in self._attachments.items() if not attachment.live]
-        if gone or not (self._attachments or self._writes):
-            raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
-        self.entries = entries
-        for key, attachment in self._attachments.items():
-            attachment.fill(self._pair(key))
-        for key, entry in self._writes.items():
-            write(entry, self._terms(key) if self._on else ())
-        self._note_losses()
+        alone_on(self.roots.values(), lambda: self._set_weights(reweighted(self.entries, weights)))
 
     def remove(self) -> None:
-        """Take the stack off: every weight is what it was, to the bit. A second call does nothing."""
-        for part, path, _ in reversed(self._riding):
-            detach(self.roots[part], path, self.name)
-        for part in dict.fromkeys(key[0] for key in self._riding):
-            unregister(self.roots[part], self.name)
-        for key in reversed(self._writes):
-            undo(self._writes[key])
-        self._attachments.clear()
-        self._writes.clear()
+        """Take the stack off: every weight is what it was, to the bit. A second call does nothing.
+
+        Whatever happens on the way, an interrupt too, all is restored that can be; what came first is raised then.
+
+        Raises:
+            MatchError: weights that a fused stack was written to are no longer there.
+        """
+        if not self._gone:
+            raised = alone_on(self.roots.values(), lambda: insist(self._take_off))
+            self._gone = not (self._attachments or self._writes)
+            if raised:
+                raise raised[0]
 
     def keep(self) -> None:
         """Make a fused stack permanent and forget the way back.
@@ -209,17 +210,15 @@ class Applied:
         """
         if self._attachments:
             raise MatchError("an attached stack rides beside the weights; use mode='fuse' to make it permanent")
-        for entry in self._writes.values():
-            keep(entry)
-        self._writes.clear()
+        alone_on(self.roots.values(), self._keep)
 
     def disable(self) -> None:
         """The base's outputs, the stack staying in place; other adapters are left as they are."""
-        self._switch(on=False)
+        alone_on(self.roots.values(), lambda: self._switch(on=False))
 
     def enable(self) -> None:
         """Undo :meth:`disable`."""
-        self._switch(on=True)
+        alone_on(self.roots.values(), lambda: self._switch(on=True))
 
     def dead_layers(self, clip_skip: int = 0) -> dict[LayerName, str]:
         """Layers that cannot reach the image when this many last layers of the CLIP encoders are skipped."""
@@ -231,20 +230,122 @@ class Applied:
         }
 
     def __enter__(self) -> Self:
+        self._in_block = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.remove()
+        try:
+            self.remove()
+        except BaseException:
+            with suppress(MatchError):  # of what was said already
+                self.remove()
+            raise
+
+    def __del__(self) -> None:
+        # An interrupt can come before the first line of __exit__; the block is left all the same.
+        if getattr(self, "_in_block", False) and not self._gone:
+            self.remove()
+
+    def _keep(self) -> None:
+        for entry in self._writes.values():
+            keep(entry)
+        self._writes.clear()
+
+    def _put_on(self) -> None:
+        for key in self._written:
+            seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
+            owner = self._owner(key)
+            entry = self._writes[key] = begin_write(unwrapped(self._module(key)), key[2], seed=seed, owner=owner)
+            write(entry, self._terms(key))
+        self._note_losses()
+        wrappers = Wrappers(self.name)
+        for key in self._riding:
+            owner = self._owner(key)
+            assert owner is not None
+            self._attachments[key] = attach(owner, wrappers, self._pairs(key))
+        for part in self._riding_parts():
+            register(self.roots[part], self.name, self._attached_to(part))
+
+    def _set_weights(self, entries: list[StackEntry]) -> None:
+        gone = [key for key, attachment in self._attachments.items() if not attachment.live]
+        if gone or not (self._attachments or self._writes):
+            raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
+        for key, attachment in self._attachments.items():
+            attachment.check_changeable(self._pairs(key))
+        for entry in self._writes.values():
+            check_writable(entry)
+        before, self.entries = self.entries, entries
+        try:
+            self._refill()
+        except BaseException:
+            self.entries = before
+            insist(lambda: do_all([self._refill]))
+            raise
+
+    def _refill(self) -> None:
+        for key, attachment in self._attachments.items():
+            attachment.fill(self._pairs(key))
+        for part in self._riding_parts():
+            note_factors(self.roots[part], self.name, self._attached_to(part))
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        for key, entry in self._writes.items():
+            write(entry, self._terms(key) if self._on else ())
+        self._note_losses()
 
     def _switch(self, *, on: bool) -> None:
         self._on = on
-        for part in dict.fromkeys(key[0] for key in self._riding):
+        for part in self._riding_parts():
             activate(self.roots[part], self.name, active=on)
-        for key, entry in self._writes.items():
-            write(entry, self._terms(key) if on else ())
-        self._note_losses()
+        self._rewrite()
+
+    def _take_off(self) -> list[BaseException]:
+        """Undo all that is left to undo; the errors, and the interrupts, in their order."""
+        parts = self._riding_parts()
+        raised = do_all(
+            [
+                *(partial(self._detach, key) for key in reversed(self._riding)),
+                *(partial(unwrap_moved, self.roots[part], self._attached_to(part).values()) for part in parts),
+                *(partial(unregister, self.roots[part], self.name) for part in parts),
+                *(partial(self._undo, key) for key in reversed(self._writes)),
+            ]
+        )
+        self._attachments = {key: here for key, here in self._attachments.items() if here.rides}
+        self._writes = {key: entry for key, entry in self._writes.items() if entry.on}
+        return raised
+
+    def _detach(self, key: ParameterKey) -> None:
+        attachment = self._attachments.get(key)
+        owner = self._owner(key) if attachment is None else (attachment.parent, attachment.child)
+        if owner is not None:
+            detach(owner, self.name, attachment)
+
+    def _undo(self, key: ParameterKey) -> None:
+        try:
+            undo(self._writes[key])
+        except MatchError as error:
+            raise MatchError(f"{'.'.join(key)}: {error}") from error
+
+    def _module(self, key: ParameterKey) -> nn.Module:
+        return self.roots[key[0]].get_submodule(key[1])
+
+    def _owner(self, key: ParameterKey) -> Owner | None:
+        """The module that the layer is a child of, and its name there; ``None`` for what is no child."""
+        above, _, child = key[1].rpartition(".")
+        try:
+            return (self.roots[key[0]].get_submodule(above), child) if child else None
+        except AttributeError:
+            return None
+
+    def _riding_parts(self) -> list[str]:
+        return list(dict.fromkeys(key[0] for key in self._riding))
+
+    def _attached_to(self, part: str) -> dict[str, Attachment]:
+        """The attachments in one part, by path."""
+        return {key[1]: attachment for key, attachment in self._attachments.items() if key[0] == part}
 
     def _note_losses(self) -> None:
         losses = {".".join(key): entry.loss for key, entry in self._writes.items()}
@@ -253,33 +354,13 @@ class Applied:
     def _terms(self, key: ParameterKey) -> list[Term]:
         return [self._term(contribution) for contribution in self._written[key]]
 
+    def _pairs(self, key: ParameterKey) -> list[Pair]:
+        terms = [self._term(contribution) for contribution in self._riding[key]]
+        return [(layer, weight) for layer, weight in terms if isinstance(layer, LowRank)]
+
     def _term(self, contribution: Contribution) -> Term:
-        index, name, rows = contribution
+        index, name, rows, block = contribution
         entry = self.entries[index]
         layer = entry.adapter.layers[name]
-        return (layer if rows is None else take_rows(layer, rows)), entry.weight.weight_of(name)
-
-    def _pair(self, key: ParameterKey) -> LowRank:
-        terms = [self._term(contribution) for contribution in self._riding[key]]
-        part, path, parameter = key
-        device = unwrapped(self.roots[part].get_submodule(path)).get_parameter(parameter).device
-        layers = [layer.map(lambda half: half.to(device)) for layer, _ in terms]
-        return concat([layer for layer in layers if isinstance(layer, LowRank)], [weight for _, weight in terms])
-
-    def _put_on(self) -> None:
-        for key, contributions in self._written.items():
-            part, path, parameter = key
-            if contributions:
-                module = unwrapped(self.roots[part].get_submodule(path))
-                seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
-                entry = self._writes[key] = begin_write(module, parameter, seed=seed)
-                write(entry, self._terms(key))
-        self._note_losses()
-        ranks: dict[str, dict[str, int]] = {}
-        for key in self._riding:
-            part, path, _ = key
-            pair = self._pair(key)
-            self._attachments[key] = attach(self.roots[part], path, self.name, pair)
-            ranks.setdefault(part, {})[path] = pair.rank
-        for part, of_part in ranks.items():
-            register(self.roots[part], self.name, of_part)
+        layer = layer if rows is None else take_rows(layer, rows)
+        return (layer if block is None else place(layer, block)), entry.weight.weight_of(name)

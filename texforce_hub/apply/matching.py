@@ -14,8 +14,9 @@ from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
-from texforce_hub.apply.model import parts_of, plain, unwrapped
-from texforce_hub.apply.patch import TunerLayer, can_attach
+from texforce_hub.apply.model import is_tuner, parts_of, plain, unwrapped
+from texforce_hub.apply.placement import Block
+from texforce_hub.apply.wrappers import can_attach
 from texforce_hub.errors import AdapterError, FamilyError, MatchError
 from texforce_hub.families import live_name
 from texforce_hub.families.names import part_of, path_of
@@ -26,8 +27,9 @@ from texforce_hub.families.original_transformer import Ranges, Rows, find_rows
 class Matched:
     """The layer changes this parameter. ``how``: ``attached`` beside it, or ``written`` into it.
 
-    ``part`` and ``path`` name the module in the model, ``parameter`` the tensor in it; ``note`` says what is
-    out of the ordinary. ``rows`` are the layer's rows that go there, ``None`` for all of them as they are.
+    ``part`` and ``path`` name the module in the model, ``parameter`` the tensor in it; ``note`` says what is out of
+    the ordinary. ``rows`` are the layer's rows that go there, ``None`` for all of them as they are; ``block`` is where
+    in the parameter they go, ``None`` if they are all of it.
     """
 
     part: str
@@ -36,6 +38,7 @@ class Matched:
     how: str
     note: str = ""
     rows: Ranges | None = None
+    block: Block | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +65,8 @@ class WrongShape:
 Decision = Matched | Divided | Unmatched | WrongShape
 ParameterKey = tuple[str, str, str]
 """Part, path of the module in it, parameter."""
-Contribution = tuple[int, LayerName, Ranges | None]
-"""Index of the adapter in the stack, name of its layer, and the rows of it that go to the parameter."""
+Contribution = tuple[int, LayerName, Ranges | None, Block | None]
+"""Index of the adapter in the stack, name of its layer, the rows of it that go to the parameter, and where in that."""
 Contributions = dict[ParameterKey, list[Contribution]]
 """For each parameter, what changes it."""
 
@@ -82,7 +85,7 @@ def sort_contributions(stack: Iterable[Mapping[LayerName, Decision]]) -> tuple[C
         for name, decision in decisions.items():
             for matched in matches(decision):
                 key = (matched.part, matched.path, matched.parameter)
-                ways[matched.how].setdefault(key, []).append((index, name, matched.rows))
+                ways[matched.how].setdefault(key, []).append((index, name, matched.rows, matched.block))
     return ways["attached"], ways["written"]
 
 
@@ -100,7 +103,7 @@ def check_ready(part: str, module: nn.Module, *, attaching: bool) -> None:
         return
     if hasattr(module, "_orig_mod") or any(layer._compiled_call_impl is not None for layer in layers):
         raise MatchError(f"{part} is compiled, its layers are fixed: use mode='fuse', or apply before compiling")
-    tuners = [layer for layer in layers if isinstance(layer, TunerLayer)]
+    tuners: list[Any] = [layer for layer in layers if is_tuner(layer)]
     if any(layer.disable_adapters for layer in tuners):
         raise MatchError(f"adapters are switched off on {part}: call enable_lora() first, or use mode='fuse'")
     if any(layer.merged for layer in tuners):

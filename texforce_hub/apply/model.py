@@ -1,11 +1,11 @@
 """A live model by our names: its parts, and its weights for layers whose change depends on them (DoRA)."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from texforce_hub.adapter.value import LayerName
@@ -83,10 +83,33 @@ def _live_parameter(root: nn.Module, path: str) -> Any:
         return None
 
 
+def is_tuner(module: object) -> TypeGuard[Any]:
+    """Whether this is a layer of PEFT's around another one. PEFT is not imported for it: who has none, has no layer."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and isinstance(module, peft.BaseTunerLayer)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """The layer itself, out of any tuner layers around it."""
-    layer: nn.Module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: nn.Module = module.get_base_layer() if is_tuner(module) else module
     return layer
+
+
+def walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its path, the root's empty; a tuner layer is one module, what is in it is not visited."""
+    open_paths: list[tuple[str, nn.Module]] = [("", root)]
+    while open_paths:
+        path, module = open_paths.pop()
+        yield path, module
+        if not is_tuner(module):
+            prefix = f"{path}." if path else ""
+            children = [(prefix + name, child) for name, child in module._modules.items() if child is not None]
+            open_paths.extend(reversed(children))
+
+
+def tuner_layers(root: nn.Module) -> Iterator[Any]:
+    """The tuner layers of a model, whoever put them there."""
+    return (module for _, module in walk(root) if is_tuner(module))
 
 
 def parts_of(target: Any) -> dict[str, nn.Module]:

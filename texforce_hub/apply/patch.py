@@ -1,111 +1,177 @@
-"""Put changes on modules and take them off exactly. The only writer of a model's weights.
+"""Write changes into a model's parameters and take them out exactly. The only writer of a model's weights.
 
-Two ways, both undone bit for bit:
+:func:`begin_write` keeps a copy, :func:`write` changes the parameter in place, :func:`undo` copies back: nothing is
+ever subtracted. Writes on one parameter may be undone in any order: those above are computed anew from what lies
+below them. What the libraries around us did in between is undone with it: a joined projection that was copied from
+the parameter follows it, adapters that PEFT has fused into it since are fused again without ours.
 
-- :func:`attach` puts a low-rank pair beside a layer, as a PEFT tuner layer under an adapter name of its own,
-  so that the pipeline's own calls (``set_adapters``, ``disable_lora``, ``unload_lora_weights``) see it. The
-  weight itself is never touched.
-- :func:`write` changes a parameter in place; :func:`begin_write` has kept a copy. Undoing copies it back;
-  nothing is ever subtracted. Writes on one parameter may be undone in any order: those above are computed
-  anew from what lies below them.
+What is kept lives and dies with the model: nothing here holds a parameter.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora.layer import Conv2d as LoraConv2d
-from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import wide
-from texforce_hub.apply.model import unwrapped
+from texforce_hub.apply.model import tuner_layers as tuner_layers
+from texforce_hub.apply.projections import find_joined
 from texforce_hub.apply.rounding import Loss, Term, rounded_sum, summed
 from texforce_hub.errors import MatchError
 
-TunerLayer = BaseTunerLayer
-_WRAPPERS: Mapping[type[nn.Module], Any] = {nn.Linear: LoraLinear, nn.Conv2d: LoraConv2d}
+Owner = tuple[nn.Module, str]
+"""A module and the name of its child that is meant."""
 
 
-def can_attach(module: nn.Module) -> bool:
-    """Whether a low-rank pair can ride beside this layer. Subclasses may read their weight some other way."""
-    return type(unwrapped(module)) in _WRAPPERS and not getattr(unwrapped(module), "groups", 1) > 1
+@dataclass(frozen=True, eq=False, slots=True)
+class Copy:
+    """Rows of a joined projection's parameter, from ``start`` on, that were copied from one that is written to."""
+
+    parameter: ReferenceType[nn.Parameter]
+    start: int
 
 
 @dataclass(eq=False, slots=True)
 class Write:
     """A change written into one parameter, with what lay there before."""
 
-    module: nn.Module
+    module: ReferenceType[nn.Module]
     name: str
-    parameter: nn.Parameter
+    parameter: ReferenceType[nn.Parameter]
     saved: Tensor
+    owner: tuple[ReferenceType[nn.Module], str] | None = None
+    on: bool = False  # whether there is anything to undo
     terms: Sequence[Term] = field(default_factory=tuple)
     seed: int | None = None  # of stochastic rounding; None: to the nearest
     loss: Loss | None = None  # of the last writing; None for parameters of float32 and wider
+    fused: tuple[str, ...] = ()  # the adapters that PEFT had fused into the parameter before
+    fused_since: tuple[str, ...] | None = None  # those to be fused again; None: undoing has not begun
+    copies: list["Copy"] = field(default_factory=list)  # what joined projections took from the parameter
 
 
 # Per parameter, the writes on it, oldest first: what one handle must know of another's.
 _PILES: Any = WeakIdKeyDictionary()  # parameter → list[Write]
 
 
-def begin_write(module: nn.Module, name: str, *, seed: int | None = None) -> Write:
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a value into a tensor, whether that was made for inference only or not."""
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        target.copy_(value)
+
+
+def begin_write(module: nn.Module, name: str, *, seed: int | None = None, owner: Owner | None = None) -> Write:
     """Copy what a parameter holds, so that whatever happens later can be undone; with a seed, stochastic rounding.
 
     Nothing is written yet: who keeps the entry before :func:`write` can undo even a write cut off midway.
+
+    Args:
+        owner: the module that the layer is a child of, and its name there.
     """
     parameter = module.get_parameter(name)
-    return Write(module, name, parameter, parameter.detach().clone(), seed=seed)
+    with torch.inference_mode(mode=False):
+        saved = parameter.detach().clone()
+    above = None if owner is None else (ref(owner[0]), owner[1])
+    return Write(ref(module), name, ref(parameter), saved, above, seed=seed, fused=fused_into(owner))
 
 
-@torch.no_grad()
+def fused_into(owner: Owner | None) -> tuple[str, ...]:
+    """The adapters that PEFT has fused into a layer, by its owner and its name there."""
+    wrapper = None if owner is None else owner[0]._modules.get(owner[1])
+    return tuple(getattr(wrapper, "merged_adapters", ()))
+
+
+def check_writable(entry: Write) -> None:
+    """Refuse to write where it would be wrong or lost.
+
+    Raises:
+        MatchError: the weights were replaced, or PEFT has fused or unfused adapters there since.
+    """
+    present(entry)
+    if fused_into(_owner(entry)) != entry.fused:
+        raise MatchError(
+            "fuse_lora() or unfuse_lora() has changed the fused weights since: take that back, or take the stack off"
+        )
+
+
 def write(entry: Write, terms: Sequence[Term]) -> None:
     """Add the terms to the parameter in place, instead of what the entry wrote before.
 
     Entries above it are computed anew.
     """
+    pile: list[Write] = _PILES.setdefault(present(entry), [])
     entry.terms = terms
-    pile: list[Write] = _PILES.setdefault(_present(entry), [])
-    if entry not in pile:
+    if entry in pile:
+        _note_copies(entry, pile)
+    else:
+        entry.on = True
         pile.append(entry)
     _settle(pile, pile.index(entry), entry.saved)
+    follow(entry.copies, _above(entry, pile))
 
 
-@torch.no_grad()
 def undo(entry: Write) -> None:
-    """Give the parameter back what it held; a second call does nothing."""
-    pile: list[Write] = _PILES.get(entry.parameter, [])
-    if entry in pile:
-        parameter = _present(entry)
-        position = pile.index(entry)
-        if position + 1 == len(pile):
-            parameter.copy_(entry.saved)
-        else:
-            _settle(pile, position + 1, entry.saved)
-        del pile[position]
+    """Give the parameter back what it held; cut off anywhere, or called again, it ends the same."""
+    if entry.module() is None:
+        entry.on = False
+    if entry.on:
+        pile: list[Write] = _PILES.get(present(entry), [])
+        if entry in pile:
+            _take_out(entry, pile)
+        entry.on = False
+    follow(entry.copies, entry.saved)
+
+
+def _take_out(entry: Write, pile: list[Write]) -> None:
+    if entry.fused_since is None:
+        _note_copies(entry, pile)
+        entry.fused_since = fused_into(_owner(entry))
+    position = pile.index(entry)
+    if position + 1 == len(pile):
+        put(present(entry).detach(), entry.saved)
+    else:
+        _settle(pile, position + 1, entry.saved)
+    if entry.fused_since != entry.fused:
+        _fuse_again(entry, entry.fused_since)
+    pile.remove(entry)
 
 
 def keep(entry: Write) -> None:
     """Make a write permanent: the copy of what was there is dropped."""
-    pile: list[Write] = _PILES.get(entry.parameter, [])
+    pile: list[Write] = _PILES.get(entry.parameter(), [])
     if pile[:1] != [entry]:
         raise MatchError("only the first stack on a weight can be kept: take the others off first")
+    entry.on = False
     del pile[0]
+
+
+def present(entry: Write) -> nn.Parameter:
+    """The parameter that was written to, where it was.
+
+    Raises:
+        MatchError: it is no longer there.
+    """
+    module, parameter = entry.module(), entry.parameter()
+    if module is None or parameter is None or module._parameters.get(entry.name) is not parameter:
+        kind = "layer" if module is None else type(module).__name__
+        raise MatchError(
+            f"the weights that were written to have been replaced since (sequential offload, or a new "
+            f"{kind}.{entry.name}); take the stack off before moving the model that way"
+        )
+    return parameter
 
 
 def _settle(pile: list[Write], start: int, below: Tensor) -> None:
     """Write the pile's entries from ``start`` on, the first of them on ``below``."""
-    for entry in pile[start:-1]:
-        entry.saved = below
-        below = _add(entry, None)
-    pile[-1].saved = below
-    _add(pile[-1], pile[-1].parameter.detach())
+    target = present(pile[-1]).detach()
+    with torch.inference_mode(target.is_inference()), torch.no_grad():
+        for entry in pile[start:-1]:
+            entry.saved = below
+            below = _add(entry, None)
+        pile[-1].saved = below
+        _add(pile[-1], target)
 
 
 def _add(entry: Write, out: Tensor | None) -> Tensor:
@@ -116,147 +182,70 @@ def _add(entry: Write, out: Tensor | None) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def _present(entry: Write) -> nn.Parameter:
-    if entry.module._parameters.get(entry.name) is not entry.parameter:
-        raise MatchError(
-            f"the weights that were written to have been replaced since (sequential offload, or a new "
-            f"{type(entry.module).__name__}.{entry.name}); take the stack off before moving the model that way"
-        )
-    return entry.parameter
+def _owner(entry: Write) -> Owner | None:
+    module = None if entry.owner is None else entry.owner[0]()
+    return None if entry.owner is None or module is None else (module, entry.owner[1])
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Attachment:
-    """A low-rank pair beside one layer: where it sits and under which adapter name."""
-
-    parent: nn.Module
-    child: str
-    wrapper: Any  # a LoraLayer
-    name: str
-
-    @torch.no_grad()
-    def fill(self, pair: LowRank) -> None:
-        """New values, in place, for the pair; its scale goes into ``up``."""
-        down, up = self.wrapper.lora_A[self.name].weight, self.wrapper.lora_B[self.name].weight
-        down.copy_(pair.down.view(down.shape))
-        up.copy_((pair.scale * wide(pair.up)).view(up.shape))
-
-    @property
-    def live(self) -> bool:
-        """Whether it is still in the model: ``unload_lora_weights`` may have taken it off."""
-        here: Any = self.parent._modules.get(self.child)
-        return here is self.wrapper and self.name in here.r
+def _above(entry: Write, pile: list[Write]) -> Tensor:
+    """What the parameter holds with this entry and without those above it."""
+    above = pile[pile.index(entry) + 1 :]
+    return above[0].saved if above else present(entry).detach()
 
 
-def attach(root: nn.Module, path: str, name: str, pair: LowRank) -> Attachment:
-    """Put a pair beside the layer at ``path``, in the layer's dtype and on its device.
-
-    Other adapters of the layer stay as active and as trainable as they were.
-    """
-    parent_path, _, child = path.rpartition(".")
-    parent, module = root.get_submodule(parent_path), root.get_submodule(path)
-    wrapper: Any
-    with torch.device("meta"):  # the values are ours: no initialisation is computed
-        wrapper = module if isinstance(module, LoraLayer) else _wrap(module, name, pair.rank)
-        if wrapper is module:
-            _extend(wrapper, name, pair.rank)
-    weight = unwrapped(module).get_parameter("weight")
-    for half, value in ((wrapper.lora_A, pair.down), (wrapper.lora_B, pair.scale * wide(pair.up))):
-        shape = half[name].weight.shape
-        moved = value.detach().to(weight.device, weight.dtype, copy=True).view(shape)
-        half[name].weight = nn.Parameter(moved, requires_grad=False)
-    if wrapper is not module:
-        setattr(parent, child, wrapper)
-    return Attachment(parent, child, wrapper, name)
+def _note_copies(entry: Write, pile: list[Write]) -> None:
+    known = {id(copy.parameter()) for copy in entry.copies}
+    copies = find_copies(_owner(entry), entry.name, _above(entry, pile))
+    entry.copies += [copy for copy in copies if id(copy.parameter()) not in known]
 
 
-def detach(root: nn.Module, path: str, name: str) -> None:
-    """Take a pair off; the layer itself comes back if nothing else rides beside it. Twice is once.
+def find_copies(owner: Owner | None, name: str, value: Tensor) -> list[Copy]:
+    """The rows of joined projections that hold this value of a layer's parameter, bit for bit: copied from it."""
+    joined = None if owner is None else find_joined(*owner)
+    parameter = None if joined is None else joined.layer._parameters.get(name)
+    if joined is None or parameter is None:
+        return []
+    rows = _bottom(parameter)[joined.start : joined.start + value.shape[0]]
+    same = rows.shape == value.shape and rows.device == value.device and rows.equal(value)
+    return [Copy(ref(parameter), joined.start)] if same else []
 
-    Looks at the model only, so that a pair whose :func:`attach` was cut off midway goes too.
-    """
-    wrapper: Any = root.get_submodule(path)
-    if not isinstance(wrapper, LoraLayer):
+
+def follow(copies: Sequence[Copy], value: Tensor) -> None:
+    """Let the joined projections that were copied from a parameter have its value."""
+    for copy in copies:
+        parameter = copy.parameter()
+        if parameter is not None:
+            put(_bottom(parameter)[copy.start : copy.start + value.shape[0]], value)
+            pile: list[Write] = _PILES.get(parameter, [])
+            if pile:
+                _settle(pile, 0, pile[0].saved)
+
+
+def rebase(parameter: nn.Parameter, value: Tensor, adapter: str) -> None:
+    """Give a parameter the value it had before PEFT fused an adapter into it; writes made since stay on it."""
+    pile: list[Write] = _PILES.get(parameter, [])
+    since = [position for position, entry in enumerate(pile) if adapter in entry.fused]
+    if not since:
+        put(parameter.detach(), value)
         return
-    books = [getattr(wrapper, attribute) for attribute in (*wrapper.adapter_layer_names, *wrapper.other_param_names)]
-    ours = [book for book in books if name in book]
-    for book in ours:
-        del book[name]
-    if ours and not wrapper.lora_A and not wrapper.lora_embedding_A:
-        parent, _, child = path.rpartition(".")
-        setattr(root.get_submodule(parent), child, wrapper.base_layer)
+    _settle(pile, since[0], value)
+    for entry in reversed(pile[since[0] :]):
+        entry.fused = tuple(name for name in entry.fused if name != adapter)
 
 
-def _config(rank: int) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False)
+def _bottom(parameter: nn.Parameter) -> Tensor:
+    """What a parameter holds below all writes."""
+    pile: list[Write] = _PILES.get(parameter, [])
+    return pile[0].saved if pile else parameter.detach()
 
 
-def _wrap(module: nn.Module, name: str, rank: int) -> Any:
-    wrapper: Any = _WRAPPERS[type(module)](module, name, config=_config(rank), r=rank, lora_alpha=rank)
-    return wrapper.train(module.training)
-
-
-def _extend(wrapper: Any, name: str, rank: int) -> None:
-    flags = [(parameter, parameter.requires_grad) for parameter in wrapper.parameters()]
-    active = wrapper.active_adapters
-    try:
-        wrapper.update_layer(name, rank, lora_alpha=rank, config=_config(rank))
-    finally:
-        wrapper._active_adapter = active
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-
-def free_name(roots: Sequence[nn.Module]) -> str:
-    """An adapter name that none of these models uses: ``texforce``, ``texforce_2`` …"""
-    taken = {name for root in roots for name in getattr(root, "peft_config", {})}
-    number = 1
-    while (name := "texforce" if number == 1 else f"texforce_{number}") in taken:
-        number += 1
-    return name
-
-
-def register(root: Any, name: str, ranks: Mapping[str, int]) -> None:
-    """Enter an attached stack in the model's list of adapters, and make it active beside the others."""
-    widest = max(ranks.values())
-    config = LoraConfig(
-        r=widest,
-        lora_alpha=widest,
-        target_modules=sorted(ranks),
-        rank_pattern=dict(ranks),
-        alpha_pattern=dict(ranks),
-        inference_mode=True,
-    )
-    if getattr(root, "peft_config", None):
-        root.peft_config[name] = config  # in place: a PeftModel around the encoder shares this dictionary
-    else:
-        root.peft_config = {name: config}
-    root._hf_peft_config_loaded = True
-    layers = list(tuner_layers(root))
-    others: list[str] = next((layer.active_adapters for layer in layers if layer.active_adapters != [name]), [])
-    for layer in layers:  # the library asks one layer for the whole model's active adapters: all must agree
-        active = others if layer.active_adapters == [name] else layer.active_adapters
-        layer._active_adapter = [*(other for other in active if other != name), name]
-
-
-def unregister(root: Any, name: str) -> None:
-    """Strike a stack from the model's list; the other adapters keep their state. Twice is once."""
-    for layer in tuner_layers(root):
-        if name in layer.active_adapters:
-            layer._active_adapter = [other for other in layer.active_adapters if other != name]
-    books: dict[str, Any] = getattr(root, "peft_config", None) or {}
-    if books.pop(name, None) is not None and not books:
-        del root.peft_config
-        root._hf_peft_config_loaded = None
-
-
-def activate(root: nn.Module, name: str, *, active: bool) -> None:
-    """Switch one attached stack on or off, leaving every other adapter as it is."""
-    for layer in tuner_layers(root):
-        others = [other for other in layer.active_adapters if other != name]
-        layer._active_adapter = [*others, name] if active else others
-
-
-def tuner_layers(root: nn.Module) -> Iterator[BaseTunerLayer]:
-    """The tuner layers of a model, whoever put them there."""
-    return (module for module in root.modules() if isinstance(module, BaseTunerLayer))
+def _fuse_again(entry: Write, adapters: Sequence[str]) -> None:
+    """Let PEFT fuse its adapters into the restored parameter, as it would have without the entry."""
+    owner = _owner(entry)
+    wrapper: Any = None if owner is None else owner[0]._modules.get(owner[1])
+    if owner is None or not hasattr(wrapper, "merged_adapters"):
+        return
+    wrapper.merged_adapters = list(entry.fused)
+    if not set(entry.fused) <= set(adapters):
+        wrapper.unmerge()
+    wrapper.merge(adapter_names=[name for name in adapters if name not in wrapper.merged_adapters])

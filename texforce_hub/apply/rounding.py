@@ -12,8 +12,9 @@ from texforce_hub.adapter.algebra import concat
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Layer
+from texforce_hub.apply.placement import Placed
 
-Term = tuple[Layer, float]
+Term = tuple[Layer | Placed, float]
 """A change and its weight."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
