@@ -24,6 +24,7 @@ _HOMES: dict[str, str] = {
     "load_pipeline": "pipelines.load",
     "LowRank": "adapter.low_rank",
     "measure_fold": "apply.fold",
+    "measure_words": "evaluate.words",
     "merge_adapters": "merge.merge",
     "Merged": "merge.merge",
     "read_adapter": "hub.read",

@@ -60,6 +60,7 @@ CALLS = {
     "evaluate_variants": evaluate,
     "extract_adapter": lambda pipe, a, _: texforce_hub.extract_adapter(tiny_pipeline("sd1", seed=1), pipe, rank=2),
     "measure_fold": lambda pipe, a, _: texforce_hub.measure_fold(a, pipe),
+    "measure_words": lambda pipe, a, _: texforce_hub.measure_words(pipe, a, ["a cat"]),
     "merge_adapters": lambda pipe, a, _: texforce_hub.merge_adapters([(a, 0.5), (a, 0.2)], rank=2, base=pipe),
     "compare_adapters": lambda pipe, a, _: texforce_hub.compare_adapters(a, a, base=pipe),
     "resize_adapter": lambda pipe, a, _: texforce_hub.resize_adapter(a, rank=2, base=pipe),

@@ -28,6 +28,7 @@ COMMANDS: tuple[str, ...] = (
     "resize",
     "extract",
     "compare",
+    "words",
     "verify",
     "demo",
     "doctor",

@@ -1,0 +1,43 @@
+"""``texforce-hub words``: which words a text adapter moves."""
+
+from typing import Annotated
+
+import typer
+
+from texforce_hub.cli.console import put_json, put_table
+
+_BAR = 30  # characters of the longest bar
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``words``."""
+    app.command("words")(words)
+
+
+def words(
+    adapter: Annotated[str, typer.Argument(help="A reference or a stack, such as 'A:0.8 + B'.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", help="Repeatable.")],
+    base: Annotated[str, typer.Option("--base", help="shapes, a folder, a single file, or a Hub id.")] = "shapes",
+    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show how far an adapter moves the embedding of every word of a prompt.
+
+    A word's embedding carries the words before it: what follows a moved word moves too.
+    """
+    from texforce_hub.evaluate.words import measure_words
+    from texforce_hub.hub.refs.stack import Stack
+    from texforce_hub.pipelines.load import load_pipeline
+
+    stack = list(Stack.parse(adapter).refs)
+    found = measure_words(load_pipeline(base, device=device), stack, prompt)
+    if json:
+        put_json([shift.as_dict() for shift in found])
+        return
+    most = max((word.shift for shift in found for word in shift.words), default=0.0) or 1.0
+    for shift in found:
+        rows = [
+            [word.word, f"{word.shift:.3f}", f"{word.cosine:+.3f}", "█" * round(_BAR * word.shift / most)]
+            for word in shift.words
+        ]
+        put_table(["word", "shift", "cosine", ""], rows, title=shift.prompt)
