@@ -11,7 +11,7 @@ from unittest.mock import patch
 from tests.damage.files import Random, change_entry, join, pick, split
 from tests.damage.registry import DAMAGES, Damage, damages
 from texforce_hub.errors import FileError, RefError
-from texforce_hub.files.header import regular_size
+from texforce_hub.files.opened import OpenFile
 
 
 @damages("cut anywhere", FileError, r"truncated|bytes long|is empty")
@@ -200,13 +200,14 @@ def _(path, rng):
 @contextmanager
 def shrinking() -> Iterator[None]:
     """Every file that is opened for its tensors loses half of its bytes once its size has been asked for."""
+    measure = OpenFile._state
 
-    def measure_and_cut(path: Path) -> int:
-        size = regular_size(path)
-        os.truncate(path, size // 2)
-        return size
+    def measure_and_cut(file: OpenFile) -> tuple[int, int]:
+        state = measure(file)
+        os.truncate(file.path, state[0] // 2)
+        return state
 
-    with patch("texforce_hub.files.tensors.regular_size", measure_and_cut):
+    with patch.object(OpenFile, "_state", measure_and_cut):
         yield
 
 

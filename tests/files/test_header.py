@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 
 from texforce_hub.errors import FileError
 from texforce_hub.files.container import open_header, sniff
-from texforce_hub.files.header import TensorInfo, parse_header, read_header
+from texforce_hub.files.header import TensorInfo, parse_header
 
 
 def test_names_shapes_dtypes_metadata_and_scalars_are_read(tmp_path):
     tensors = {"a": torch.ones(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "a.alpha": torch.tensor(8.0)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"k": "v"})
-    header = read_header(tmp_path / "x.safetensors")
+    header = open_header(tmp_path / "x.safetensors")
     assert dict(header.tensors) == {
         "a": TensorInfo((2, 3), "F32"),
         "b": TensorInfo((4,), "BF16"),
@@ -37,7 +37,7 @@ def test_a_scalar_reads_as_torch_reads_it(tmp_path_factory, value, dtype):
     path = tmp_path_factory.mktemp("scalar") / "x.safetensors"
     tensor = torch.tensor(value).to(dtype)
     save_file({"alpha": tensor}, path)
-    torch.testing.assert_close(read_header(path).scalars["alpha"], float(tensor), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(open_header(path).scalars["alpha"], float(tensor), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -56,11 +56,11 @@ def test_the_peft_config_beside_a_file_comes_with_its_header(tmp_path):
     save_file({"a": torch.ones(1, 2)}, tmp_path / "adapter_model.safetensors")
     save_file({"a": torch.ones(1, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
     (tmp_path / "adapter_config.json").write_text('{"r": 4}')
-    assert dict(read_header(tmp_path / "adapter_model.safetensors").config or {}) == {"r": 4}
-    assert read_header(tmp_path / "pytorch_lora_weights.safetensors").config is None
+    assert dict(open_header(tmp_path / "adapter_model.safetensors").config or {}) == {"r": 4}
+    assert open_header(tmp_path / "pytorch_lora_weights.safetensors").config is None
     (tmp_path / "adapter_config.json").write_text("[1]")
     with pytest.raises(FileError, match="expected an object"):
-        read_header(tmp_path / "adapter_model.safetensors")
+        open_header(tmp_path / "adapter_model.safetensors")
 
 
 def raw(entries, data=b""):

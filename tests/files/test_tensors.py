@@ -17,8 +17,8 @@ from safetensors.torch import load, save_file
 
 from tests.support.steps import counted
 from texforce_hub.errors import FileError
-from texforce_hub.files.header import read_header
-from texforce_hub.files.tensors import read_tensors
+from texforce_hub.files.container import open_header
+from texforce_hub.files.tensors import TensorFile, read_tensors
 from texforce_hub.files.torch_dtypes import DTYPES
 from texforce_hub.files.writing import write_tensors, writing
 
@@ -29,7 +29,7 @@ def test_every_dtype_reads_back_bit_for_bit(tmp_path, dtype):
     tensor = data.view(DTYPES[dtype]).reshape(1, -1)
     write_tensors(tmp_path / "x.safetensors", {"t": tensor, "empty": tensor[:0], "one": tensor[0, 0]}, {"k": "v"})
     header, tensors = read_tensors(tmp_path / "x.safetensors")
-    assert header == read_header(tmp_path / "x.safetensors")
+    assert header == open_header(tmp_path / "x.safetensors")
     assert header.metadata == {"format": "pt", "k": "v"}
     assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == {
         "t": (tensor.dtype, tuple(tensor.shape)),
@@ -103,14 +103,15 @@ def test_hostile_pickles_cost_neither_memory_nor_work(tmp_path, content):
     assert steps.calls < 1000
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path, monkeypatch):
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path):
     path = tmp_path / "x.safetensors"
     save_file({f"t{i}": torch.ones(1 << 16) for i in range(4)}, path)
-    size = path.stat().st_size
-    monkeypatch.setattr("texforce_hub.files.tensors.regular_size", lambda _: size)
-    os.truncate(path, size // 2)
-    with pytest.raises(FileError, match="shrank"):
-        read_tensors(path)
+    with TensorFile(path) as file:
+        os.truncate(path, path.stat().st_size // 2)
+        with pytest.raises(FileError, match="shrank"):
+            file.read_all()
+        with pytest.raises(FileError, match="shrank"):
+            file.read("t3")
 
 
 def test_tensors_outlive_their_file(tmp_path):

@@ -33,9 +33,9 @@ def test_we_read_what_diffusers_saves_with_the_alpha_of_its_header(tmp_path):
         text_encoder_lora_adapter_metadata=metadata["text_encoder"],
     )
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    from texforce_hub.files.header import read_header
+    from texforce_hub.files.container import open_header
 
-    adapter = decode(plan(read_header(path)), load_file(path))
+    adapter = decode(plan(open_header(path)), load_file(path))
     assert len(adapter.layers) == len(gold)
     for (part, path_), delta in gold.items():
         name = f"{part}.{path_}" if part == "unet" else f"{part}.text_model.{path_}"
@@ -100,10 +100,10 @@ def test_we_read_what_peft_saves_exactly(kind, projected, tmp_path):
             if "magnitude" in name:
                 parameter.mul_(1.1)
     model.save_pretrained(tmp_path)
-    from texforce_hub.files.header import read_header
+    from texforce_hub.files.container import open_header
 
     path = tmp_path / "adapter_model.safetensors"
-    adapter = decode(plan(read_header(path)), load_file(path))
+    adapter = decode(plan(open_header(path)), load_file(path))
     merged = dict(model.merge_and_unload().named_parameters())
     assert len(adapter.layers) == 4
     for name in adapter.layers:

@@ -11,7 +11,7 @@ from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.errors import MergeError, RecipeError, RefError
-from texforce_hub.files.header import read_header
+from texforce_hub.files.container import open_header
 from texforce_hub.hub.read import open_adapter, read_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.write import write_adapter
@@ -132,7 +132,7 @@ def test_a_plan_is_what_the_merge_then_does(files, tmp_path, method, options):
     merged = merge_adapters(files, method, **options).adapter
     assert plan.ranks == {name: layer.rank for name, layer in merged.layers.items()}
     path = write_adapter(merged, tmp_path / "m", dialect="kohya")
-    tensors = read_header(path).tensors.values()
+    tensors = open_header(path).tensors.values()
     assert plan.size == sum(4 * math.prod(info.shape) for info in tensors if math.prod(info.shape) > 1)
     assert [source.file for source in plan.sources] == files
 
@@ -141,7 +141,7 @@ def test_a_plan_is_made_from_headers_alone(files, tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr("texforce_hub.files.tensors._read_span", refuse)
+    monkeypatch.setattr("texforce_hub.files.tensors.TensorFile._read_bytes", refuse)
     request = MergeRequest(files, layer_weights={"*.layers.9.*": 1.0})
     with pytest.raises(AssertionError, match="was read"):
         run_request(request)

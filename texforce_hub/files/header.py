@@ -7,7 +7,6 @@ tensors' bytes, back to back. Every claim of the header is checked against the f
 import json
 import math
 import os
-import stat
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from texforce_hub.errors import FileError
 from texforce_hub.files.dtypes import BITS
 from texforce_hub.files.limits import LONGEST_CONFIG, check_count, check_shape, check_words, is_count
 from texforce_hub.files.scalars import decode_scalar
+from texforce_hub.reading import parse_json, read_bytes
 
 LONGEST_HEADER = 100_000_000
 """Bytes; safetensors itself refuses longer ones."""
@@ -55,11 +55,15 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One tensor and its bytes in the file, from ``begin`` up to ``end``."""
+    """One tensor and its bytes in the file, from ``begin`` up to ``end``.
+
+    ``stride``: elements from one entry of a dimension to the next, as pickles have it; ``None``: row by row.
+    """
 
     info: TensorInfo
     begin: int
     end: int
+    stride: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,33 +78,21 @@ Reader = Callable[[int, int], bytes]
 """``read(offset, length)``: those bytes of a file or of a byte-range request, fewer at its end."""
 
 
-def read_header(path: str | Path) -> Header:
-    """The checked header of a safetensors file, its single numbers, and the PEFT config beside it.
-
-    Raises:
-        FileError: no such file, not a safetensors file, or one whose header does not fit its bytes.
-    """
-    path = Path(path)
-    size = regular_size(path)
-    try:
-        with path.open("rb") as file:
-
-            def read(offset: int, length: int) -> bytes:
-                file.seek(offset)
-                return file.read(length)
-
-            return parse_header(read, size, name=str(path), config=read_config(path))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
 def parse_header(read: Reader, size: int, *, name: str, config: Mapping[str, Any] | None = None) -> Header:
     """The checked header of ``size`` bytes that ``read`` gives, wherever they are; ``name`` is for errors.
 
     Raises:
         FileError: the bytes are no safetensors file, or the header does not fit them.
     """
-    layout = parse_layout(read, size, name=name)
+    return describe(parse_layout(read, size, name=name), read, name=name, config=config)
+
+
+def describe(layout: Layout, read: Reader, *, name: str, config: Mapping[str, Any] | None = None) -> Header:
+    """The header of a file whose tensors lie as ``layout`` says: single numbers are read, and no other tensor.
+
+    Raises:
+        FileError: the bytes of a number are not there by now.
+    """
     tensors = {key: span.info for key, span in layout.spans.items()}
     scalars = _read_scalars(read, layout, name)
     return Header(MappingProxyType(tensors), layout.metadata, MappingProxyType(scalars), config)
@@ -145,13 +137,7 @@ def read_config(path: Path) -> Mapping[str, Any] | None:
     beside = path.parent / CONFIG_NAME
     if path.name.startswith("pytorch_lora_weights") or not os.path.lexists(beside):
         return None
-    size = regular_size(beside)
-    if size > LONGEST_CONFIG:
-        raise FileError(f"{beside}: is {size} bytes long; expected a PEFT config, of a few thousand")
-    try:
-        return parse_config(beside.read_bytes(), str(beside))
-    except OSError as error:
-        raise FileError(f"{beside}: not a PEFT config: {error}") from error
+    return parse_config(read_bytes(beside, most=LONGEST_CONFIG), str(beside))
 
 
 def parse_config(text: bytes, name: str) -> Mapping[str, Any]:
@@ -161,31 +147,10 @@ def parse_config(text: bytes, name: str) -> Mapping[str, Any]:
         FileError: it is not a JSON object.
     """
     try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{name}: not a PEFT config: {error}") from error
-    if not isinstance(config, dict):
-        raise FileError(f"{name}: holds a JSON {type(config).__name__}; expected an object as PEFT writes it")
-    return MappingProxyType(config)
-
-
-def regular_size(path: Path) -> int:
-    """Bytes of an ordinary file.
-
-    Raises:
-        FileError: nothing is there, or a folder, a pipe, a device.
-    """
-    try:
-        status = os.stat(path)  # noqa: PTH116  # a path with a NUL byte raises ValueError here alone
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise FileError(f"{str(path)!r}: cannot be read: {error}") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise FileError(f"{path}: is a folder; name the file in it")
-    if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{path}: is a pipe, a socket or a device; expected a file")
-    return status.st_size
+        words = text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{name}: is no UTF-8 text (byte {error.start})") from error
+    return MappingProxyType(parse_json(words, name))
 
 
 def _header_length(prefix: bytes, size: int, name: str) -> int:

@@ -1,24 +1,130 @@
-"""Read the tensors of a file: copied out, never mapped."""
+"""The tensors of a file: copied out, never mapped; the file is opened once, and its header read once."""
 
 import logging
-import os
-import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from texforce_hub.errors import FileError
-from texforce_hub.files.container import open_header, sniff
-from texforce_hub.files.header import Header, Reader, Span, parse_header, parse_layout, read_config, regular_size
+from texforce_hub.files.container import Container, read_layout, recognize_container
+from texforce_hub.files.header import Header, Layout, Span, describe, read_config
 from texforce_hub.files.lazy_mapping import LazyMapping
+from texforce_hub.files.opened import OpenFile
 from texforce_hub.files.torch_dtypes import DTYPES
 
 _LOG = logging.getLogger("texforce_hub")
-_LOAD_ERRORS = (pickle.UnpicklingError, RuntimeError, KeyError, EOFError, ValueError, TypeError, AttributeError)
+
+
+class TensorFile:
+    """A safetensors file or a torch pickle, opened once: its header, and its tensors when they are asked for.
+
+    It stays open until it is closed, or until nobody uses it or its :attr:`tensors` any more. Threads may share it.
+
+    Attributes:
+        container: what the file is, by its content and never by its name
+        header: names, shapes, dtypes, metadata, and the PEFT config beside it
+    """
+
+    container: Container
+    header: Header
+
+    def __init__(self, path: str | Path, *, allow_pickle: bool = False) -> None:
+        """Open it and read its header.
+
+        Raises:
+            FileError: the file is damaged, lies about its size, or is a pickle and ``allow_pickle`` is false, or one
+                that asks for more than tensors.
+        """
+        self._file = OpenFile(path)
+        try:
+            self.container = recognize_container(self._file)
+            self._check_container(allow_pickle=allow_pickle)
+            self._layout: Layout = read_layout(self._file, self.container)
+            config = read_config(self._file.path)
+            self.header = describe(self._layout, self._file.read, name=self._file.name, config=config)
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_container(self, *, allow_pickle: bool) -> None:
+        path = self._file.path
+        if self.container == "pickle" and not allow_pickle:
+            raise FileError(
+                f"{path}: is a pickle, which is not read unasked: texforce-hub convert {path} --allow-pickle --output "
+                "…, or allow_pickle=True in Python"
+            )
+        if self.container == "pickle":
+            _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
+        if (self.container == "safetensors") != (path.suffix.lower() == ".safetensors"):
+            _LOG.warning("%s: is a %s file whatever its name says; read as that", path, self.container)
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The tensors by name, each read anew whenever it is asked for; the file stays open for them."""
+        return LazyMapping(self._layout.spans, self.read)
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one tensor on the CPU, row by row, in the file's dtype.
+
+        Raises:
+            KeyError: there is none of this name.
+            FileError: the file changed since it was opened, or torch cannot hold the dtype.
+        """
+        span = self._layout.spans[name]
+        data = self._read_bytes(span.begin, span.end)
+        self._file.check_unchanged()
+        return self._shape(name, span, data)
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors on the CPU, as :meth:`read` gives them, by one look at the disk.
+
+        Those of a safetensors file lie in one block of memory, which is kept as long as any of them is.
+
+        Raises:
+            FileError: as :meth:`read`.
+        """
+        spans = self._layout.spans
+        if self.container == "pickle" or not spans:
+            return {name: self.read(name) for name in spans}
+        start = min(span.begin for span in spans.values())
+        data = self._read_bytes(start, max(span.end for span in spans.values()))
+        self._file.check_unchanged()
+        return {
+            name: self._shape(name, span, data[span.begin - start : span.end - start]) for name, span in spans.items()
+        }
+
+    def _read_bytes(self, begin: int, end: int) -> Tensor:
+        try:
+            data = torch.empty(end - begin, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise FileError(f"{self._file.path}: {end - begin} bytes of tensors are more than the memory") from error
+        if data.numel():
+            self._file.read_into(memoryview(data.numpy()), begin)  # type: ignore[arg-type]
+        return data
+
+    def _shape(self, name: str, span: Span, data: Tensor) -> Tensor:
+        dtype = DTYPES.get(span.info.dtype)
+        if dtype is None:
+            raise FileError(
+                f"{self._file.path}: tensor {name!r} has dtype {span.info.dtype}, which torch cannot hold; convert it"
+            )
+        if data.storage_offset() % dtype.itemsize:  # a view would not be aligned
+            data = data.clone()
+        if span.stride is None:
+            return data.view(dtype).reshape(span.info.shape)
+        return data.view(dtype).as_strided(span.info.shape, span.stride).clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        """Let go of the file; what was read stays."""
+        self._file.close()
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
 
 
 def read_tensors(
@@ -29,11 +135,11 @@ def read_tensors(
     The content decides what the file is, not its name. Memory: the tensors, once.
 
     Raises:
-        FileError: the file is damaged, lies about its size, shrinks while it is read, or is a pickle and
-            ``allow_pickle`` is false, or one that asks for more than tensors.
+        FileError: as :class:`TensorFile`, or the file shrinks while it is read.
     """
-    header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle)
-    return header, dict(tensors)
+    with TensorFile(path, allow_pickle=allow_pickle) as file:
+        tensors = file.read_all()
+    return file.header, {name: tensor.to(device or "cpu") for name, tensor in tensors.items()}
 
 
 def stream_tensors(
@@ -41,92 +147,9 @@ def stream_tensors(
 ) -> tuple[Header, Mapping[str, Tensor]]:
     """A file's header and its tensors by name; each is read anew whenever it is asked for, and none is kept.
 
-    A pickle cannot be read in pieces: it is read whole, at once.
-
     Raises:
-        FileError: as :func:`read_tensors`, some of it only when a tensor is asked for, and then also if the
-            file is another one by now.
+        FileError: as :class:`TensorFile`, some of it only when a tensor is asked for, and then also if the file is
+            another one by now.
     """
-    path, place = Path(path), torch.device(device or "cpu")
-    container = sniff(path)
-    if container == "pickle" and not allow_pickle:
-        raise FileError(
-            f"{path}: is a pickle, which is not read unasked: texforce-hub convert {path} --allow-pickle --output …, "
-            f"or allow_pickle=True in Python"
-        )
-    if (container == "safetensors") != (path.suffix.lower() == ".safetensors"):
-        _LOG.warning("%s: is a %s file whatever its name says; read as that", path, container)
-    return _open_stream(path, place) if container == "safetensors" else _read_pickle(path, place)
-
-
-def _open_stream(path: Path, device: torch.device) -> tuple[Header, Mapping[str, Tensor]]:
-    size = regular_size(path)
-    with _opened(path) as file:
-        read = _reader(file)
-        header = parse_header(read, size, name=str(path), config=read_config(path))
-        spans = parse_layout(read, size, name=str(path)).spans
-        identity = _identify(file)
-
-    def read_tensor(name: str) -> Tensor:
-        with _opened(path) as file:
-            tensor = _read_span(file, name, spans[name], path)
-            if _identify(file) != identity:
-                raise FileError(f"{path}: changed while it was read; do it again")
-        return tensor.to(device)
-
-    return header, LazyMapping(spans, read_tensor)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
-
-
-def _identify(file: BinaryIO) -> tuple[int, ...]:
-    """What another file of this name, or another content, would have otherwise."""
-    status = os.fstat(file.fileno())
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _reader(file: BinaryIO) -> Reader:
-    def read(offset: int, length: int) -> bytes:
-        file.seek(offset)
-        return file.read(length)
-
-    return read
-
-
-def _read_span(file: BinaryIO, name: str, span: Span, path: Path) -> Tensor:
-    data = torch.empty(span.end - span.begin, dtype=torch.uint8)
-    file.seek(span.begin)
-    if data.numel() and file.readinto(data.numpy()) != data.numel():  # type: ignore[attr-defined]
-        raise FileError(f"{path}: shrank while it was read; copy it again")
-    return _shaped(data, name, span, path)
-
-
-def _shaped(data: Tensor, name: str, span: Span, path: Path) -> Tensor:
-    if span.info.dtype not in DTYPES:
-        raise FileError(f"{path}: tensor {name!r} has dtype {span.info.dtype}, which torch cannot hold; convert it")
-    return data.view(DTYPES[span.info.dtype]).reshape(span.info.shape)
-
-
-def _read_pickle(path: Path, device: torch.device) -> tuple[Header, dict[str, Tensor]]:
-    header = open_header(path)  # every claim is checked, and nothing but tensors is in it
-    try:
-        with _opened(path) as file:  # of a path, torch would believe the suffix
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except _LOAD_ERRORS as error:
-        raise FileError(f"{path}: not a torch pickle of tensors only, or a damaged one") from error
-    content = dict(enumerate(content)) if isinstance(content, list) else content
-    content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
-    names = {str(key): key for key in content}
-    tensors = {name: content[names[name]].detach() for name in header.tensors}
-    return header, {name: _copied(tensor, device) for name, tensor in tensors.items()}
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.clone(memory_format=torch.contiguous_format).to(device)
+    file = TensorFile(path, allow_pickle=allow_pickle)
+    return file.header, LazyMapping(file.tensors, lambda name: file.read(name).to(device or "cpu"))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,11 @@ from texforce_hub.adapter.finite import check_finite
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import AdapterError, DialectError
-from texforce_hub.files.container import sniff
-from texforce_hub.files.header import Header, TensorInfo
+from texforce_hub.files.header import Header
 from texforce_hub.files.lazy_mapping import LazyMapping
-from texforce_hub.files.tensors import stream_tensors
+from texforce_hub.files.tensors import TensorFile
 from texforce_hub.files.torch_dtypes import DTYPES
-from texforce_hub.formats.codec.decoding import decode_lazily
+from texforce_hub.formats.codec.decoding import check_plan, decode, decode_lazily
 from texforce_hub.formats.codec.joining import join_lazy
 from texforce_hub.formats.plan.joining import join_plans
 from texforce_hub.formats.plan.planning import Plan, plan
@@ -52,11 +51,32 @@ def read_adapter(
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
     bundle = _find(source)
-    lazy = open_adapter(bundle, device=device, alpha=alpha, allow_pickle=allow_pickle, checked=False, aloud=True)
+    if len(bundle.pieces) == 1:
+        adapter = _read_piece(bundle, alpha=alpha, allow_pickle=allow_pickle)
+    else:
+        lazy = open_adapter(bundle, alpha=alpha, allow_pickle=allow_pickle, checked=False, aloud=True)
+        with _naming(bundle.path):
+            adapter = replace(lazy.outline, layers=dict(lazy.layers), extras=dict(lazy.extras))
     with _naming(bundle.path):
-        adapter = replace(lazy.outline, layers=dict(lazy.layers), extras=dict(lazy.extras))
-        check_finite(adapter)
-        return adapter
+        check_finite(adapter)  # before anything moves: a number that lies on a device has to be waited for
+        return adapter if device is None else adapter.to(device)
+
+
+def _read_piece(bundle: Bundle, *, alpha: float | None, allow_pickle: bool) -> Adapter:
+    """The adapter of a bundle of one piece: its files are opened once, read by one look each, and closed."""
+    (piece,) = bundle.pieces
+    with ExitStack() as opened:
+        files = [opened.enter_context(file) for file in _open_files(piece, allow_pickle=allow_pickle)]
+        header = join_headers(piece.paths, [file.header for file in files])
+        with _naming(piece.paths[0]):
+            planned = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
+            check_plan(planned, header.tensors)
+            _check_dtypes(header)
+        tensors = {name: tensor for file in files for name, tensor in file.read_all().items()}
+    with _naming(piece.paths[0]):
+        adapter = decode(planned, tensors, alpha=alpha)
+    _warn(bundle, planned.notes)
+    return adapter
 
 
 def open_adapter(
@@ -114,17 +134,21 @@ def _warn(bundle: Bundle, notes: Sequence[str]) -> None:
 def _open_piece(
     piece: Piece, device: str | torch.device | None, *, allow_pickle: bool
 ) -> tuple[Header, Mapping[str, Tensor]]:
-    """The header of a file, or of all its shards, and its tensors, to be read when they are asked for."""
+    """The header of a file, or of all its shards, and its tensors, to be read when they are asked for.
+
+    The files stay open as long as the tensors are used, so that what is read is what was checked.
+    """
+    files = list(_open_files(piece, allow_pickle=allow_pickle))
+    owners = {name: file for file in files for name in file.header.tensors}
+    header = join_headers(piece.paths, [file.header for file in files])
+    return header, LazyMapping(owners, lambda name: owners[name].read(name).to(device or "cpu"))
+
+
+def _open_files(piece: Piece, *, allow_pickle: bool) -> Iterator[TensorFile]:
+    """The files of a piece, each opened once."""
     check_shards(piece)
-    headers: list[Header] = []
-    owners: dict[str, Mapping[str, Tensor]] = {}
     for path in piece.paths:
-        if sniff(path) == "pickle":
-            _LOG.info("%s: a pickle; tensors are read from it and nothing is run", path)
-        header, tensors = stream_tensors(path, device=device, allow_pickle=allow_pickle or not is_in_hub_cache(path))
-        headers.append(header)
-        owners |= dict.fromkeys(tensors, tensors)
-    return join_headers(piece.paths, headers), LazyMapping(owners, lambda key: owners[key][key])
+        yield TensorFile(path, allow_pickle=allow_pickle or not is_in_hub_cache(path))
 
 
 @contextmanager
@@ -137,10 +161,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _outlines(header: Header) -> dict[str, Tensor]:
-    return {name: _outline(name, info) for name, info in header.tensors.items()}
+    _check_dtypes(header)
+    return {
+        name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta") for name, info in header.tensors.items()
+    }
 
 
-def _outline(name: str, info: TensorInfo) -> Tensor:
-    if info.dtype not in DTYPES:
-        raise DialectError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold; convert it")
-    return torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
+def _check_dtypes(header: Header) -> None:
+    for name, info in header.tensors.items():
+        if info.dtype not in DTYPES:
+            raise DialectError(f"tensor {name!r} has dtype {info.dtype}, which torch cannot hold; convert it")

@@ -10,7 +10,6 @@ whoever packed a folder must not make us copy what is elsewhere on this machine.
 """
 
 import html
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from texforce_hub.errors import FileError
-from texforce_hub.files.header import regular_size
 from texforce_hub.hub.cache import repository_folder
 from texforce_hub.hub.filenames import SUFFIXES
+from texforce_hub.reading import open_regular, read_json, read_text
 
 _PICTURES = {
     ".png": b"\x89PNG\r\n\x1a\n",
@@ -134,36 +133,19 @@ def read_sidecar(path: Path, ending: str) -> Sidecar:
             _check_picture(path)
             return found
         if found.kind == "text":
-            return replace(found, description=_text(_read_text(path)))
-        said = _read_json(path)
-    except (FileError, OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{path}: ")
-        return replace(found, problem=reason.splitlines()[0][:200] if reason else type(error).__name__)
+            return replace(found, description=_text(read_text(path, most=_LARGEST)))
+        said = read_json(path, most=_LARGEST)
+    except FileError as error:
+        return replace(found, problem=str(error).removeprefix(f"{path}: ").splitlines()[0][:200])
     return _READERS[found.kind](found, said)
 
 
 def _check_picture(path: Path) -> None:
-    regular_size(path)
     mark = _PICTURES[path.suffix]
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(len(mark))
     if start != mark:
         raise FileError(f"{path}: no {path.suffix.removeprefix('.').upper()} picture; it begins with {start!r}")
-
-
-def _read_text(path: Path) -> str:
-    size = regular_size(path)
-    if size > _LARGEST:
-        raise FileError(f"{path}: {size} bytes of text; more than {_LARGEST} are not read")
-    with path.open("rb") as file:
-        return file.read(_LARGEST).decode("utf-8-sig")
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    said = json.loads(_read_text(path))
-    if not isinstance(said, dict):
-        raise FileError(f"{path}: holds a JSON {type(said).__name__}; expected an object")
-    return said
 
 
 def _read_a1111(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:

@@ -7,8 +7,7 @@ from typing import Any
 
 from texforce_hub.cli.doctor.finding import Finding
 from texforce_hub.errors import FileError
-from texforce_hub.files.container import sniff
-from texforce_hub.files.header import read_header
+from texforce_hub.files.container import open_header, sniff
 
 SHAPES = Path(__file__).parents[2] / "shapes" / "weights"
 _WEIGHTS = (".safetensors", ".bin")
@@ -47,7 +46,7 @@ def _examine_file(name: str, file: Path) -> Finding:
 def _check_weights(file: Path) -> None:
     """Raise a FileError for what is no file of tensors, or only the first part of one."""
     if sniff(file) == "safetensors":
-        read_header(file)
+        open_header(file)
 
 
 def _examine_cached(name: str, base: str) -> Finding:
