@@ -50,6 +50,16 @@ def open_regular(path: str | Path, *, error: Error = FileError) -> BinaryIO:
     raise error(f"{path}: is {seen}; {way_out}")
 
 
+def file_size(path: str | Path) -> int:
+    """Bytes of an ordinary file.
+
+    Raises:
+        FileError: as :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def read_bytes(path: str | Path, *, most: int = LONGEST_TEXT, error: Error = FileError) -> bytes:
     """All of a small file.
 

@@ -215,4 +215,6 @@ def leave_whole(path: Path, rng: Random) -> None:
     """Nothing is wrong yet."""
 
 
-DAMAGES["shrinks while it is read"] = Damage("shrinks", leave_whole, FileError, "shrank", ".safetensors", shrinking)
+DAMAGES["shrinks while it is read"] = Damage(
+    "shrinks", leave_whole, FileError, "shrank|changed while", ".safetensors", shrinking
+)

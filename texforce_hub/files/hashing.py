@@ -5,18 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from texforce_hub.errors import FileError
+from texforce_hub.reading import open_regular
 
 
 def hash_files(paths: Sequence[Path]) -> str:
     """SHA-256 of the bytes of some files, one after the other, hexadecimal: of an only file, the file's own.
 
     Raises:
-        FileError: one cannot be read.
+        FileError: one cannot be read, or is no ordinary file: a device has no end.
     """
     digest = hashlib.sha256()
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
         except OSError as error:

@@ -13,6 +13,7 @@ from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.plan.planning import Plan
 from texforce_hub.hub.bundles import Bundle, bundle_file, plan_bundle
 from texforce_hub.hub.sidecars import Sidecar, find_contradictions, find_sidecars
+from texforce_hub.reading import file_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ def with_error(known: Inspection, error: str) -> Inspection:
 
 def _identify(bundle: Bundle, *, hashed: bool) -> Inspection:
     """What can be said of the files before they are understood: size, hashes, what lies beside them."""
-    sizes = [path.stat().st_size for path in bundle.files]
+    sizes = [file_size(path) for path in bundle.files]
     hashes = [hash_files([path]) if hashed else "" for path in bundle.files]
     known = Inspection(bundle.path, sum(sizes), sidecars=find_sidecars(bundle.as_one_file))
     if bundle.is_one_file:
