@@ -22,7 +22,6 @@ _TOML_STRINGS = re.compile(
 )
 _TOML_PATH = re.compile(r"[\w-]+(?:[ \t]*\.[ \t]*[\w-]+)*")
 
-_SPECIAL = ("a pipe, a socket or a device", "expected a file")
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 Error = type[TexForceHubError]
@@ -34,20 +33,16 @@ def open_regular(path: str | Path, *, error: Error = FileError) -> BinaryIO:
     Raises:
         FileError: (or ``error``) nothing is there, it cannot be opened, or it is a folder, a pipe, a device.
     """
+    _check_regular(path, error)
     try:
-        if stat.S_ISREG(os.stat(path).st_mode):  # noqa: PTH116  # Path takes a null character for no file
-            # By now another thing may have the name, a pipe even, which would be waited for.
-            descriptor = os.open(path, os.O_RDONLY | _AT_ONCE)
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return os.fdopen(descriptor, "rb")
-            os.close(descriptor)
+        # By now another thing may have the name, a pipe even, which would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | _AT_ONCE)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
     except OSError as cause:
         raise error(f"{path}: cannot be read: {cause.strerror or cause}") from cause
-    except ValueError as cause:  # a null character
-        raise error(f"{str(path)!r}: cannot be read: {cause}") from cause
-    is_folder = Path(path).is_dir()
-    seen, way_out = ("a folder", "name the file in it") if is_folder else _SPECIAL
-    raise error(f"{path}: is {seen}; {way_out}")
+    raise error(f"{path}: changed while it was opened; do it again")
 
 
 def file_size(path: str | Path) -> int:
@@ -56,8 +51,21 @@ def file_size(path: str | Path) -> int:
     Raises:
         FileError: as :func:`open_regular`.
     """
-    with open_regular(path) as file:
-        return os.fstat(file.fileno()).st_size
+    return _check_regular(path, FileError)
+
+
+def _check_regular(path: str | Path, error: Error) -> int:
+    try:
+        status = os.stat(path)  # noqa: PTH116  # Path takes a null character for no file
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror or cause}") from cause
+    except ValueError as cause:  # a null character
+        raise error(f"{str(path)!r}: cannot be read: {cause}") from cause
+    if stat.S_ISDIR(status.st_mode):
+        raise error(f"{path}: is a folder; name the file in it")
+    if not stat.S_ISREG(status.st_mode):
+        raise error(f"{path}: is a pipe, a socket or a device; expected a file")
+    return status.st_size
 
 
 def read_bytes(path: str | Path, *, most: int = LONGEST_TEXT, error: Error = FileError) -> bytes:
