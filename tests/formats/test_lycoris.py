@@ -169,7 +169,7 @@ def test_norms_are_read_applied_and_written_as_lycoris_does():
     assert torch.equal(layer.weight + adapter.delta(f"{NORM}.weight"), weight)
     assert torch.equal(layer.bias + adapter.delta(f"{NORM}.bias"), bias)
     written = dict(encode(adapter, "kohya").tensors)
-    assert written.keys() == {f"{STEMS[NORM]}.w_norm", f"{STEMS[NORM]}.diff_b"} or written.keys() == tensors.keys()
+    assert written.keys() == {f"{STEMS[NORM]}.w_norm", f"{STEMS[NORM]}.b_norm"} or written.keys() == tensors.keys()
     back = read(written)
     assert all(torch.equal(back.delta(n), adapter.delta(n)) for n in adapter.layers)
 

@@ -8,7 +8,7 @@ import typer
 
 from texforce_hub.cli.console import put, put_json, put_table, say
 from texforce_hub.cli.progress import track
-from texforce_hub.errors import FileError
+from texforce_hub.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from texforce_hub.hub.convert import Conversion
@@ -22,7 +22,13 @@ def register(app: typer.Typer) -> None:
 def convert(
     refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names, Hub ids.")],
     output: Annotated[Path, typer.Option("--output", help="A .safetensors file, or a folder (PEFT: always a folder).")],
-    dialect: Annotated[str, typer.Option("--dialect", help="diffusers, kohya or peft.")] = "diffusers",
+    dialect: Annotated[str | None, typer.Option("--dialect", help="diffusers (default), kohya or peft.")] = None,
+    reader: Annotated[
+        str | None, typer.Option("--for", help="Who must read it exactly: a1111, comfyui, forge, diffusers or peft.")
+    ] = None,
+    family: Annotated[
+        str | None, typer.Option("--family", help="The base meant, where the layers fit several, e.g. sdxl.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32, float16, bfloat16 …; default: as it is.")
     ] = None,
@@ -41,6 +47,8 @@ def convert(
 
     A folder is converted file by file.
 
+    --for PROGRAM writes what that program reads exactly, or says why it cannot.
+
     A reference's weight (mine.safetensors:0.5, or mine:text_encoder=0.5,unet=1) goes into the file.
 
     What lies beside a file is copied along (NAME.json, .civitai.info, .metadata.json, .cm-info.json, .txt, previews);
@@ -48,14 +56,25 @@ def convert(
 
     Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
     """
+    from texforce_hub.formats.readers import find_reader
     from texforce_hub.hub.convert import Job, convert_all, parse_weights, plan_conversions
     from texforce_hub.hub.filenames import is_safetensors
     from texforce_hub.hub.find import find_bundle, find_bundles
 
+    if dialect is not None and reader is not None:
+        raise ConfigError("--for chooses the layout; give it or --dialect, not both")
+    dialect = dialect or (find_reader(reader).layouts[0] if reader else "diffusers")
     alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
     lone = [Job(find_bundle(refs[0]), output, parse_weights(refs[0]))] if alone else None
     jobs = lone or plan_conversions(refs, output, dialect)
-    options: dict[str, Any] = {"dialect": dialect, "dtype": dtype, "alpha": alpha, "allow_pickle": allow_pickle}
+    options: dict[str, Any] = {
+        "dialect": dialect,
+        "reader": reader,
+        "family": family,
+        "dtype": dtype,
+        "alpha": alpha,
+        "allow_pickle": allow_pickle,
+    }
     conversions = convert_all(jobs, **options, sidecars=not no_sidecars)
     done = list(track(conversions, total=len(jobs), what="converting"))
     if alone and done[0].error is not None:

@@ -9,7 +9,7 @@ from functools import cached_property
 from types import MappingProxyType
 
 from texforce_hub.errors import FamilyError
-from texforce_hub.families.original_transformer import FLUX, SD3, templates
+from texforce_hub.families.original_transformer import FLUX, SD3, XLABS, templates
 from texforce_hub.families.parameters import Shape
 from texforce_hub.families.text import ClipEncoder, T5Encoder
 from texforce_hub.families.transformer import Transformer
@@ -106,7 +106,7 @@ _ROWS = (
             "text_encoder_2": _CLIP_G,
             "unet": UNet((384, 768, 1536, 1536), (0, 4, 4, 0), 4, cross_attention_dim=1280, added=2560),
         },
-        kohya={"text_encoder_2": "lora_te2", "unet": "lora_unet"},
+        kohya={"text_encoder_2": "lora_te", "unet": "lora_unet"},
         comfy={"text_encoder_2": "clip_g"},
         claims=("stable-diffusion-xl-refiner", "sdxl-refiner", "xl-v1-refiner"),
         architecture="stable-diffusion-xl-v1-refiner",
@@ -139,7 +139,9 @@ _ROWS = (
         parts={
             "text_encoder": _CLIP_L,
             "text_encoder_2": T5Encoder(),
-            "transformer": Transformer("flux", 3072, 19, context=4096, singles=38, originals=templates(FLUX)),
+            "transformer": Transformer(
+                "flux", 3072, 19, context=4096, singles=38, originals=templates({**FLUX, **XLABS})
+            ),
         },
         kohya={"text_encoder": "lora_te1", "text_encoder_2": "lora_te3", "transformer": "lora_unet"},
         comfy={"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},

@@ -47,6 +47,7 @@ _TEXT = _Stream(("add_q_proj", "add_k_proj", "add_v_proj"), "to_add_out", "ff_co
 _BLOCK = "transformer_blocks.#"
 _BLOCKS = ("double_blocks.", "single_blocks.", "joint_blocks.")
 _SINGLE = "single_transformer_blocks.#"
+_NUMBER = re.compile(r"(?<=_blocks\.)[0-9]+(?=\.)")
 _LAST_NORM = "final_layer.adaLN_modulation.1"
 _CONTEXT_NORM = "joint_blocks.#.context_block.adaLN_modulation.1"
 
@@ -116,12 +117,20 @@ SD3: Mapping[str, _Targets] = {
 }
 """SD3's and SD3.5's layers by their original names, the blocks' numbers written ``#``."""
 
-_ALL = {**FLUX, **SD3}
+XLABS: Mapping[str, _Targets] = {"single_blocks.#.qkv": _heads(f"{_SINGLE}.attn", _IMAGE)}
+"""What XLabs' trainer changes of Flux that is no layer there: the first rows of ``linear1``, without the MLP's."""
+
+_ALL = {**FLUX, **SD3, **XLABS}
 
 
 def templates(targets: Mapping[str, _Targets]) -> tuple[str, ...]:
     """The original names with all numbers written ``#``, as flattened names are looked up."""
     return tuple(dict.fromkeys(re.sub(r"(?<=\.)[0-9]+$", "#", name) for name in targets))
+
+
+def is_original(path: str) -> bool:
+    """Whether a module inside a transformer is named as the authors' code does; ``diffusers``' names are others."""
+    return _NUMBER.sub("#", path, count=1) in _ALL or path.startswith(_BLOCKS)
 
 
 def find_rows(path: str, shape: Shape) -> tuple[Rows, ...]:
@@ -134,8 +143,8 @@ def find_rows(path: str, shape: Shape) -> tuple[Rows, ...]:
             authors' own code and ``diffusers`` is not known to have it.
     """
     module, dot, parameter = path.rpartition(".") if len(shape) == 1 else (path, "", "")
-    number = re.search(r"(?<=_blocks\.)[0-9]+(?=\.)", module)
-    template = module if number is None else f"{module[: number.start()]}#{module[number.end() :]}"
+    number = _NUMBER.search(module)
+    template = _NUMBER.sub("#", module, count=1)
     targets = _ALL.get(template, ())
     if not targets and path.startswith(_BLOCKS):
         raise FamilyError(f"{path} is named as in the authors' own code, and diffusers is not known to have it")

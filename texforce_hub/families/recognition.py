@@ -15,6 +15,10 @@ Shape = tuple[int, ...]
 Config = Mapping[str, Any]
 
 
+FAMILY_CLAIMS = ("texforce_hub.family", "texforce_hub.base", "ss_base_model_version", "modelspec.architecture")
+"""The keys of a file's header that say for which base it is, the most trusted first."""
+
+
 @dataclass(frozen=True, slots=True)
 class FamilyVerdict:
     """The families that fit, and why; several candidates mean that the file does not tell.
@@ -132,7 +136,7 @@ def _summary(candidates: tuple[str, ...], shapes: Mapping[str, Shape]) -> str:
 
 def _claims(metadata: Mapping[str, str], config: Config | None) -> Iterator[tuple[str, str]]:
     """``(where it stands, the base's name)``: our own keys, PEFT's config, trainers' headers."""
-    for key in ("texforce_hub.family", "texforce_hub.base", "ss_base_model_version", "modelspec.architecture"):
+    for key in FAMILY_CLAIMS:
         if metadata.get(key):
             yield key, metadata[key].replace("/lora", "")
     if config is not None and isinstance(config.get("base_model_name_or_path"), str):

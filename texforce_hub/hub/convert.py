@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 
+from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.errors import ConfigError, FileError, TexForceHubError
+from texforce_hub.families import find_family
+from texforce_hub.families.recognition import FAMILY_CLAIMS
 from texforce_hub.files.writing import writing
+from texforce_hub.formats.codec.fitting import fit_reader
 from texforce_hub.formats.codec.spelling import find_writable
+from texforce_hub.formats.readers import find_reader
 from texforce_hub.hub.bundles import Bundle
 from texforce_hub.hub.cache import hub_id_of
 from texforce_hub.hub.filenames import SUFFIXES, is_safetensors
 from texforce_hub.hub.find import find_bundle, find_bundles, find_path
-from texforce_hub.hub.read import open_adapter
+from texforce_hub.hub.read import naming, open_adapter
 from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
 from texforce_hub.hub.sidecars import Sidecar, find_sidecars, leads_away
 from texforce_hub.hub.stack import check_patterns
@@ -60,6 +65,8 @@ def convert_adapter(
     output: str | Path,
     *,
     dialect: str = "diffusers",
+    reader: str | None = None,
+    family: str | None = None,
     dtype: str | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
@@ -70,9 +77,12 @@ def convert_adapter(
     It goes from file to file layer by layer: memory stays at the largest few, whatever the file's size. ``alpha``
     is that of every layer which stores none; ``allow_pickle`` is needed for pickles from the Hub. What lies beside
     the adapter is copied, see :func:`carry_sidecars`. A reference's weights (``cat:0.5``) go into the file.
+    ``reader`` (``a1111``, ``comfyui``, ``forge``, ``diffusers``, ``peft``) chooses the layout, and an adapter that this
+    program would not read exactly is refused; ``family`` is the one meant where the layers fit several.
 
     Raises:
-        ConfigError: no such dtype; a reference with a window, or a weight of a part that the adapter lacks.
+        ConfigError: no such dtype, reader or family; a family that the layers do not fit; a reference with a window,
+            or a weight of a part that the adapter lacks.
         RefError, FileError, DialectError, AdapterError: as reading and writing raise them; nothing is left then.
     """
     done = convert_bundle(
@@ -80,6 +90,8 @@ def convert_adapter(
         Path(output),
         weights=parse_weights(ref),
         dialect=dialect,
+        reader=reader,
+        family=family,
         dtype=dtype,
         alpha=alpha,
         allow_pickle=allow_pickle,
@@ -96,6 +108,8 @@ def convert_bundle(
     *,
     weights: AdapterRef | None = None,
     dialect: str = "diffusers",
+    reader: str | None = None,
+    family: str | None = None,
     dtype: str | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
@@ -107,17 +121,38 @@ def convert_bundle(
         ConfigError, FileError, DialectError, AdapterError: as :func:`convert_adapter`.
     """
     chosen = _dtype(dtype)
-    filename = find_writable(dialect).filename
     adapter = open_adapter(bundle, alpha=alpha, allow_pickle=allow_pickle)
+    if family is not None:
+        adapter = _meant_for(adapter, family)
     if weights is not None:
         check_patterns(weights.label, adapter.outline, weights)
         adapter = adapter.weighted(weights.weight_of)
+    if reader is not None:
+        with naming(bundle.path):
+            adapter, dialect = fit_reader(adapter, find_reader(reader))
+    filename = find_writable(dialect).filename
     there = [path for path in (output, output / filename) if path.exists()]
     if any(path.samefile(file) for path in there for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
     target = _tensors_file(written, filename)
     return Conversion(bundle.path, written, notes=_bring_sidecars(bundle.as_one_file, target) if sidecars else ())
+
+
+def _meant_for(adapter: LazyAdapter, family: str) -> LazyAdapter:
+    """The adapter, whose header says this family and no other.
+
+    Raises:
+        FamilyError: there is no such family.
+        ConfigError: its layers do not fit it.
+    """
+    find_family(family)
+    kept = {k: v for k, v in adapter.outline.metadata.items() if k not in FAMILY_CLAIMS}
+    meant = replace(adapter.outline, metadata=kept | {"texforce_hub.family": family})
+    if meant.family_verdict.family != family:
+        summary = adapter.outline.family_verdict.summary
+        raise ConfigError(f"--family {family}: the layers are {summary}; leave it out, or name a family that they fit")
+    return replace(adapter, outline=meant)
 
 
 def _tensors_file(written: Path, filename: str) -> Path:

@@ -77,11 +77,11 @@ def inspect_file(source: str | Path | Bundle, *, hashed: bool = True) -> Inspect
     bundle = source if isinstance(source, Bundle) else bundle_file(Path(source))
     known = _identify(bundle, hashed=hashed)
     try:
-        containers = dict.fromkeys(sniff(path) for path in bundle.files)
+        known = replace(known, container=", ".join(dict.fromkeys(sniff(path) for path in bundle.files)))
         planned = plan_bundle(bundle)
     except TexForceHubError as error:
         return with_error(known, str(error))
-    return describe(replace(known, container=", ".join(containers)), planned)
+    return describe(known, planned)
 
 
 def with_error(known: Inspection, error: str) -> Inspection:

@@ -55,9 +55,9 @@ def read_adapter(
         adapter = _read_piece(bundle, alpha=alpha, allow_pickle=allow_pickle)
     else:
         lazy = open_adapter(bundle, alpha=alpha, allow_pickle=allow_pickle, checked=False, aloud=True)
-        with _naming(bundle.path):
+        with naming(bundle.path):
             adapter = replace(lazy.outline, layers=dict(lazy.layers), extras=dict(lazy.extras))
-    with _naming(bundle.path):
+    with naming(bundle.path):
         check_finite(adapter)  # before anything moves: a number that lies on a device has to be waited for
         return adapter if device is None else adapter.to(device)
 
@@ -68,12 +68,12 @@ def _read_piece(bundle: Bundle, *, alpha: float | None, allow_pickle: bool) -> A
     with ExitStack() as opened:
         files = [opened.enter_context(file) for file in _open_files(piece, allow_pickle=allow_pickle)]
         header = join_headers(piece.paths, [file.header for file in files])
-        with _naming(piece.paths[0]):
+        with naming(piece.paths[0]):
             planned = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
             check_plan(planned, header.tensors)
             _check_dtypes(header)
         tensors = {name: tensor for file in files for name, tensor in file.read_all().items()}
-    with _naming(piece.paths[0]):
+    with naming(piece.paths[0]):
         adapter = decode(planned, tensors, alpha=alpha)
     _warn(bundle, planned.notes)
     return adapter
@@ -104,16 +104,16 @@ def open_adapter(
     for piece in bundle.pieces:
         header, tensors = _open_piece(piece, device, allow_pickle=allow_pickle)
         name = bundle.name_of(piece)
-        with _naming(piece.paths[0]):
+        with naming(piece.paths[0]):
             plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
             pieces[name] = decode_lazily(plans[name], _outlines(header), tensors, alpha=alpha)
-    with _naming(bundle.path):
+    with naming(bundle.path):
         whole = join_plans(plans)
         lazy = pieces.popitem()[1] if len(pieces) == 1 else join_lazy(whole, pieces, alpha=alpha)
     if checked if aloud is None else aloud:
         _warn(bundle, whole.notes)
     if checked:
-        with _naming(bundle.path):
+        with naming(bundle.path):
             check_finite(lazy)
     return lazy
 
@@ -152,7 +152,7 @@ def _open_files(piece: Piece, *, allow_pickle: bool) -> Iterator[TensorFile]:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Say in an error which file it is about."""
     try:
         yield

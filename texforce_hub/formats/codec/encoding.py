@@ -13,6 +13,7 @@ from texforce_hub.adapter.lazy import LazyAdapter, outline_adapter
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
 from texforce_hub.families.recognition import FamilyVerdict
+from texforce_hub.formats.codec.fitting import describe_gaps
 from texforce_hub.formats.codec.headers import describe_training, keep_metadata
 from texforce_hub.formats.codec.peft import describe_folder
 from texforce_hub.formats.codec.renaming import fit_names
@@ -53,8 +54,10 @@ def encode(adapter: Adapter, dialect: str, *, dtype: torch.dtype | None = None) 
     config = describe_folder(layers, adapter) if dialect == "peft" else None
     metadata = keep_metadata(adapter.metadata) | _provenance(verdict.family)
     _warn_of_diffusers(dialect, layers)
+    for gap in describe_gaps(outline, dialect):
+        logger.warning("%s: %s", dialect, gap)
     if spelling.alpha is not None:
-        metadata |= describe_training(_ranks(layers), _kinds(layers), verdict.family, spelling.alpha)
+        metadata |= describe_training(_ranks(layers), _kinds(layers), _shown_under(verdict), spelling.alpha)
     tensors = _spell_layers(adapter.layers, spelling)
     extras = dict(adapter.extras) if layout.carries_extras else {}
     left_out = tuple(name for name in adapter.extras if name not in extras)
@@ -86,6 +89,16 @@ def encode_lazily(
             yield from adapter.extras.items()
 
     return encode(adapter.outline, dialect, dtype=dtype), stream()
+
+
+def _shown_under(verdict: FamilyVerdict) -> str | None:
+    """The family for the header: A1111 takes a file for SD1 that names none, and hides it from other models."""
+    if verdict.family is None and "sdxl" in verdict.candidates and "sd1" not in verdict.candidates:
+        logger.warning(
+            "%s: the header says SDXL, so that A1111 shows it there; --family says otherwise", verdict.summary
+        )
+        return "sdxl"
+    return verdict.family
 
 
 def _spell(adapter: Adapter, dialect: str, verdict: FamilyVerdict, dtype: torch.dtype | None) -> Spelling:

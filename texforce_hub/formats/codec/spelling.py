@@ -64,6 +64,8 @@ class Spelling:
             fitted = replace(fitted, scale=1.0)  # the config has it, as an alpha
         for role, stored in fit_dtype(list(tensors_of(fitted, self.alpha)), self.dtype, name):
             key = self.layout.write_name(name, role, self.family)
+            if key.endswith(".b_norm") and f"{name.removesuffix('.bias')}.weight" not in self.outline:
+                key = key.removesuffix(".b_norm") + ".diff_b"  # alone, it is read under this end only
             yield key, stored
             twin = peft_twin(key) if self.layout.name == "peft" else None
             if twin is not None:  # text encoders' tensors are written under both libraries' names

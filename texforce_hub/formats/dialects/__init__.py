@@ -16,7 +16,8 @@ from texforce_hub.formats.dialects.omi import OMI
 from texforce_hub.formats.dialects.peft import PEFT
 from texforce_hub.formats.dialects.positional import POSITIONAL
 from texforce_hub.formats.dialects.state_dict import STATE_DICT
+from texforce_hub.formats.dialects.xlabs import XLABS
 
 __all__ = ["DIALECTS", "Dialect", "Reading"]
-_TABLE = (DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, OMI, PEFT, STATE_DICT, POSITIONAL)
+_TABLE = (DIFFUSERS, LORA_LAYERS, ATTENTION_PROCESSORS, KOHYA, COMFY, OMI, PEFT, STATE_DICT, XLABS, POSITIONAL)
 DIALECTS: Mapping[str, Dialect] = MappingProxyType({dialect.name: dialect for dialect in _TABLE})

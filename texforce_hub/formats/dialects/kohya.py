@@ -1,8 +1,9 @@
 """What kohya's sd-scripts, A1111 and LyCORIS write: flattened names, one ``.alpha`` a module.
 
 ``lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight``; ``lora_te1_``/``lora_te2_`` for two text
-encoders, ``lora_te3_`` for T5, ``lora_unet_`` for U-Nets (in ``diffusers``' names or the original ones) and
-transformers, ``lycoris_`` for whatever the module's own name says.
+encoders, ``lora_te3_`` for T5, ``lora_unet_`` for U-Nets (in ``diffusers``' names or the original ones) and for
+transformers in their authors' names, ``lora_transformer_`` for transformers in ``diffusers``' names, ``lycoris_`` for
+whatever the module's own name says.
 """
 
 import re
@@ -10,7 +11,9 @@ import re
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 from texforce_hub.families.names import part_of, path_of, publish
+from texforce_hub.families.original_transformer import is_original
 from texforce_hub.families.original_unet import to_ldm
+from texforce_hub.families.text import T5Encoder
 from texforce_hub.formats.dialects.flat import flatten, unflatten
 from texforce_hub.formats.dialects.layout import EVERY_KIND, Dialect, Reading
 from texforce_hub.formats.dialects.suffixes import (
@@ -34,6 +37,7 @@ _TEXT_PARTS = {
     "lora_te3": "text_encoder_3",
     "lycoris": "text_encoder",
 }
+_NUMBERED = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
 _LDM_FAMILIES = ("sdxl", "sdxl-refiner")
 
 
@@ -46,7 +50,10 @@ def read_name(key: str) -> Reading | None:
     found = unflatten(match[2])
     part = None if found is None else _part(match[1], found[0])
     name = None if found is None or part is None else publish(part, found[1])
-    return None if name is None else Reading(name + split[2], split[1], split[0])
+    if name is None or found is None:
+        return None
+    left_open = match[1] == "lora_te" and found[0] == "clip"  # SD1's or SD2's only one, or the refiner's second
+    return Reading(name + split[2], split[1], split[0], assumed=left_open)
 
 
 def _part(prefix: str, kind: str) -> str | None:
@@ -78,11 +85,13 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
 
 
 def _prefix(part: str, path: str, family: str | None) -> str:
-    if path.startswith("encoder.block."):
+    if part == "transformer":  # readers look for a prefix of its own before diffusers' names
+        return "lora_unet" if is_original(path) else "lora_transformer"
+    row = None if family is None else FAMILIES[family]
+    prefixes = {} if row is None else row.kohya
+    if path.startswith("encoder.block.") and (row is None or not isinstance(row.parts.get(part), T5Encoder)):
         return "lora_te3"
-    prefixes = {} if family is None else FAMILIES[family].kohya
-    numbered = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2", "text_encoder_3": "lora_te3"}
-    return prefixes.get(part) or numbered.get(part) or "lora_unet"
+    return prefixes.get(part) or _NUMBERED.get(part) or "lora_unet"
 
 
 KOHYA = Dialect(

@@ -9,11 +9,11 @@ import re
 from texforce_hub.families.names import WRAPPERS, infer_part, publish, split_part, unwrap
 from texforce_hub.families.original_unet import is_ldm
 from texforce_hub.formats.dialects.layout import Dialect, Reading
-from texforce_hub.formats.dialects.suffixes import ALPHA, LORA_AB, LYCORIS, MAGNITUDE, split_suffix
+from texforce_hub.formats.dialects.suffixes import ALPHA, LORA_AB, LORA_DOWN_UP, LYCORIS, MAGNITUDE, split_suffix
 
 _NAMED = re.compile(r"(?P<path>.+)\.lora_(?P<half>A|B|magnitude_vector)\.(?P<adapter>(?!weight$)[^.]+)(?:\.weight)?")
 _HALVES = {"A": "down", "B": "up", "magnitude_vector": "magnitude"}
-_SUFFIXES = LORA_AB | LYCORIS | ALPHA | MAGNITUDE
+_SUFFIXES = LORA_AB | LORA_DOWN_UP | LYCORIS | ALPHA | MAGNITUDE
 
 
 def read_name(key: str) -> Reading | None:

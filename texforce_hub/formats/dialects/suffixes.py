@@ -51,10 +51,16 @@ def split_suffix(key: str, suffixes: Mapping[str, str]) -> tuple[str, str, str] 
     return key.removesuffix(suffix), *(("diff", role) if role in (".bias", ".weight") else (role, ""))
 
 
+def is_norm(module: str) -> bool:
+    """Whether a module of our names is a norm: LyCORIS keeps its bias under another end than a linear layer's."""
+    return "norm" in module.rpartition(".")[2]
+
+
 def write_suffix(name: str, role: str, suffixes: Mapping[str, str]) -> tuple[str, str] | None:
     """``(module, end)`` that spell a layer's tensor; ``None`` if these suffixes have no such role."""
     if role == "diff" and name.endswith((".bias", ".weight")):
         module, _, parameter = name.rpartition(".")
-        return module, ".diff_b" if parameter == "bias" else ".w_norm"
+        ends = (".w_norm", ".b_norm") if is_norm(module) else (".w_norm", ".diff_b")
+        return module, ends[parameter == "bias"]
     end = next((suffix for suffix, known in suffixes.items() if known == role), None)
     return None if end is None else (name, end)
