@@ -11,6 +11,9 @@ from texforce_hub.errors import ConfigError
 logger = logging.getLogger("texforce_hub")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_CALLED = {"fp32": "float32", "f32": "float32", "float": "float32", "fp16": "float16", "f16": "float16"}
+_CALLED |= {"half": "float16", "bf16": "bfloat16"}
+"""What other tools call the same dtype."""
 
 
 def choose_device(name: str | torch.device | None = None) -> torch.device:
@@ -21,7 +24,10 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     """
     if name is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        logger.info("device: %s", torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu")
+        if device.type == "cuda":
+            logger.info("device: %s", torch.cuda.get_device_name(device))
+        else:
+            logger.debug("device: cpu")
         return device
     try:
         device = torch.device(name)
@@ -32,17 +38,24 @@ def choose_device(name: str | torch.device | None = None) -> torch.device:
     return device
 
 
+def spell_dtype(name: str) -> str:
+    """torch's name of the dtype that is meant: ``fp16``, ``half`` and ``torch.float16`` are ``float16``."""
+    plain = name.strip().lower().removeprefix("torch.")
+    return _CALLED.get(plain, plain)
+
+
 def choose_dtype(name: str | torch.dtype | None) -> torch.dtype:
-    """The dtype named (``float16``, ``bfloat16``, ``float32``); float32 if none is.
+    """The dtype named (``float16``, ``bfloat16``, ``float32``, ``fp16``, ``half`` …); float32 if none is.
 
     Raises:
         ConfigError: another name.
     """
     if isinstance(name, torch.dtype):
         return name
-    if name is not None and name not in DTYPES:
+    known = "float32" if name is None else spell_dtype(str(name))
+    if known not in DTYPES:
         raise ConfigError(f"no dtype {name!r}; expected one of {', '.join(DTYPES)}")
-    return DTYPES[name or "float32"]
+    return DTYPES[known]
 
 
 @contextmanager

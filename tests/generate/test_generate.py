@@ -14,7 +14,7 @@ from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.cli import app
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import ConfigError, PromptError, RecipeError, TexForceHubError
-from texforce_hub.generate.columns import sweep_weights
+from texforce_hub.generate.axes import read_axis
 from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.images.png import a1111_parameters, encode_png, read_png_text
 from texforce_hub.generate.images.sheet import contact_sheet
@@ -99,10 +99,10 @@ def test_impossible_settings_are_named():
         choose_dtype("int8")
     with pytest.raises(ConfigError, match="no device"):
         choose_device("toaster")
-    assert sweep_weights("a=0:1:3") == ("a", [0.0, 0.5, 1.0])
+    assert read_axis("a=0:1:3").values == (0.0, 0.5, 1.0)
     for text in ("a", "a=0:1", "a=0:1:1", "a=x:1:3"):
         with pytest.raises(ConfigError, match="NAME=FROM:TO:COUNT"):
-            sweep_weights(text)
+            read_axis(text)
 
 
 def test_prompts_come_from_options_and_files(tmp_path):

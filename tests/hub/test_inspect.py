@@ -145,7 +145,7 @@ def test_weights_show_norms_ranks_zeros_and_nan(tmp_path):
     for name, layer in layers.items():
         tensors |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up.contiguous()}
     save_file(tensors, path)
-    table = run("inspect", path, "--weights").output
+    table = run("inspect", path, "--weights", "-v").output
     assert "█" in table
     assert "1 of 3 layers hold NaN or infinity" in table
     assert "1 of 3 layers are zero" in table

@@ -7,7 +7,7 @@ from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import MergeError
-from texforce_hub.generate.images.heatmap import draw_heatmap
+from texforce_hub.generate.images.heatmap import draw_comparison
 from texforce_hub.merge.compare import compare_adapters
 
 NAME = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -82,7 +82,7 @@ def test_nothing_in_common_and_other_shapes_are_refused():
 
 
 def test_the_heat_map_is_coloured_by_its_numbers():
-    picture = draw_heatmap([[1.0, -1.0], [1.0, -1.0]], rows=["a", "b"], columns=["x", "y"], title="t").convert("RGB")
+    picture = draw_comparison({"a": (1.0, 0.5, -1.0), "b": (1.0, 0.5, -1.0)}, title="t").convert("RGB")
     colours = {picture.getpixel((x, y)) for x in range(0, picture.width, 3) for y in range(0, picture.height, 3)}
     reds = [c for c in colours if isinstance(c, tuple) and c[0] > 90 and c[1] < 40]
     blues = [c for c in colours if isinstance(c, tuple) and c[2] > 90 and c[0] < 40]

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from texforce_hub.errors import RefError, RewardError
-from texforce_hub.rewards.reward import BUILT_IN, Reward, resolve_reward, resolve_rewards
+from texforce_hub.rewards.built_in import BUILT_IN
+from texforce_hub.rewards.reward import Reward, resolve_reward, resolve_rewards
 from texforce_hub.shapes.grammar import caption, sample_scene
 from texforce_hub.shapes.render import render
 

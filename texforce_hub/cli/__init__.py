@@ -7,13 +7,15 @@ anything that does, before it runs.
 import logging
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from texforce_hub import __version__
-from texforce_hub.cli.console import accept_any_text, printable, say
+from texforce_hub.cli.command import App
+from texforce_hub.cli.console import accept_any_text, printable_logs, say
 from texforce_hub.errors import TexForceHubError
 
 COMMANDS: tuple[str, ...] = (
@@ -34,7 +36,7 @@ COMMANDS: tuple[str, ...] = (
     "doctor",
 )
 
-app = typer.Typer(
+app = App(
     name="texforce-hub",
     help="LoRA adapters for the text encoders of Stable-Diffusion-style pipelines: train, apply, merge, convert.",
     no_args_is_help=True,
@@ -50,10 +52,11 @@ def _print_version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and stop.")
+        bool,
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and stop."),
     ] = False,
 ) -> None:
     """LoRA adapters for the text encoders of Stable-Diffusion-style pipelines: train, apply, merge, convert."""
@@ -72,20 +75,42 @@ for _command in COMMANDS:
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 130 interrupted."""
     accept_any_text()
-    try:
-        app()
-    except TexForceHubError as error:
-        say(f"error: {printable(str(error))}")
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        asked = str(error).partition("\n")[0].rpartition("Allocator: ")[2]  # torch begins with a place in its source
-        say(f"error: there is not enough memory for this{f': {asked:.200}' if asked else ''}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+    with printable_logs():
+        try:
+            try:
+                app()
+            finally:
+                sys.stdout.flush()
+        except TexForceHubError as error:
+            _stop(f"error: {error}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            asked = (
+                str(error).partition("\n")[0].rpartition("Allocator: ")[2]
+            )  # torch begins with a place in its source
+            _stop(f"error: there is not enough memory for this{f': {asked:.200}' if asked else ''}")
+        except BrokenPipeError:
+            _forget_stdout()  # whoever reads has had enough, as head has
+            sys.exit(1)
+        except OSError as error:
+            _forget_stdout()
+            what = error.filename or "the output"
+            _stop(f"error: {what}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            _stop("interrupted", 130)
+
+
+def _stop(line: str, status: int = 2) -> NoReturn:
+    with suppress(OSError):
+        say(line)
+    sys.exit(status)
+
+
+def _forget_stdout() -> None:
+    """What could not be written is not tried again when Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,12 +2,40 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json
+from texforce_hub.cli import names
+from texforce_hub.cli.console import LOUDNESS, put, put_json
+from texforce_hub.cli.options import (
+    RESULT,
+    SAMPLING,
+    WORK,
+    AsJson,
+    Base,
+    BatchSize,
+    Device,
+    Dtype,
+    Force,
+    Guidance,
+    NegativePrompt,
+    Seed,
+    Steps,
+    Unet,
+    option,
+    refuse_existing,
+)
+from texforce_hub.cli.progress import bars
+from texforce_hub.cli.summary import count_of
+from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError
+from texforce_hub.generate.schedulers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from texforce_hub.generate.recipe import DrawRun
+
+_STACK, _PROMPTS, _SAVE = "Adapters and columns", "Prompts", "The base with the stack baked in"
 
 
 def register(app: typer.Typer) -> None:
@@ -17,116 +45,170 @@ def register(app: typer.Typer) -> None:
 
 def apply(
     context: typer.Context,
-    output: Annotated[Path | None, typer.Option("--output", help="Folder for the images and the sheet.")] = None,
-    base: Annotated[str, typer.Option("--base", help="shapes, a folder, a checkpoint file, or a Hub id.")] = "shapes",
     adapter: Annotated[
-        list[str] | None, typer.Option("--adapter", help="PATH, name or Hub id, with :WEIGHT; repeat to stack.")
+        list[str] | None,
+        option("--adapter", metavar="REF", help="PATH, name or Hub id, with :WEIGHT; repeat to stack.", group=_STACK,
+               autocompletion=names.refs),
     ] = None,
+    each: Annotated[bool, option("--each", help="One column for each adapter.", group=_STACK)] = False,
+    sweep: Annotated[
+        list[str] | None,
+        option("--sweep", metavar="NAME=…", help="0:1:5 or A,B,C of an adapter, seed, steps, guidance …; up to 3.",
+               group=_STACK),
+    ] = None,
+    mode: Annotated[str, option("--mode", metavar="HOW", help="attach (default) or fuse.", group=_STACK)] = "attach",
+    rounding: Annotated[
+        str, option("--rounding", metavar="HOW", help="Of fused half floats: nearest or stochastic.", group=_STACK)
+    ] = "nearest",
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to draw, <lora:NAME:WEIGHT> tags in it too; repeatable.")
+        list[str] | None,
+        option("--prompt", metavar="TEXT", help="What to draw, with <lora:NAME:WEIGHT>; repeatable.", group=_PROMPTS),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", help="A text file, one prompt a line.")] = None,
+    prompts: Annotated[
+        Path | None, option("--prompts", metavar="FILE", help="A text file, one prompt a line.", group=_PROMPTS)
+    ] = None,
     adapter_dir: Annotated[
-        Path | None, typer.Option("--adapter-dir", help="Where to look up the names in tags; default: the catalogue.")
+        Path | None, option("--adapter-dir", metavar="DIR", help="Where names in tags are; default: the catalogue.",
+                            group=_PROMPTS)
     ] = None,
     prompt_weights: Annotated[
-        str, typer.Option("--prompt-weights", help="A1111's (word:1.2): auto (if a number is in it), on or off.")
+        str, option("--prompt-weights", metavar="HOW", help="A1111's (word:1.2): auto, on or off.", group=_PROMPTS)
     ] = "auto",
     long_prompts: Annotated[
-        bool, typer.Option("--long-prompts", help="Read prompts beyond the text encoder's length whole.")
+        bool, option("--long-prompts", help="Read prompts beyond the text encoder's length whole.", group=_PROMPTS)
     ] = False,
-    unet: Annotated[str | None, typer.Option("--unet", help="A tuned U-Net, or a U-Net LoRA with :WEIGHT.")] = None,
-    each: Annotated[bool, typer.Option("--each", help="One column for each adapter, all in one batch.")] = False,
-    sweep: Annotated[str, typer.Option("--sweep", help="NAME=FROM:TO:COUNT, a column for each weight.")] = "",
-    negative_prompt: Annotated[str | None, typer.Option("--negative-prompt", help="What not to draw.")] = None,
-    inference_steps: Annotated[int | None, typer.Option("--inference-steps", min=1, help="Denoising steps.")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="Classifier-free guidance scale.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Image i of a prompt has seed SEED + i.")] = 0,
-    width: Annotated[int | None, typer.Option("--width", help="Pixels.")] = None,
-    height: Annotated[int | None, typer.Option("--height", help="Pixels.")] = None,
-    scheduler: Annotated[str, typer.Option("--scheduler", help="ddim, euler, euler-a, dpm++, lcm …")] = "",
-    num_images: Annotated[int, typer.Option("--num-images", min=1, help="For each prompt.")] = 1,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch", min=1, help="Images drawn at once.")] = 8,
-    clip_skip: Annotated[int | None, typer.Option("--clip-skip", min=0, help="Last CLIP layers to skip.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="Keep models in main memory between uses.")] = False,
-    mode: Annotated[str, typer.Option("--mode", help="attach or fuse.")] = "attach",
-    rounding: Annotated[
-        str, typer.Option("--rounding", help="Of fused half-precision weights: nearest or stochastic (by --seed).")
-    ] = "nearest",
-    save_recipe: Annotated[Path | None, typer.Option("--save-recipe", help="Write what was done, with hashes.")] = None,
-    recipe: Annotated[Path | None, typer.Option("--recipe", help="Do again what a recipe says.")] = None,
-    pipeline: Annotated[Path | None, typer.Option("--save-pipeline", help="Folder: all of it, stack baked in.")] = None,
-    portable: Annotated[bool, typer.Option("--portable", help="With --save-pipeline: for transformers 4 too.")] = False,
-    checkpoint: Annotated[Path | None, typer.Option("--save-checkpoint", help="One file, stack baked in.")] = None,
-    text_encoder: Annotated[Path | None, typer.Option("--save-text-encoder", help="For ComfyUI's CLIP loader.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the files written as JSON.")] = False,
-) -> None:
+    negative_prompt: NegativePrompt = None,
+    inference_steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = 0,
+    num_images: Annotated[
+        int, option("--num-images", metavar="N", min=1, max=10_000, help="For each prompt.", group=SAMPLING)
+    ] = 1,
+    width: Annotated[int | None, option("--width", metavar="N", min=8, help="Pixels.", group=SAMPLING)] = None,
+    height: Annotated[int | None, option("--height", metavar="N", min=8, help="Pixels.", group=SAMPLING)] = None,
+    scheduler: Annotated[
+        str, option("--scheduler", metavar="NAME", help="ddim, euler_a, dpmpp_2m …", group=SAMPLING,
+                    autocompletion=names.schedulers)
+    ] = "",
+    list_schedulers: Annotated[
+        bool, option("--list-schedulers", help="Show the schedulers and stop.", group=SAMPLING)
+    ] = False,
+    clip_skip: Annotated[
+        int | None, option("--clip-skip", metavar="N", min=0, help="Last CLIP layers to skip.", group=SAMPLING)
+    ] = None,
+    batch_size: BatchSize = 8,
+    base: Base = "shapes",
+    unet: Unet = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    offload: Annotated[bool, option("--offload", help="Keep models in main memory between uses.", group=WORK)] = False,
+    pipeline: Annotated[
+        Path | None, option("--save-pipeline", metavar="DIR", help="As a pipeline's folder.", group=_SAVE)
+    ] = None,
+    portable: Annotated[bool, option("--portable", help="That folder for transformers 4 too.", group=_SAVE)] = False,
+    checkpoint: Annotated[
+        Path | None, option("--save-checkpoint", metavar="FILE", help="As one file.", group=_SAVE)
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, option("--save-text-encoder", metavar="FILE", help="For ComfyUI's CLIP loader.", group=_SAVE)
+    ] = None,
+    output: Annotated[
+        Path | None, option("--output", "-o", metavar="DIR", help="Folder for the images and the sheet.", group=RESULT)
+    ] = None,
+    save_recipe: Annotated[
+        Path | None, option("--save-recipe", metavar="FILE", help="Write what was done, with hashes.", group=RESULT)
+    ] = None,
+    recipe: Annotated[
+        Path | None, option("--recipe", metavar="FILE", help="Do again what a recipe says.", group=RESULT)
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
-    from texforce_hub.generate.draw import DrawSettings
-    from texforce_hub.generate.prompts.adapter_index import AdapterIndex
-    from texforce_hub.generate.prompts.sets import gather_prompts
-    from texforce_hub.generate.recipe import DrawRun, record_run, replay_run
+    given = dict(locals())
+    if list_schedulers:
+        _print_schedulers(as_json=as_json)
+        return
+    from texforce_hub.generate.recipe import record_run, replay_run
+    from texforce_hub.generate.results import check_folder
     from texforce_hub.generate.run import Drawing
-    from texforce_hub.hub.refs.adapter import AdapterRef
-    from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 
-    saves = {"pipeline": pipeline, "checkpoint": checkpoint, "text_encoder": text_encoder}
-    if output is None and not any(saves.values()):
-        raise ConfigError("nothing to write: give --output DIR, or one of the --save options")
-    if rounding == "stochastic" and mode == "attach" and not any(saves.values()):
-        raise ConfigError("--rounding stochastic rounds fused weights; give --mode fuse too, or leave it out")
-    if portable and pipeline is None:
-        raise ConfigError("--portable says how --save-pipeline saves; give that too, or leave it out")
+    targets = {"pipeline": pipeline, "checkpoint": checkpoint, "text_encoder": text_encoder}
+    _check_targets(output, targets, mode=mode, rounding=rounding, portable=portable, force=force)
+    if output is not None:
+        check_folder(output, force=force)
+    if save_recipe is not None:
+        refuse_existing(save_recipe, force=force)
     if recipe is not None:
         _refuse_beside_recipe(context)
         run = replay_run(recipe)
     else:
-        own = base == "shapes"
-        given = gather_prompts(prompt or [], prompts) if prompt or prompts or output is not None else ("nothing",)
-        index = AdapterIndex(adapter_dir)
-        settings = DrawSettings(
-            prompts=given,
-            negative_prompt=negative_prompt or "",
-            inference_steps=inference_steps or (INFERENCE_STEPS if own else 30),
-            guidance=guidance if guidance is not None else (GUIDANCE if own else 7.5),
-            seed=seed,
-            width=width,
-            height=height,
-            num_images=num_images,
-            batch_size=batch_size,
-            clip_skip=clip_skip,
-            prompt_weights=prompt_weights,
-            long_prompts=long_prompts,
-        )
-        refs = tuple(AdapterRef.parse(text) for text in adapter or [])
-        run = DrawRun(
-            base,
-            refs,
-            settings,
-            unet=unet or "",
-            mode=mode,
-            rounding=rounding,
-            scheduler=scheduler,
-            each=each,
-            sweep=sweep,
-            tags=index.find_all(given),
-        )
-    if run.tags and any(saves.values()):
+        run = _make_run(given)
+    if run.tags and any(targets.values()):
         raise ConfigError("a model is saved for all prompts, a tag acts on its own; give its adapter with --adapter")
     drawing = Drawing(run)
     drawing.load(device=device, dtype=dtype, offload=offload)
-    files = drawing.draw(output) if output is not None else []
-    files += drawing.save(saves, portable=portable)
+    files: list[Path] = []
+    if output is not None:
+        with bars({"drawing": drawing.steps}) as advance:
+            files += drawing.draw(output, force=force, on_step=lambda count: advance("drawing", count))
+    files += drawing.save(targets, portable=portable)
     if save_recipe is not None:
         record_run(run, save_recipe)
         files.append(save_recipe)
     print_files(files, as_json=as_json)
 
 
-_BESIDE_RECIPE = {"output", "recipe", "device", "dtype", "offload", "as_json", "save_recipe"}
-_BESIDE_RECIPE |= {"pipeline", "portable", "checkpoint", "text_encoder"}
+def _make_run(given: dict[str, Any]) -> "DrawRun":
+    """The run that the options describe; every prompt, tag and reference is read."""
+    from texforce_hub.generate.draw import DrawSettings
+    from texforce_hub.generate.prompts.adapter_index import AdapterIndex
+    from texforce_hub.generate.prompts.sets import gather_prompts
+    from texforce_hub.generate.recipe import DrawRun
+    from texforce_hub.hub.refs.adapter import AdapterRef
+    from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
+
+    own = given["base"] == "shapes"
+    asked = given["prompt"] or given["prompts"] or given["output"] is not None
+    prompts = gather_prompts(given["prompt"] or [], given["prompts"]) if asked else ("nothing",)
+    same = ("seed", "width", "height", "num_images", "batch_size", "clip_skip", "prompt_weights", "long_prompts")
+    settings = DrawSettings(
+        prompts=prompts,
+        negative_prompt=given["negative_prompt"] or "",
+        inference_steps=given["inference_steps"] or (INFERENCE_STEPS if own else 30),
+        guidance=given["guidance"] if given["guidance"] is not None else (GUIDANCE if own else 7.5),
+        **{name: given[name] for name in same},
+    )
+    return DrawRun(
+        given["base"],
+        tuple(AdapterRef.parse(text) for text in given["adapter"] or []),
+        settings,
+        unet=given["unet"] or "",
+        sweeps=tuple(given["sweep"] or ()),
+        tags=AdapterIndex(given["adapter_dir"]).find_all(prompts),
+        **{name: given[name] for name in ("mode", "rounding", "scheduler", "each")},
+    )
+
+
+def _check_targets(
+    output: Path | None, targets: dict[str, Path | None], *, mode: str, rounding: str, portable: bool, force: bool
+) -> None:
+    """Refuse options that would do nothing, and outputs that are there already."""
+    saves = [path for path in targets.values() if path is not None]
+    if output is None and not saves:
+        raise ConfigError("nothing to write: give --output DIR, or one of the --save options")
+    if mode not in ("attach", "fuse"):
+        raise ConfigError(f"--mode {mode!r}; expected attach or fuse")
+    if rounding == "stochastic" and mode == "attach" and not saves:
+        raise ConfigError("--rounding stochastic rounds fused weights; give --mode fuse too, or leave it out")
+    if portable and targets["pipeline"] is None:
+        raise ConfigError("--portable says how --save-pipeline saves; give that too, or leave it out")
+    for path in saves:
+        refuse_existing(path, force=force)
+
+
+_BESIDE_RECIPE = {"output", "recipe", "device", "dtype", "offload", "as_json", "save_recipe", "force"}
+_BESIDE_RECIPE |= {"pipeline", "portable", "checkpoint", "text_encoder", "verbose", "quiet"}
 
 
 def _refuse_beside_recipe(context: typer.Context) -> None:
@@ -137,10 +219,27 @@ def _refuse_beside_recipe(context: typer.Context) -> None:
             raise ConfigError(f"{parameter.opts[0]} beside --recipe: the recipe says it already; leave one of them out")
 
 
+def _print_schedulers(*, as_json: bool) -> None:
+    if as_json:
+        put_json({name: {"class": kind, "changes": changes} for name, (kind, changes) in SCHEDULERS.items()})
+        return
+    rows = [
+        [name, kind, ", ".join(f"{k}={v}" for k, v in changes.items())] for name, (kind, changes) in SCHEDULERS.items()
+    ]
+    put_table(["scheduler", "class in diffusers", "settings"], rows)
+
+
 def print_files(files: Sequence[Path], *, as_json: bool) -> None:
-    """The files written, one a line, or as JSON."""
+    """The files written: of many pictures in one folder the folder and their number; all of them with -v or as JSON."""
     if as_json:
         put_json({"files": [str(path) for path in files]})
-    else:
-        for path in files:
-            put(str(path))
+        return
+    folders: dict[Path, list[Path]] = {}
+    for path in files:
+        folders.setdefault(path.parent if path.name[:4].isdigit() else path, []).append(path)
+    for folder, paths in folders.items():
+        if len(paths) > 1 and not LOUDNESS.verbose:
+            put(f"{folder}: {count_of(len(paths), 'picture')}")
+        else:
+            for path in paths:
+                put(str(path))

@@ -4,7 +4,11 @@ from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.console import first_of, put, put_json, put_table, say
+from texforce_hub.cli import names
+from texforce_hub.cli.console import LOUDNESS, first_of, note, put, put_detail, put_json
+from texforce_hub.cli.options import WORK, AsJson, Ref, option
+from texforce_hub.cli.summary import by_part, by_reason
+from texforce_hub.cli.table import put_table
 
 
 def register(app: typer.Typer) -> None:
@@ -13,12 +17,16 @@ def register(app: typer.Typer) -> None:
 
 
 def check(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="A file, a folder, a catalogue name, a Hub id.")],
+    ref: Ref,
     base: Annotated[
-        str, typer.Option("--base", help="A family (sd1, sdxl …), shapes, a pipeline's folder, a checkpoint file.")
+        str,
+        option(
+            "--base", metavar="BASE", help="A family (sd1, sdxl …), shapes, a pipeline's folder, a checkpoint file.",
+            group=WORK, autocompletion=lambda incomplete: names.families(incomplete) + names.bases(incomplete),
+        ),
     ],
-    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
+    json: AsJson = False,
+) -> None:  # fmt: skip
     """Say whether an adapter fits a base, layer by layer, before anything is loaded. Exit 0: it fits; 1: it does not.
 
     Example: texforce-hub check lora.safetensors --base sd1
@@ -29,10 +37,14 @@ def check(
     if json:
         put_json(fit.as_dict())
     else:
-        put(fit.verdict)
         wrong = {**fit.unmatched, **fit.misshapen, **fit.unreadable}
-        if wrong:
+        for text in fit.notes if LOUDNESS.verbose else first_of(fit.notes, 5):
+            note(text)
+        if wrong and LOUDNESS.verbose:
             put_table(["layer", "why not"], [[name, reason] for name, reason in wrong.items()])
-        for note in first_of(fit.notes):
-            say(f"note: {note}")
+        for line in by_reason(wrong, most=5):
+            put_detail(line)
+        if fit.matched:
+            put_detail(f"found in the base: {by_part(fit.matched)}")
+        put(fit.verdict)
     raise typer.Exit(0 if fit.fits else 1)

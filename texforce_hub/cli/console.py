@@ -3,18 +3,14 @@
 import codecs
 import io
 import json
+import logging
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-_WIDTH = 120  # characters of a table in a file or a pipe
-_MOST_ROWS = 3000  # of a table; more are neither read by anybody nor drawn in reasonable time
 _PLAIN = str.maketrans("█▏▎▍▌▋▊▉–—…×·→“”‘’", "########--~x.>\"\"''")  # one for one, so that tables keep their columns
 
 
@@ -38,14 +34,71 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+class _PrintableRecord(logging.LogRecord):
+    """A log record whose message can be shown: names of files and of layers in it are a stranger's."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return printable(super().getMessage())
+
+
+@contextmanager
+def printable_logs() -> Iterator[None]:
+    """Every record of every logger, and every warning, is printable, whatever handler writes it."""
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_PrintableRecord)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        logging.setLogRecordFactory(before)
+
+
+class _Loudness:
+    """How much a command says: one for the process, set for each command while it runs."""
+
+    quiet = False
+    verbose = False
+
+
+LOUDNESS = _Loudness()
+
+
+@contextmanager
+def loudness(*, quiet: bool, verbose: bool) -> Iterator[None]:
+    """How much is said: ``quiet`` prints paths and verdicts alone, ``verbose`` every detail."""
+    before = LOUDNESS.quiet, LOUDNESS.verbose
+    LOUDNESS.quiet, LOUDNESS.verbose = quiet, verbose
+    logger = logging.getLogger("texforce_hub")
+    level = logger.level
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    try:
+        yield
+    finally:
+        LOUDNESS.quiet, LOUDNESS.verbose = before
+        logger.setLevel(level)
+
+
 def say(text: str) -> None:
     """A line for the person at the terminal (stderr)."""
     typer.echo(printable(text), err=True)
 
 
+def note(text: str) -> None:
+    """Something worth knowing (stderr); not with --quiet."""
+    if not LOUDNESS.quiet:
+        say(f"note: {text}")
+
+
 def put(text: str) -> None:
     """A line of the result (stdout)."""
     typer.echo(printable(text))
+
+
+def put_detail(text: str) -> None:
+    """A line of the result that a summary can do without (stdout): not with --quiet."""
+    if not LOUDNESS.quiet:
+        put(text)
 
 
 def first_of(lines: Sequence[str], most: int = 20) -> list[str]:
@@ -57,28 +110,3 @@ def first_of(lines: Sequence[str], most: int = 20) -> list[str]:
 def put_json(value: Any) -> None:
     """The result as one JSON object (stdout); control characters leave as JSON escapes."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=True, default=str))
-
-
-def put_table(
-    columns: list[str],
-    rows: list[list[str]],
-    *,
-    title: str | None = None,
-    whole: Collection[str] = (),
-    widths: Mapping[str, int] = MappingProxyType({}),
-) -> None:
-    """A table (stdout). Cells are data: markup and escapes in them are shown, not obeyed.
-
-    The columns ``whole`` are never folded; where there is room, those of ``widths`` are folded at that width.
-    """
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
-    table = Table(title=None if title is None else Text(printable(title)), title_justify="left")
-    for index, column in enumerate(columns):
-        longest = max(len(row[index]) for row in [columns, *rows[:_MOST_ROWS]])
-        width = min(widths[column], longest) if column in widths and console.width >= _WIDTH else None
-        table.add_column(column, overflow="fold", no_wrap=column in whole, width=width)
-    for row in rows[:_MOST_ROWS]:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(table)
-    if len(rows) > _MOST_ROWS:
-        put(f"… and {len(rows) - _MOST_ROWS} more rows; --json has them all")

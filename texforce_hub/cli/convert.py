@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli import names
+from texforce_hub.cli.console import LOUDNESS, note, put, put_json
+from texforce_hub.cli.options import RESULT, AsJson, Dtype, Force, option, refuse_existing
 from texforce_hub.cli.progress import track
+from texforce_hub.cli.summary import count_of, written
+from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
-    from texforce_hub.hub.convert import Conversion
+    from texforce_hub.hub.convert import Conversion, Job
+
+_READING = "How it is read"
 
 
 def register(app: typer.Typer) -> None:
@@ -20,86 +26,130 @@ def register(app: typer.Typer) -> None:
 
 
 def convert(
-    refs: Annotated[list[str], typer.Argument(metavar="REF…", help="Files, folders, catalogue names, Hub ids.")],
-    output: Annotated[Path, typer.Option("--output", help="A .safetensors file, or a folder (PEFT: always a folder).")],
-    dialect: Annotated[str | None, typer.Option("--dialect", help="diffusers (default), kohya or peft.")] = None,
+    refs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="REF…", help="Files, folders, names, Hub ids.", autocompletion=names.refs),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        option("--output", "-o", metavar="PATH", help="A .safetensors file, or a folder (PEFT: always).", group=RESULT),
+    ] = None,
+    dialect: Annotated[
+        str | None,
+        option("--dialect", metavar="NAME", help="diffusers (default), kohya or peft.", group=RESULT,
+               autocompletion=names.writable_dialects),
+    ] = None,
     reader: Annotated[
-        str | None, typer.Option("--for", help="Who must read it exactly: a1111, comfyui, forge, diffusers or peft.")
+        str | None,
+        option("--for", metavar="PROGRAM", help="Who must read it exactly: a1111, comfyui, forge, diffusers, peft.",
+               group=RESULT, autocompletion=names.readers),
     ] = None,
     family: Annotated[
-        str | None, typer.Option("--family", help="The base meant, where the layers fit several, e.g. sdxl.")
+        str | None,
+        option("--family", metavar="NAME", help="The base meant, where the layers fit several, e.g. sdxl.",
+               group=RESULT, autocompletion=names.families),
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16, bfloat16 …; default: as it is.")
-    ] = None,
+    dtype: Dtype = None,
     alpha: Annotated[
-        float | None, typer.Option("--alpha", help="The alpha of layers that store none; default: their rank.")
+        float | None,
+        option("--alpha", metavar="X", help="Of layers that store no alpha; default: their rank.", group=_READING),
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read pickles from the Hub too: their tensors, and nothing is run.")
+        bool, option("--allow-pickle", help="Read pickles from the Hub too; nothing in them is run.", group=_READING)
     ] = False,
     no_sidecars: Annotated[
-        bool, typer.Option("--no-sidecars", help="Leave the texts, facts and previews beside a file where they are.")
+        bool, option("--no-sidecars", help="Leave the texts and previews beside a file there.", group=RESULT)
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
+    list_dialects: Annotated[bool, option("--list-dialects", help="Show the layouts and stop.", group=RESULT)] = False,
+    force: Force = False,
+    json: AsJson = False,
+) -> None:  # fmt: skip
     """Write adapters in another layout; every layer's change is kept, to the dtype's rounding.
-
-    A folder is converted file by file.
 
     --for PROGRAM writes what that program reads exactly, or says why it cannot.
 
-    A reference's weight (mine.safetensors:0.5, or mine:text_encoder=0.5,unet=1) goes into the file.
+    A folder is converted file by file. A reference's weight (mine.safetensors:0.5) goes into the file. What lies
+    beside a file (NAME.json, .civitai.info, .txt, previews) is copied along, and never written over.
 
-    What lies beside a file is copied along (NAME.json, .civitai.info, .metadata.json, .cm-info.json, .txt, previews);
-    nothing is written over.
-
-    Example: texforce-hub convert old/adapter_model.bin --dialect kohya --output new.safetensors
+    Example: texforce-hub convert old/adapter_model.bin --for a1111 -o new.safetensors
     """
-    from texforce_hub.formats.readers import find_reader
-    from texforce_hub.hub.convert import Job, convert_all, parse_weights, plan_conversions
-    from texforce_hub.hub.filenames import is_safetensors
-    from texforce_hub.hub.find import find_bundle, find_bundles
+    from texforce_hub.hub.convert import convert_all
 
-    if dialect is not None and reader is not None:
-        raise ConfigError("--for chooses the layout; give it or --dialect, not both")
-    dialect = dialect or (find_reader(reader).layouts[0] if reader else "diffusers")
-    alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
-    lone = [Job(find_bundle(refs[0]), output, parse_weights(refs[0]))] if alone else None
-    jobs = lone or plan_conversions(refs, output, dialect)
-    options: dict[str, Any] = {
-        "dialect": dialect,
-        "reader": reader,
-        "family": family,
-        "dtype": dtype,
-        "alpha": alpha,
-        "allow_pickle": allow_pickle,
-    }
-    conversions = convert_all(jobs, **options, sidecars=not no_sidecars)
+    if list_dialects:
+        _print_dialects(json=json)
+        return
+    if not refs or output is None:
+        raise ConfigError(f"no {'--output' if refs else 'REF'}; expected e.g. convert lora.safetensors --output new/")
+    dialect = _choose_dialect(dialect, reader)
+    jobs, alone = _plan(refs, output, dialect)
+    if alone:
+        refuse_existing(output, force=force)
+    options: dict[str, Any] = {"reader": reader, "family": family, "dtype": dtype, "alpha": alpha}
+    conversions = convert_all(
+        jobs, dialect=dialect, **options, allow_pickle=allow_pickle, sidecars=not no_sidecars
+    )
     done = list(track(conversions, total=len(jobs), what="converting"))
     if alone and done[0].error is not None:
         raise FileError(done[0].error)
+    for text in _gathered(text for conversion in done for text in conversion.notes):
+        note(text)
     if json:
         put_json({"files": [_as_dict(conversion) for conversion in done]})
     elif alone:
-        put(str(done[0].output))
+        put(written(done[0].output))
     else:
-        put_table(
-            ["from", "to"],
-            [[str(conversion.source), conversion.error or str(conversion.output)] for conversion in done],
-        )
-    for note in _gathered(note for conversion in done for note in conversion.notes):
-        say(f"note: {note}")
+        _print(done)
     failed = sum(conversion.error is not None for conversion in done)
     if failed:
         raise FileError(f"{failed} of {len(done)} files could not be converted; the table says why")
 
 
+def _choose_dialect(dialect: str | None, reader: str | None) -> str:
+    """The layout asked for, or the one that a program reads."""
+    from texforce_hub.formats.readers import find_reader
+
+    if dialect is not None and reader is not None:
+        raise ConfigError("--for chooses the layout; give it or --dialect, not both")
+    return find_reader(reader).layouts[0] if reader else names.read_dialect(dialect or "diffusers")
+
+
+def _plan(refs: list[str], output: Path, dialect: str) -> "tuple[list[Job], bool]":
+    """What to convert, and whether it is one adapter into one file or folder."""
+    from texforce_hub.hub.convert import Job, parse_weights, plan_conversions
+    from texforce_hub.hub.filenames import is_safetensors
+    from texforce_hub.hub.find import find_bundle, find_bundles
+
+    alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
+    if alone:
+        return [Job(find_bundle(refs[0]), output, parse_weights(refs[0]))], True
+    return plan_conversions(refs, output, dialect), False
+
+
+def _print(done: "list[Conversion]") -> None:
+    if LOUDNESS.quiet:
+        for conversion in done:
+            if conversion.error is None:
+                put(str(conversion.output))
+    put_table(
+        ["from", "to"],
+        [[str(conversion.source), conversion.error or str(conversion.output)] for conversion in done],
+    )
+    put(f"{count_of(sum(conversion.error is None for conversion in done), 'adapter')} written")
+
+
+def _print_dialects(*, json: bool) -> None:
+    rows = names.dialect_rows()
+    if json:
+        put_json({name: {"use": use, "called": called} for name, use, called in rows})
+    else:
+        put_table(["layout", "here", "also called"], [list(row) for row in rows])
+
+
 def _gathered(notes: Iterable[str]) -> Iterator[str]:
     """Each ``FILE: what there is to say`` once, with the first file of which it is said and how many more there are."""
     files: dict[str, list[str]] = {}
-    for note in notes:
-        file, _, text = note.partition(": ")
+    for line in notes:
+        file, _, text = line.partition(": ")
         files.setdefault(text, []).append(file)
     for text, named in files.items():
         more = f" (and of {len(named) - 1} more files)" if len(named) > 1 else ""

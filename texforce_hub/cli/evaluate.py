@@ -1,15 +1,37 @@
 """``texforce-hub evaluate``: which adapter is better, with intervals."""
 
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put_json, put_table, say
+from texforce_hub.cli import names
+from texforce_hub.cli.console import put_detail, put_json
+from texforce_hub.cli.options import (
+    SAMPLING,
+    WORK,
+    AsJson,
+    Base,
+    BatchSize,
+    Device,
+    Dtype,
+    Guidance,
+    NegativePrompt,
+    Steps,
+    Unet,
+    option,
+)
+from texforce_hub.cli.progress import bars
+from texforce_hub.cli.table import put_table
+from texforce_hub.rewards.built_in import BUILT_IN
 
 if TYPE_CHECKING:
     from texforce_hub.evaluate.evaluation import Evaluation
     from texforce_hub.evaluate.variants import Variant
+
+
+MEASURED = "What is measured"
 
 
 def register(app: typer.Typer) -> None:
@@ -19,30 +41,43 @@ def register(app: typer.Typer) -> None:
 
 def evaluate(
     adapter: Annotated[
-        list[str] | None, typer.Option(help="A stack to compare with the base, such as 'A:0.8 + B'; repeatable.")
+        list[str] | None,
+        option("--adapter", metavar="STACK", help="What to compare with the base, 'A:0.8 + B'; repeatable.",
+               group=WORK, autocompletion=names.refs),
     ] = None,
-    base: Annotated[str, typer.Option(help="shapes, a folder, a single file, or a Hub id.")] = "shapes",
-    unet: Annotated[str | None, typer.Option(help="A fine-tuned U-Net: adds it alone, and with every stack.")] = None,
-    reward: Annotated[list[str] | None, typer.Option(help="NAME or python:module:function, repeatable.")] = None,
+    base: Base = "shapes",
+    unet: Unet = None,
+    reward: Annotated[
+        list[str] | None,
+        option("--reward", metavar="NAME", help="A built-in, python:module:function, or python:./file.py:function.",
+               group=MEASURED, autocompletion=names.rewards),
+    ] = None,
+    list_rewards: Annotated[bool, option("--list-rewards", help="Show the rewards and stop.", group=MEASURED)] = False,
     prompts: Annotated[
-        str, typer.Option(help="File, one prompt a line; or held-out shapes:colour, shapes:shape, shapes:canonical.")
+        str,
+        option("--prompts", metavar="FILE", help="One a line; or shapes:colour, shapes:shape, shapes:canonical.",
+               group=MEASURED),
     ] = "shapes:colour",
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures of every prompt.")] = 2,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    inference_steps: Annotated[int, typer.Option(min=1, help="Denoising steps.")] = 15,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
-    negative_prompt: Annotated[str, typer.Option(help="What guidance steers away from.")] = "",
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", "--batch", min=1, help="Pictures in one call; lower it if memory runs out.")
-    ] = 64,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-) -> None:
+    seeds: Annotated[
+        int, option("--seeds", metavar="N", min=1, max=1000, help="Pictures of every prompt: 2.", group=SAMPLING)
+    ] = 2,
+    seed: Annotated[
+        int, option("--seed", metavar="N", min=0, max=2**31 - 1, help="The first of them.", group=SAMPLING)
+    ] = 0,
+    inference_steps: Steps = None,
+    guidance: Guidance = None,
+    negative_prompt: NegativePrompt = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Score stacks on the same prompts and noise as the base; differences with 95 % intervals paired by prompt."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from texforce_hub.evaluate.evaluation import Sampling
+    if list_rewards:
+        print_rewards(as_json=as_json)
+        return
+    from texforce_hub.device import choose_device
+    from texforce_hub.evaluate.evaluation import Sampling, describe
     from texforce_hub.evaluate.variants import evaluate_variants
     from texforce_hub.generate.prompts.sets import held_out_prompts
     from texforce_hub.pipelines.load import load_pipeline
@@ -50,37 +85,50 @@ def evaluate(
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
     texts = held_out_prompts(prompts)
-    pipe = load_pipeline(base, device=device)
-    variants = _make_variants(adapter or [], load_pipeline(base, unet=unet, device=device).unet if unet else None)
-    rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
-    sampling = Sampling(tuple(range(seed, seed + seeds)), inference_steps, guidance, negative_prompt, batch_size)
-    with Progress(console=Console(stderr=True)) as bar:
-        tasks = {name: bar.add_task(name, total=len(texts) * seeds) for name in variants}
-        result = evaluate_variants(
-            pipe,
-            variants,
-            texts,
-            rewards,
-            sampling=sampling,
-            on_images=lambda name, count: bar.advance(tasks[name], count),
-        )
-    from texforce_hub.evaluate.evaluation import describe
-
+    variants = _make_variants(adapter or [])
+    rewards = resolve_rewards(reward or ["alignment"], choose_device(device))
+    pipe = load_pipeline(base, device=device, dtype=dtype)
+    if unet is not None:
+        variants |= _with_unet(variants, load_pipeline(base, unet=unet, device=device, dtype=dtype).unet)
+    sampling = Sampling(
+        tuple(range(seed, seed + seeds)), inference_steps or 15, 5.0 if guidance is None else guidance,
+        negative_prompt or "", batch_size,
+    )  # fmt: skip
+    with bars({name: len(texts) * seeds for name in variants}) as advance:
+        result = evaluate_variants(pipe, variants, texts, rewards, sampling=sampling, on_images=advance)
     if as_json:
         put_json(describe(result))
     else:
         _print(result)
 
 
-def _make_variants(stacks: list[str], unet: Any) -> dict[str, "Variant"]:
+def print_rewards(*, as_json: bool) -> None:
+    """The built-in rewards."""
+    if as_json:
+        put_json({name: asdict(reward) for name, reward in BUILT_IN.items()})
+        return
+    rows = [[name, reward.summary, reward.downloads or ""] for name, reward in BUILT_IN.items()]
+    put_table(["reward", "what it measures", "downloads"], rows)
+
+
+def _make_variants(stacks: list[str]) -> dict[str, "Variant"]:
+    """The base, and every stack, read before anything is drawn."""
     from texforce_hub.evaluate.variants import Variant
+    from texforce_hub.hub.read import read_adapter
     from texforce_hub.hub.refs.stack import Stack
+    from texforce_hub.hub.stack import read_stack
 
     variants = {"base": Variant()}
-    variants |= {text: Variant(stack=list(Stack.parse(text).refs)) for text in stacks}
-    if unet is not None:
-        variants |= {f"unet + {name}" if v.stack else "unet": Variant(v.stack, unet) for name, v in variants.items()}
+    for text in stacks:
+        entries = read_stack(list(Stack.parse(text).refs), read=read_adapter)
+        variants[text] = Variant(stack=[entry.item for entry in entries])
     return variants
+
+
+def _with_unet(variants: dict[str, "Variant"], unet: Any) -> dict[str, "Variant"]:
+    from texforce_hub.evaluate.variants import Variant
+
+    return {f"unet + {name}" if v.stack else "unet": Variant(v.stack, unet) for name, v in variants.items()}
 
 
 def _print(result: "Evaluation") -> None:
@@ -97,7 +145,7 @@ def _print(result: "Evaluation") -> None:
                 rows.append([*row, str(against.difference), f"{against.wins.mean:.0%}", f"{corrected[name]:.4f}"])
         put_table(["variant", f"{reward}, mean", f"minus {first}, paired", "wins", "p (Holm)"], rows)
     s = result.sampling
-    say(
+    put_detail(
         f"{len(result.prompts)} prompts × {len(s.seeds)} seeds, {s.inference_steps} steps, guidance {s.guidance:g}; "
         "95 % bootstrap intervals over prompts; p by flipping signs, corrected for several variants"
     )

@@ -5,7 +5,25 @@ from typing import Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli import names
+from texforce_hub.cli.console import LOUDNESS, note, put, put_detail, put_json
+from texforce_hub.cli.options import (
+    RESULT,
+    AsJson,
+    Base,
+    Device,
+    Dialect,
+    Dtype,
+    Energy,
+    Force,
+    Output,
+    Rank,
+    Unet,
+    option,
+    refuse_existing,
+)
+from texforce_hub.cli.summary import count_of, written
+from texforce_hub.cli.table import put_table
 
 
 def register(app: typer.Typer) -> None:
@@ -14,24 +32,29 @@ def register(app: typer.Typer) -> None:
 
 
 def extract(
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned pipeline: folder, checkpoint file or Hub id.")],
-    output: Annotated[Path, typer.Option("--output", help="File or folder for the adapter.")],
-    base: Annotated[str, typer.Option("--base", help="What it was tuned from.")] = "shapes",
-    unet: Annotated[str | None, typer.Option("--unet", help="A fine-tuned U-Net to put in the tuned pipeline.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of a layer.")] = None,
-    energy: Annotated[float | None, typer.Option("--energy", help="Share to keep of each layer, e.g. 0.99.")] = None,
-    rest: Annotated[bool, typer.Option("--rest", help="Keep biases, norms and embeddings in full.")] = False,
-    threshold: Annotated[float, typer.Option("--threshold", help="Relative change that counts as rounding.")] = 1e-6,
-    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
-    dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The fine-tuned pipeline: folder, file or Hub id.")],
+    output: Output,
+    base: Base = "shapes",
+    unet: Unet = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    rest: Annotated[bool, option("--rest", help="Keep biases, norms and embeddings in full.", group=RESULT)] = False,
+    threshold: Annotated[
+        float, option("--threshold", metavar="X", help="Relative change that counts as rounding: 1e-6.", group=RESULT)
+    ] = 1e-6,
+    device: Device = None,
+    dtype: Dtype = None,
+    dialect: Dialect = "diffusers",
+    force: Force = False,
+    json: AsJson = False,
 ) -> None:
-    """Extract what a fine-tune changed, as an adapter; what is left out is listed."""
+    """Extract what a fine-tune changed, as an adapter; what is left out is listed, each layer with -v."""
     from texforce_hub.device import choose_device, choose_dtype
     from texforce_hub.hub.write import write_adapter
     from texforce_hub.merge.extract import extract_adapter
 
+    dialect = names.read_dialect(dialect)
+    refuse_existing(output, force=force)
     extracted = extract_adapter(
         _open(tuned, unet),
         _open(base, None),
@@ -43,17 +66,19 @@ def extract(
         dtype=None if dtype is None else choose_dtype(dtype),
     )
     path = write_adapter(extracted.adapter, output, dialect=dialect)
+    if extracted.left_out:
+        note(f"{count_of(len(extracted.left_out), 'change')} are left out; --rest keeps them in full")
     if json:
         put_json({"output": str(path), **extracted.as_dict()})
-    else:
+        return
+    if LOUDNESS.verbose:
         rows = [
-            [layer.name, f"{layer.change:.3g}", str(layer.rank or "–"), f"{layer.kept:.2%}", layer.reason]
+            [layer.name, str(layer.rank or "–"), f"{layer.kept:.2%}", f"{layer.change:.3g}", layer.reason]
             for layer in extracted.layers
         ]
-        put_table(["layer", "relative change", "rank", "kept", ""], rows)
-        put(f"{len(extracted.adapter.layers)} layers, {extracted.unchanged} weights unchanged; {path}")
-    if extracted.left_out:
-        say(f"note: {len(extracted.left_out)} changes are left out; --rest keeps them in full")
+        put_table(["layer", "rank", "kept", "relative change", ""], rows)
+    put_detail(f"{count_of(extracted.unchanged, 'weight')} unchanged")
+    put(written(path))
 
 
 def _open(model: str, unet: str | None) -> Any:

@@ -6,16 +6,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli import names
+from texforce_hub.cli.console import LOUDNESS, note, put, put_json
 from texforce_hub.cli.merge_methods import METHODS
-from texforce_hub.cli.options import load_base
+from texforce_hub.cli.options import (
+    RESULT,
+    AsJson,
+    Device,
+    Dialect,
+    DoraBase,
+    Dtype,
+    Energy,
+    Force,
+    Rank,
+    TotalRank,
+    load_base,
+    option,
+    refuse_existing,
+)
+from texforce_hub.cli.summary import MOST, count_of, span, written
+from texforce_hub.cli.table import put_table
 from texforce_hub.errors import MergeError, RecipeError
 
 if TYPE_CHECKING:
     from texforce_hub.merge.merge import Merged
     from texforce_hub.merge.request import MergeRequest
 
-_OPTION = "An option of the method, NAME=VALUE; repeat for more. --list-methods shows them."
+METHOD = "How it is merged"
 
 
 def register(app: typer.Typer) -> None:
@@ -24,34 +41,49 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    adapters: Annotated[list[str] | None, typer.Argument(help="PATH, name or Hub id, with :WEIGHT.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="File or folder for the result.")] = None,
-    method: Annotated[
-        str | None, typer.Option("--method", help=f"One of {', '.join(METHODS)}.", show_default="svd")
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="REF…", help="PATH, name or Hub id, with :WEIGHT.", autocompletion=names.refs),
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", help="Largest rank of a layer.")] = None,
-    energy: Annotated[float | None, typer.Option("--energy", help="Share to keep of each layer, e.g. 0.99.")] = None,
-    max_total_rank: Annotated[int | None, typer.Option("--max-total-rank", help="Sum of all ranks.")] = None,
-    option: Annotated[list[str] | None, typer.Option("--option", help=_OPTION)] = None,
+    output: Annotated[
+        Path | None, option("--output", "-o", metavar="PATH", help="File or folder for the result.", group=RESULT)
+    ] = None,
+    method: Annotated[
+        str | None,
+        option("--method", metavar="NAME", help="svd (default), ties, dare_ties …", group=METHOD,
+               autocompletion=names.methods),
+    ] = None,
+    method_option: Annotated[
+        list[str] | None, option("--option", metavar="NAME=VALUE", help="Of the method; repeatable.", group=METHOD)
+    ] = None,
     part_weight: Annotated[
-        list[str] | None, typer.Option("--part-weight", help="PART=NUMBER, a factor on that part of all sources.")
+        list[str] | None,
+        option("--part-weight", metavar="PART=X", help="A factor on that part of all sources.", group=METHOD),
     ] = None,
     layer_weight: Annotated[
-        list[str] | None, typer.Option("--layer-weight", help="PATTERN=NUMBER, a factor on those layers.")
+        list[str] | None,
+        option("--layer-weight", metavar="PATTERN=X", help="A factor on those layers.", group=METHOD),
+    ] = None,
+    seed: Annotated[
+        int | None, option("--seed", metavar="N", min=0, max=2**63 - 1, help="Of the random methods.", group=METHOD)
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Do again what a .toml or an adapter's recipe says.")
+        Path | None,
+        option("--recipe", metavar="FILE", help="Do again what a .toml or an adapter's recipe says.", group=METHOD),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Needed only by DoRA layers.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of the random methods.", show_default="0")] = None,
-    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32 (default), float16 or bfloat16.")] = None,
-    dialect: Annotated[str, typer.Option("--dialect", help="Layout of the result.")] = "diffusers",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
-    list_methods: Annotated[bool, typer.Option("--list-methods", help="Show the methods and stop.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Merge adapters: exactly, or at a rank with the share that is kept."""
+    rank: Rank = None,
+    energy: Energy = None,
+    max_total_rank: TotalRank = None,
+    base: DoraBase = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    dialect: Dialect = "diffusers",
+    dry_run: Annotated[bool, option("--dry-run", help="Show the plan, write nothing.", group=RESULT)] = False,
+    list_methods: Annotated[bool, option("--list-methods", help="Show the methods and stop.", group=METHOD)] = False,
+    force: Force = False,
+    json: AsJson = False,
+) -> None:  # fmt: skip
+    """Merge adapters: exactly, or at a rank with the share that is kept; every layer with -v."""
     if list_methods:
         _print_methods(json=json)
         return
@@ -68,7 +100,7 @@ def merge(
         dtype=dtype,
         part_weights=parse_pairs(part_weight, "--part-weight"),
         layer_weights=parse_pairs(layer_weight, "--layer-weight"),
-        options=parse_pairs(option, "--option"),
+        options=parse_pairs(method_option, "--option"),
     )
     request = _read_request(recipe, given) if recipe else _make_request(adapters or [], given)
     model = load_base(base)
@@ -79,7 +111,9 @@ def merge(
     from texforce_hub.merge.merge import run_request
 
     assert output is not None
+    dialect = names.read_dialect(dialect)
     _check_apart(request.sources, output)
+    refuse_existing(output, force=force)
     _write(run_request(request, base=model, device=choose_device(device)), output, dialect, json=json)
 
 
@@ -150,8 +184,8 @@ def _print_plan(request: "MergeRequest", base: Any, *, json: bool) -> None:
     put_table(["source", "file", "family", "layers", "largest rank"], rows, title=f"{plan.method}: would read")
     ranks = [rank for rank in plan.ranks.values() if rank is not None]
     dense = len(plan.ranks) - len(ranks)
-    put(f"result: {len(plan.ranks)} layers, {dense} of them dense, ranks at most {max(ranks, default=0)} each and ")
-    put(f"{sum(ranks)} in all, {plan.size / 1e6:.2f} MB")
+    kinds = f"{dense} of them dense, ranks {span(ranks) or 0} and {sum(ranks):,} in all"
+    put(f"result: {count_of(len(plan.ranks), 'layer')}, {kinds}, {plan.size / 1e6:.2f} MB; nothing is written")
 
 
 def _write(merged: "Merged", output: Path, dialect: str, *, json: bool) -> None:
@@ -160,12 +194,17 @@ def _write(merged: "Merged", output: Path, dialect: str, *, json: bool) -> None:
 
     report = merged.report
     path = write_adapter(merged.adapter, output, dialect=dialect)
+    for warning in report.warnings:
+        note(warning)
     if json:
         put_json({"output": str(path), **report.as_dict()})
-    else:
-        put_table(COLUMNS, report.rows(), title=f"{report.method}: {' + '.join(report.labels)}")
-        labels = report.labels
+        return
+    if LOUDNESS.verbose:
+        put_table(COLUMNS, report.rows(), title=f"{report.method}: {' + '.join(report.labels)}", drop=COLUMNS[1:2])
+    labels = report.labels
+    if len(labels) <= MOST or LOUDNESS.verbose:
         put_table(["cosine", *labels], [[a, *(f"{c:.3f}" for c in row)] for a, row in zip(labels, report.cosines)])
-        put(f"kept {report.kept:.2%} of the merged change; {path}")
-    for warning in report.warnings:
-        say(f"note: {warning}")
+    if report.removed:
+        put(f"{count_of(len(report.removed), 'layer')} cancelled out and are not in the result")
+    put(written(path))
+    put(f"kept {report.kept:.2%} of the merged change")

@@ -1,6 +1,117 @@
-"""The base whose weights DoRA layers need: loaded where one is named, so that other files need no pipeline."""
+"""Options that several commands share, each spelled once, and what is asked of their values."""
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from texforce_hub.cli import names
+from texforce_hub.errors import ConfigError, FileError
+
+WORK, RESULT, SAMPLING = "Where it is computed", "Result", "Sampling"
+"""Groups of options in --help."""
+
+
+def option(*spelled: str, help: str, group: str, **settings: Any) -> Any:
+    """An option of a group, whose help says its default in words."""
+    return typer.Option(*spelled, help=help, rich_help_panel=group, show_default=False, **settings)
+
+
+Ref = Annotated[str, typer.Argument(metavar="REF", help="A file, folder, name or Hub id.", autocompletion=names.refs)]
+Refs = Annotated[
+    list[str],
+    typer.Argument(metavar="REF…", help="Files, folders, names, Hub ids.", autocompletion=names.refs),
+]
+Output = Annotated[Path, option("--output", "-o", metavar="PATH", help="File or folder for the result.", group=RESULT)]
+Force = Annotated[bool, option("--force", help="Write over what is there.", group=RESULT)]
+AsJson = Annotated[bool, option("--json", help="Print one JSON object.", group=RESULT)]
+Dialect = Annotated[
+    str,
+    option(
+        "--dialect", metavar="NAME", help="Layout: diffusers (default), kohya or peft.", group=RESULT,
+        autocompletion=names.writable_dialects,
+    ),
+]  # fmt: skip
+Device = Annotated[
+    str | None,
+    option("--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: CUDA if present.", group=WORK),
+]
+Dtype = Annotated[
+    str | None,
+    option(
+        "--dtype", metavar="NAME", help="fp32 (default), fp16 or bf16.", group=WORK, autocompletion=names.dtypes
+    ),
+]  # fmt: skip
+Base = Annotated[
+    str,
+    option(
+        "--base", metavar="BASE", help="shapes (default), a folder, a checkpoint file, a Hub id.", group=WORK,
+        autocompletion=names.bases,
+    ),
+]  # fmt: skip
+DoraBase = Annotated[
+    str | None,
+    option(
+        "--base", metavar="BASE", help="Needed only by DoRA layers.", group=WORK, autocompletion=names.bases
+    ),
+]  # fmt: skip
+Unet = Annotated[
+    str | None,
+    option("--unet", metavar="REF", help="A tuned U-Net, or a U-Net LoRA with :WEIGHT.", group=WORK),
+]
+Rank = Annotated[int | None, option("--rank", metavar="N", min=1, help="Largest rank of a layer.", group=RESULT)]
+Energy = Annotated[
+    float | None,
+    option("--energy", metavar="SHARE", help="Share to keep of each layer, e.g. 0.99.", group=RESULT),
+]
+TotalRank = Annotated[
+    int | None,
+    option("--max-total-rank", metavar="N", min=1, help="Sum of all ranks, spent where it keeps most.", group=RESULT),
+]
+NegativePrompt = Annotated[
+    str | None, option("--negative-prompt", metavar="TEXT", help="What guidance steers away from.", group=SAMPLING)
+]
+BatchSize = Annotated[
+    int,
+    option("--batch-size", "--batch", metavar="N", min=1, help="Pictures drawn at once; lower it if memory runs out.",
+           group=SAMPLING),
+]  # fmt: skip
+Steps = Annotated[
+    int | None,
+    option("--inference-steps", "--steps", metavar="N", min=1, max=1000, help="Denoising steps.", group=SAMPLING),
+]
+Guidance = Annotated[
+    float | None, option("--guidance", metavar="X", help="Classifier-free guidance scale.", group=SAMPLING)
+]
+Seed = Annotated[
+    int,
+    option("--seed", metavar="N", min=0, max=2**63 - 1, help="Image i of a prompt has seed N + i.", group=SAMPLING),
+]
+
+
+def refuse_existing(output: Path, *, force: bool) -> None:
+    """Refuse to write over a file, or into a folder that holds something, unless that is wished.
+
+    Raises:
+        FileError: there is something.
+    """
+    if force:
+        return
+    if output.is_dir() and any(output.iterdir()):
+        raise FileError(f"{output} is a folder that holds something; name another, or give --force to write into it")
+    if output.is_file():
+        raise FileError(f"{output} exists; name another file, or give --force to write over it")
+
+
+def refuse_suffix(output: Path, suffixes: Sequence[str]) -> None:
+    """Refuse an output whose name promises another kind of file.
+
+    Raises:
+        ConfigError: another suffix.
+    """
+    if output.suffix.lower() not in suffixes:
+        raise ConfigError(f"--output {output}; expected a name that ends with {' or '.join(suffixes)}")
 
 
 def load_base(base: str | None, *, device: Any = None) -> Any:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
+from texforce_hub.generate.draw import DrawSettings, sample
 from texforce_hub.generate.prompts.sets import refuse_markup
 from texforce_hub.rewards.reward import Reward, score_images
 
@@ -73,18 +74,14 @@ def draw_images(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Iterat
     CPU: it depends neither on the batch nor on the device.
     """
     jobs = [(text, seed * 1_000_003 + index) for index, text in enumerate(prompts) for seed in sampling.seeds]
+    settings = DrawSettings(
+        tuple(prompts) or ("",), inference_steps=sampling.inference_steps, guidance=sampling.guidance
+    )
     with _quiet(pipe), torch.no_grad():
         for start in range(0, len(jobs), sampling.batch_size):
-            texts, noise = zip(*jobs[start : start + sampling.batch_size], strict=True)
-            images = pipe(
-                list(texts),
-                negative_prompt=[sampling.negative_prompt] * len(texts),
-                num_inference_steps=sampling.inference_steps,
-                guidance_scale=sampling.guidance,
-                generator=[Generator().manual_seed(seed) for seed in noise],
-                output_type="pt",
-            ).images
-            yield list(texts), images.float()
+            texts, seeds = zip(*jobs[start : start + sampling.batch_size], strict=True)
+            given = {"prompt": list(texts), "negative_prompt": [sampling.negative_prompt] * len(texts)}
+            yield list(texts), sample(pipe, settings, seeds, given, output_type="pt").float()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""SHA-256 of files."""
+"""SHA-256 of files, and of the tensors in them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,6 +6,22 @@ from pathlib import Path
 
 from texforce_hub.errors import FileError
 from texforce_hub.reading import open_regular
+
+
+def hash_tensors(path: Path) -> str:
+    """SHA-256 of what follows a safetensors file's header, hexadecimal: what A1111 knows a LoRA by.
+
+    It stays the same when the file's metadata change.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, OverflowError) as error:
+        raise FileError(f"{path}: cannot be read: {error}") from error
 
 
 def hash_files(paths: Sequence[Path]) -> str:

@@ -1,65 +1,91 @@
-"""The columns of a sheet: the base, and what is drawn beside it."""
+"""The columns of a sheet: the base, and what is drawn beside it; the cells of a grid."""
 
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from texforce_hub.errors import ConfigError
+from texforce_hub.generate.axes import Axis, points, read_axes
+from texforce_hub.generate.draw import DrawSettings
 from texforce_hub.generate.recipe import DrawRun
 from texforce_hub.hub.stack import StackEntry, reweighted
-
-_SWEEP = re.compile(r"(?P<name>[\w-]+)=(?P<start>[^:]+):(?P<stop>[^:]+):(?P<count>\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column of the sheet: its title, the stack it is drawn under, and whether the prompts' tags act too."""
+    """One way to draw all prompts.
+
+    label: its title
+    entries: the stack it is drawn under
+    tagged: whether the prompts' tags act too
+    settings: how it is sampled, its prompts without tags
+    scheduler: the sampler's name; empty: the pipeline's own
+    position: the values of the grid's axes; empty outside a grid
+    """
 
     label: str
+    settings: DrawSettings
     entries: tuple[StackEntry, ...] = ()
     tagged: bool = True
+    scheduler: str = ""
+    position: tuple[Any, ...] = field(default=())
 
 
-def plan_columns(run: DrawRun, entries: Sequence[StackEntry]) -> list[Column]:
-    """The base; then the whole stack, or each adapter, or one at several weights. Tags act in all but the base.
+def plan_columns(run: DrawRun, entries: Sequence[StackEntry], settings: DrawSettings) -> list[Column]:
+    """The base; then the whole stack, or each adapter; or every cell of a grid. Tags act in all but the base.
+
+    One sweep of an adapter's weight has the base beside it.
 
     Raises:
         ConfigError: both, one of them without a stack or fused, or a sweep of an adapter that is not there.
     """
-    together = run.each or bool(run.sweep)
-    if run.each and run.sweep:
+    axes = read_axes(run.sweeps)
+    base = Column("base", settings, tagged=False, scheduler=run.scheduler)
+    if run.each and axes:
         raise ConfigError("--each and --sweep both ask for columns; give one of them")
-    if together and (not entries or run.mode != "attach"):
+    weighted = [axis.name for axis in axes if not axis.is_setting]
+    if (run.each or weighted) and (not entries or run.mode != "attach"):
         raise ConfigError("--each and --sweep draw several stacks at once: give --adapter, and no other --mode")
-    base = Column("base", tagged=False)
     if run.each:
-        return [base, *(Column(entry.label, (entry,)) for entry in entries)]
-    if run.sweep:
-        return [base, *_sweep_columns(run.sweep, entries)]
-    title = " + ".join([*map(str, run.adapters), *(["tags"] if run.tags else [])])
-    return [base, Column(title, tuple(entries))] if title else [base]
+        return [base, *(replace(base, label=entry.label, entries=(entry,), tagged=True) for entry in entries)]
+    if axes:
+        cells = list(_cells(run, axes, entries, settings))
+        return [base, *cells] if len(axes) == len(weighted) == 1 else cells
+    title = " + ".join([*map(_title, entries), *(["tags"] if run.tags else [])])
+    return [base, replace(base, label=title, entries=tuple(entries), tagged=True)] if title else [base]
 
 
-def _sweep_columns(sweep: str, entries: Sequence[StackEntry]) -> Iterator[Column]:
-    name, weights = sweep_weights(sweep)
+def _title(entry: StackEntry) -> str:
+    """``style:0.8``, by the label that a recipe keeps."""
+    weight = entry.weight
+    if weight.parts:
+        return f"{entry.label}:" + ",".join(f"{part}={number:g}" for part, number in weight.parts)
+    return entry.label if weight.weight == 1 else f"{entry.label}:{weight.weight:g}"
+
+
+def _cells(
+    run: DrawRun, axes: Sequence[Axis], entries: Sequence[StackEntry], settings: DrawSettings
+) -> Iterator[Column]:
     labels = [entry.label for entry in entries]
-    if name not in labels:
-        raise ConfigError(f"--sweep: no adapter {name!r} in the stack; it has {', '.join(labels)}")
-    for weight in weights:
-        yield Column(f"{name}={weight:g}", tuple(reweighted(entries, {name: weight})))
-
-
-def sweep_weights(text: str) -> tuple[str, list[float]]:
-    """``NAME=0:1:5`` → the adapter's label and evenly spaced weights, ends included.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    match = _SWEEP.fullmatch(text)
-    try:
-        if match is not None and int(match["count"]) > 1:
-            start, stop, count = float(match["start"]), float(match["stop"]), int(match["count"])
-            return match["name"], [start + (stop - start) * i / (count - 1) for i in range(count)]
-    except ValueError:
-        pass
-    raise ConfigError(f"--sweep {text!r}; expected NAME=FROM:TO:COUNT with COUNT of at least 2, e.g. style=0:1:5")
+    for axis in axes:
+        if not axis.is_setting and axis.name not in labels:
+            known = ", ".join([*labels, "seed, guidance, steps, scheduler, prompt"])
+            raise ConfigError(f"--sweep: no adapter {axis.name!r} in the stack, and no setting; there are {known}")
+        if axis.name == "prompt" and not all(str(axis.values[0]) in text for text in settings.prompts):
+            raise ConfigError(f"--sweep prompt={axis.values[0]},…: a prompt does not hold {axis.values[0]!r}")
+    for position in points(axes):
+        values = {axis.name: value for axis, value in zip(axes, position)}
+        label = ", ".join(axis.label(value) for axis, value in zip(axes, position))
+        changed = {name: values[name] for name in ("seed", "guidance", "inference_steps") if name in values}
+        prompts = settings.prompts
+        for axis in axes:
+            if axis.name == "prompt":
+                prompts = tuple(axis.change(text, values["prompt"]) for text in prompts)
+        weights = {name: value for name, value in values.items() if name in labels}
+        yield Column(
+            label,
+            replace(settings, prompts=prompts, **changed),
+            tuple(reweighted(entries, weights)) if weights else tuple(entries),
+            scheduler=values.get("scheduler", run.scheduler),
+            position=position,
+        )

@@ -1,24 +1,27 @@
 """Drive a pipeline: prompts in, images with their origin out."""
 
 import inspect
-import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
 
 from texforce_hub.errors import ConfigError, PromptError
-from texforce_hub.files.writing import writing
-from texforce_hub.generate.images.png import a1111_parameters, encode_png
 from texforce_hub.generate.prompts.emphasis import check_way
 from texforce_hub.generate.prompts.encode import Stack, encode_prompts, final_norms_named, read_prompts
 from texforce_hub.generate.prompts.tags import refuse_tags
 
 logger = logging.getLogger("texforce_hub")
+
+
+_LEAST = {"seed": 0, "clip_skip": 0}
+_MOST = {"inference_steps": 1000, "num_images": 10_000, "batch_size": 10_000, "seed": 2**63 - 10_001}
+_MOST |= {"width": 16_384, "height": 16_384, "clip_skip": 100}
+"""What a setting can be at most: a slip of the finger is refused before anything is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,14 @@ class DrawSettings:
     def __post_init__(self) -> None:
         if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise PromptError("an empty prompt; expected at least one word")
-        for name in ("inference_steps", "num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or not _LEAST.get(name, 1) <= value <= most):
+                raise ConfigError(
+                    f"{name} is {value!r}; expected a whole number from {_LEAST.get(name, 1)} to {most:,}"
+                )
+        if not math.isfinite(self.guidance):
+            raise ConfigError(f"guidance is {self.guidance}; expected a finite number")
         check_way(self.prompt_weights)
         refuse_tags(self.negative_prompt, "no tag acts in a negative prompt; give it a weight below 0 in the prompt")
 
@@ -128,8 +136,16 @@ def sample(
     given: Mapping[str, Any],
     *,
     on_step: Callable[[int], None] | None = None,
-) -> list[Image.Image]:
-    """One call of the pipeline; ``given`` holds its prompts or embeddings. Each image has a generator of its own."""
+    output_type: str = "pil",
+) -> Any:
+    """One call of the pipeline; ``given`` holds its prompts or embeddings. Each image has a generator of its own.
+
+    Returns:
+        A list of PIL images; with ``output_type`` ``"pt"`` a tensor ``(b, 3, h, w)`` in [0, 1].
+
+    Raises:
+        ConfigError: something that the pipeline refuses.
+    """
     accepted = inspect.signature(pipe.__call__).parameters
     optional = {"width": settings.width, "height": settings.height, "clip_skip": settings.clip_skip}
     keywords: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
@@ -146,7 +162,8 @@ def sample(
     if "callback_on_step_end" in accepted:
         keywords["callback_on_step_end"] = count
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    steps = {"num_inference_steps": settings.inference_steps, "guidance_scale": settings.guidance}
+    steps: dict[str, Any] = {"num_inference_steps": settings.inference_steps, "guidance_scale": settings.guidance}
+    steps["output_type"] = output_type
     try:
         with final_norms_named(pipe):
             result = pipe(**given, **keywords, **steps, generator=generators)
@@ -154,40 +171,4 @@ def sample(
         raise ConfigError(f"{type(pipe).__name__}: {(str(error).splitlines() or ['?'])[0]}") from error
     if blacked := sum(getattr(result, "nsfw_content_detected", None) or []):
         logger.warning("the base's safety checker blacked out %d of %d images", blacked, len(seeds))
-    return list(result.images)
-
-
-def save_images(
-    images: Sequence[Image.Image],
-    settings: DrawSettings,
-    folder: Path,
-    *,
-    sampler: str,
-    origins: Sequence[Mapping[str, Any]],
-) -> list[Path]:
-    """Write the images of a run as numbered PNG files whose text says how each was made; an origin for each image."""
-    paths = []
-    jobs = zip(images, settings.jobs(), origins, strict=True)
-    for number, (image, (prompt, seed), origin) in enumerate(jobs):
-        path = folder / f"{number:04d}.png"
-        with writing(path) as temporary:
-            Path(temporary).write_bytes(encode_png(image, describe(image, settings, prompt, seed, sampler, origin)))
-        paths.append(path)
-    return paths
-
-
-def describe(
-    image: Image.Image, settings: DrawSettings, prompt: str, seed: int, sampler: str, origin: Mapping[str, Any]
-) -> dict[str, str]:
-    """The text entries of one image: A1111's ``parameters``, and everything in ``texforce_hub``."""
-    parameters = a1111_parameters(
-        prompt,
-        settings.negative_prompt,
-        steps=settings.inference_steps,
-        sampler=sampler,
-        guidance=settings.guidance,
-        seed=seed,
-        size=image.size,
-    )
-    whole = {"prompt": prompt, "seed": seed, **origin, "settings": asdict(settings)}
-    return {"parameters": parameters, "texforce_hub": json.dumps(whole, ensure_ascii=False, default=str)}
+    return result.images

@@ -1,5 +1,6 @@
 """A drawing run as a recipe: recorded with the hashes of what went in, replayed only if they still hold."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -24,8 +25,8 @@ class DrawRun:
     """One drawing run: base, U-Net, stack, how it is put on, its columns, and how to sample.
 
     The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
-    nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweep``:
-    ``NAME=FROM:TO:COUNT``, one for every weight.
+    nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweeps``: the axes of a grid,
+    each ``NAME=FROM:TO:COUNT`` or ``NAME=A,B,C`` (:mod:`texforce_hub.generate.axes`).
     """
 
     base: str
@@ -36,7 +37,7 @@ class DrawRun:
     rounding: str = "nearest"
     scheduler: str = ""
     each: bool = False
-    sweep: str = ""
+    sweeps: tuple[str, ...] = ()
     tags: tuple[tuple[AdapterRef, ...], ...] = ()
 
     def __post_init__(self) -> None:
@@ -56,7 +57,7 @@ def record_run(run: DrawRun, path: Path) -> None:
     pairs: list[tuple[int | None, AdapterRef]] = [(None, ref) for ref in run.adapters]
     pairs += [(number, ref) for number, refs in enumerate(run.tags) for ref in refs]
     sources = [
-        RecipeSource(source, ref.weight, dict(ref.parts), ref.name or "", revision, sha256, prompt)
+        RecipeSource(source, ref.weight, dict(ref.parts), _name_of(ref, source), revision, sha256, prompt)
         for prompt, ref in pairs
         for source, revision, sha256 in [look_up(ref.source)]
     ]
@@ -65,7 +66,8 @@ def record_run(run: DrawRun, path: Path) -> None:
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
     table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
-    table |= {name: getattr(run, name) for name in ("scheduler", "each", "sweep") if getattr(run, name)}
+    table |= {name: getattr(run, name) for name in ("scheduler", "each") if getattr(run, name)}
+    table |= {"sweeps": {str(i): text for i, text in enumerate(run.sweeps)}} if run.sweeps else {}
     table |= {"unet": _pin_unet(run.unet)} if run.unet else {}
     for name, source in (("base", run.base), ("unet", run.unet)):
         if digest := _hash_local(source):
@@ -74,6 +76,11 @@ def record_run(run: DrawRun, path: Path) -> None:
     recipe = Recipe("apply", tuple(sources), settings=table, seed=seed, versions=versions)
     with writing(path) as part:
         part.write_text(str(recipe), encoding="utf-8")
+
+
+def _name_of(ref: AdapterRef, source: str) -> str:
+    """A source's name, also where it was taken from the reference and the recorded source gives another."""
+    return ref.name or ("" if AdapterRef(source).label == ref.label else re.sub(r"[^A-Za-z0-9_-]+", "-", ref.label))
 
 
 def _look_up(source: str) -> tuple[str, str, str]:
@@ -116,6 +123,7 @@ def replay_run(path: Path) -> DrawRun:
     shared = tuple(refs.pop(None, ()))
     outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
     each = table.pop("each", False) is True
+    sweeps = _read_sweeps(table, path)
     settings = _read_settings(table, recipe.seed, path)
     tags = tuple(tuple(refs.pop(number, ())) for number in range(len(settings.prompts))) if refs else ()
     if refs:
@@ -123,13 +131,13 @@ def replay_run(path: Path) -> DrawRun:
             f"{path}: an adapter for prompt {max(map(str, refs))}; it has {len(settings.prompts)} prompts"
         )
     try:
-        return DrawRun(adapters=shared, settings=settings, each=each, tags=tags, **outer)
+        return DrawRun(adapters=shared, settings=settings, each=each, sweeps=sweeps, tags=tags, **outer)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
 
 
 _RENAMED = {"negative": "negative_prompt"}  # as recipes of version 0.1 have it
-_OUTER = ("base", "unet", "mode", "rounding", "scheduler", "sweep")
+_OUTER = ("base", "unet", "mode", "rounding", "scheduler")
 _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
     "prompts": Mapping,
@@ -138,6 +146,15 @@ _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     "prompt_weights": str,
     "long_prompts": bool,
 }
+
+
+def _read_sweeps(table: dict[str, Any], path: Path) -> tuple[str, ...]:
+    """The axes; recipes of version 0.1 have one at most, as a text."""
+    sweeps = table.pop("sweeps", {})
+    if not isinstance(sweeps, Mapping):
+        raise RecipeError(f"{path}: sweeps = {sweeps!r} is no table")
+    first = table.pop("sweep", "")
+    return (*([str(first)] if first else []), *(str(text) for text in sweeps.values()))
 
 
 def _read_settings(table: Mapping[str, Any], seed: int, path: Path) -> DrawSettings:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter.lazy import LazyAdapter
+from texforce_hub.device import spell_dtype
 from texforce_hub.errors import ConfigError, FileError, TexForceHubError
 from texforce_hub.families import find_family
 from texforce_hub.families.recognition import FAMILY_CLAIMS
@@ -289,6 +290,7 @@ def _jobs(ref: str | Path, output: Path, dialect: str) -> Iterator[Job]:
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in DTYPES:
+    known = None if name is None else spell_dtype(name)
+    if known is not None and known not in DTYPES:
         raise ConfigError(f"no dtype {name!r}; known: {', '.join(DTYPES)}")
-    return None if name is None else DTYPES[name]
+    return None if known is None else DTYPES[known]

@@ -14,26 +14,11 @@ import torch
 from torch import Tensor
 
 from texforce_hub.errors import RewardError
+from texforce_hub.rewards.built_in import BUILT_IN
 from texforce_hub.rewards.ref import RewardRef
 from texforce_hub.settings import suggest_name
 
 Score = Callable[[Tensor, Sequence[str]], Any]  # a Tensor; somebody else's code may return anything
-
-
-@dataclass(frozen=True)
-class BuiltIn:
-    """A row of the table of built-in rewards."""
-
-    summary: str
-    differentiable: bool
-    downloads: str | None = None  # the weights it needs, a Hub id
-
-
-BUILT_IN: dict[str, BuiltIn] = {
-    "alignment": BuiltIn("does a picture of the shapes world show what its prompt says, 0 to 1", differentiable=True),
-    "brightness": BuiltIn("mean of all pixels, 0 to 1", differentiable=True),
-    "jpeg": BuiltIn("compressibility: minus the size as JPEG of quality 95, in kB", differentiable=False),
-}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.console import put_json, put_table
+from texforce_hub.cli.console import put_json
 from texforce_hub.cli.doctor.bases import examine_base
 from texforce_hub.cli.doctor.endpoint import examine_address
 from texforce_hub.cli.doctor.finding import Finding, watch
@@ -22,6 +22,7 @@ from texforce_hub.cli.doctor.libraries import (
     examine_vocabulary,
     import_all,
 )
+from texforce_hub.cli.table import put_table
 from texforce_hub.hub.catalog import read_catalog
 
 

@@ -1,11 +1,12 @@
 """The reward curve of a training run."""
 
 from collections.abc import Sequence
-from io import BytesIO
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from texforce_hub.generate.images.figure import new_figure, render
 
 
 def plot_curve(
@@ -20,19 +21,30 @@ def plot_curve(
 
     Neither a display nor matplotlib's global state is touched.
     """
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+    return render(curve_figure(steps, rewards, validation=validation, title=title, label=label))
+
+
+def curve_figure(
+    steps: Sequence[int],
+    rewards: Sequence[float],
+    *,
+    validation: Sequence[tuple[int, float]] = (),
+    title: str = "",
+    label: str = "reward",
+) -> Figure:
+    """The figure that :func:`plot_curve` renders: whole steps below, the legend beside the curves."""
+    figure = new_figure(8.5, 4)
     axes = figure.add_subplot()
     axes.plot(steps, rewards, color="tab:blue", alpha=0.35, linewidth=1, label="rollouts")
-    axes.plot(steps, running_mean(rewards), color="tab:blue", linewidth=2, label="rollouts, running mean")
+    axes.plot(steps, running_mean(rewards), color="tab:blue", linewidth=2, label="running mean")
     if validation:
         axes.plot(*zip(*validation, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
-    axes.set(xlabel="step", ylabel=label, title=title)
+    axes.set(xlabel="step", ylabel=label)
+    axes.set_title(title, fontsize=10, wrap=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(loc="lower right")
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
 
 
 def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:

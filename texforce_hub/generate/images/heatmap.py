@@ -1,40 +1,72 @@
-"""A matrix of numbers as a coloured grid."""
+"""How alike two adapters are, layer by layer or block by block, as coloured columns."""
 
-from collections.abc import Sequence
-from io import BytesIO
+import re
+from collections.abc import Mapping, Sequence
+from textwrap import wrap
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from texforce_hub.families.order import natural
+from texforce_hub.generate.images.figure import new_figure, render
 
-def draw_heatmap(
-    values: Sequence[Sequence[float]], *, rows: Sequence[str], columns: Sequence[str], title: str = ""
-) -> Image.Image:
-    """A grid coloured from −1 (blue) over 0 (white) to 1 (red), each cell with its number where there is room.
+Numbers = tuple[float, float, float]
+"""Of a layer: cosine in [−1, 1], overlap in [0, 1], interference at most 1."""
 
-    Args:
-        values: one sequence a row, in [−1, 1]; NaN is left grey.
-        rows, columns: their labels, as many as there are rows and columns.
+_MOST_ROWS = 60  # more layers are shown as means of their blocks
+_COLUMNS = (
+    ("cosine", "RdBu_r", -1.0, "-1 opposite, 1 alike"),
+    ("overlap", "Greens", 0.0, "0 apart, 1 the same"),
+    ("interference", "RdBu_r", -1.0, "below 0 gains, above 0 loses"),
+)
+_BLOCK = re.compile(r"^(.*?(?:blocks|layers|block)\.\d+|.*?mid_block|[^.]+)")
 
-    Neither a display nor matplotlib's global state is touched.
+
+def draw_comparison(layers: Mapping[str, Numbers], *, title: str = "") -> Image.Image:
+    """Every layer a row; cosine, overlap and interference each with a scale of their own.
+
+    Adapters of many layers are shown by block, each with the mean of its layers; the title says so.
     """
-    size = (2.5 + 0.9 * len(columns), 1.2 + 0.26 * len(rows))
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    return render(comparison_figure(layers, title=title))
+
+
+def comparison_figure(layers: Mapping[str, Numbers], *, title: str = "") -> Figure:
+    """The figure that :func:`draw_comparison` renders."""
+    rows, grouped = _by_block(layers) if len(layers) > _MOST_ROWS else (dict(layers), False)
+    names = sorted(rows, key=natural)
+    values = np.array([rows[name] for name in names])
+    longest = max(map(len, names))
+    figure = new_figure(4.2 + 0.075 * longest, 2.0 + 0.24 * len(names))
+    subplots = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]
+    for axes, column, (label, colours, low, meaning) in zip(subplots, values.T, _COLUMNS, strict=True):
+        _draw_column(axes, column, label, colours, low, meaning)
+    subplots[0].set_yticks(range(len(names)), names, fontsize=7)
+    heading = f"{title}: {'blocks, the mean of their layers' if grouped else 'layers'}" if title else ""
+    figure.suptitle("\n".join(wrap(heading, int(8 * figure.get_figwidth()))), fontsize=9)
+    return figure
+
+
+def _draw_column(axes: Axes, values: Sequence[float], label: str, colours: str, low: float, meaning: str) -> None:
+    image = axes.imshow(np.array(values)[:, None], cmap=colours, vmin=low, vmax=1, aspect="auto")
     axes.set_facecolor("lightgrey")
-    grid = axes.imshow([list(row) for row in values], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows, fontsize=7)
-    axes.xaxis.tick_top()
-    if len(rows) * len(columns) <= 600:
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
-    figure.colorbar(grid)
-    if title:
-        axes.set_title(title, fontsize=9)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer)
+    axes.set_xticks([])
+    axes.set_title(label, fontsize=8)
+    for y, value in enumerate(values):
+        dark = abs(value) > 0.6
+        axes.text(0, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+    bar = axes.figure.colorbar(image, ax=axes, location="bottom", ticks=[low, 0, 1] if low else [0, 1], aspect=8)
+    bar.set_label("\n".join(wrap(meaning, 14)), fontsize=6)
+    bar.ax.tick_params(labelsize=6)
+
+
+def _by_block(layers: Mapping[str, Numbers]) -> tuple[dict[str, Numbers], bool]:
+    """The mean of each block: ``unet.down_blocks.1``, ``text_encoder.text_model.encoder.layers.3``."""
+    groups: dict[str, list[Numbers]] = {}
+    for name, numbers in layers.items():
+        part, _, path = name.partition(".")
+        match = _BLOCK.match(path)
+        groups.setdefault(f"{part}.{match[1] if match else path}", []).append(numbers)
+    means = {name: np.mean(group, axis=0) for name, group in groups.items()}
+    return {name: (float(mean[0]), float(mean[1]), float(mean[2])) for name, mean in means.items()}, True

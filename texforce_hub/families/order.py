@@ -1,0 +1,22 @@
+"""The order in which people read layers: ``layers.2`` before ``layers.10``, ``text_encoder`` before its second."""
+
+import re
+
+from texforce_hub.families.names import PARTS
+
+_DIGITS = re.compile(r"(\d+)")
+_BLOCKS = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out")
+"""A U-Net from its input to its output; its last layer, and everything else, comes after."""
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A key to sort names of layers by: parts and blocks as in the pipeline, numbers by their value."""
+    return tuple(_rank_word(word) for word in name.split("."))
+
+
+def _rank_word(word: str) -> tuple[int, int, str]:
+    if word.isascii() and word.isdigit():
+        return 0, int(word[:18]), word
+    known = (*PARTS, *_BLOCKS)
+    pieces = "".join(piece.zfill(18) if piece.isdigit() else piece for piece in _DIGITS.split(word))
+    return (1, known.index(word), "") if word in known else (2, 0, pieces)
