@@ -4,7 +4,9 @@ from typing import Annotated
 
 import typer
 
-from texforce_hub.cli.console import put_json, put_table
+from texforce_hub.cli.console import put_json
+from texforce_hub.cli.options import SAMPLING, AsJson, Base, Device, option
+from texforce_hub.cli.table import put_table
 
 _BAR = 30  # characters of the longest bar
 
@@ -15,11 +17,11 @@ def register(app: typer.Typer) -> None:
 
 
 def words(
-    adapter: Annotated[str, typer.Argument(help="A reference or a stack, such as 'A:0.8 + B'.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", help="Repeatable.")],
-    base: Annotated[str, typer.Option("--base", help="shapes, a folder, a single file, or a Hub id.")] = "shapes",
-    device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    adapter: Annotated[str, typer.Argument(metavar="STACK", help="A reference or a stack, such as 'A:0.8 + B'.")],
+    prompt: Annotated[list[str], option("--prompt", metavar="TEXT", help="Repeatable.", group=SAMPLING)],
+    base: Base = "shapes",
+    device: Device = None,
+    json: AsJson = False,
 ) -> None:
     """Show how far an adapter moves the embedding of every word of a prompt.
 
