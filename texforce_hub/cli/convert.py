@@ -85,9 +85,7 @@ def convert(
     if alone:
         refuse_existing(output, force=force)
     options: dict[str, Any] = {"reader": reader, "family": family, "dtype": dtype, "alpha": alpha}
-    conversions = convert_all(
-        jobs, dialect=dialect, **options, allow_pickle=allow_pickle, sidecars=not no_sidecars
-    )
+    conversions = convert_all(jobs, dialect=dialect, **options, allow_pickle=allow_pickle, sidecars=not no_sidecars)
     done = list(track(conversions, total=len(jobs), what="converting"))
     if alone and done[0].error is not None:
         raise FileError(done[0].error)
