@@ -27,6 +27,8 @@ _HOMES: dict[str, str] = {
     "measure_words": "evaluate.words",
     "merge_adapters": "merge.merge",
     "Merged": "merge.merge",
+    "push_adapter": "hub.push",
+    "PushedAdapter": "hub.push",
     "read_adapter": "hub.read",
     "read_tags": "generate.prompts.adapter_index",
     "Recipe": "recipe",

@@ -22,6 +22,12 @@ Each message is one line: what was seen, what was expected, the way out.
 """
 
 
+def one_line(text: str, most: int = 300) -> str:
+    """A stranger's text in a message: one line, control characters and escapes shown as ``\\x1b``, at most so long."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text.split()))
+    return shown if len(shown) <= most else f"{shown[: most - 1]}…"
+
+
 class TexForceHubError(Exception):
     """The root: catch this to catch every error raised on purpose."""
 

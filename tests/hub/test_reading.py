@@ -117,7 +117,7 @@ def test_answers_that_contradict_the_listing_are_refused_before_a_byte_is_writte
     hub.claimed = claim
     with pytest.raises(HubError, match=r"a\.safetensors: cannot be fetched: (the answer is of commit|listed with)"):
         find_file("me/x/a.safetensors")
-    assert not (tmp_path / "cache").exists()
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"] == []
 
 
 @pytest.mark.parametrize("value", [-1, "12", None, True])
@@ -139,7 +139,7 @@ def test_bytes_of_another_hash_are_taken_out_of_the_cache_again(hub, tmp_path):
 def test_a_transfer_that_breaks_off_leaves_nothing_that_could_be_taken_for_the_file(hub, tmp_path):
     hub.commit("me/x", {"a.safetensors": adapter_bytes()})
     hub.cut = 100
-    with pytest.raises(HubError, match=r"a\.safetensors: cannot be fetched: Consistency check failed") as caught:
+    with pytest.raises(HubError, match=r"a\.safetensors: cannot be fetched: 100 bytes came of 25120") as caught:
         find_file("me/x/a.safetensors")
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -1,19 +1,22 @@
-"""A Hub for tests: the routes that reading needs, on this machine, with the faults that reading must survive.
+"""A Hub for tests, on this machine: the routes that reading and writing need, with the faults that they must survive.
 
-Written after the requests that ``huggingface_hub`` makes: model info with blobs, and resolve with redirects to
-another host for large files, byte ranges included.
+Written after the requests that ``huggingface_hub`` makes: model info with blobs, lists of models, and resolve with
+redirects to another host for large files, byte ranges included; :mod:`tests.support.hub_writing` has what writes.
 """
 
 import hashlib
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+from tests.support.hub_writing import User, WritingRoutes, read_front_matter
 
 LARGE = (".safetensors", ".bin", ".pt", ".ckpt")
 
@@ -37,7 +40,7 @@ class Blob:
     @property
     def etag(self):
         named = self.content if isinstance(self.content, bytes) else str(self.content).encode()
-        return self.sha256 if self.large else hashlib.sha1(named).hexdigest()
+        return self.sha256 if self.large else hashlib.sha1(b"blob %d\0" % len(named) + named).hexdigest()
 
     def read(self, begin, end):
         if isinstance(self.content, bytes):
@@ -55,6 +58,9 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
     private: bool = False
     gated: bool = False
+    downloads: int = 0
+    likes: int = 0
+    messages: list[str] = field(default_factory=list)  # of the commits, in order
 
 
 @dataclass
@@ -98,6 +104,14 @@ class HubSimulator:
         self.claimed = {}  # headers of resolve instead of the true ones
         self.ranges = True
         self.cut = None  # bytes after which the bodies of large files end
+        self.users = {self.token: User("alice", orgs=["lab"]), "hf_reader": User("alice", role="read")}
+        self.uploaded = {}  # large files by SHA-256, before a commit names them
+        self.regular = False  # whether all files travel inside the commit
+        self.xet = None  # a store, where large files go through Xet
+        self.cut_upload = None  # bytes of requests' bodies that are still read; then the connection ends
+        self.watch = lambda request_number: None  # called before every answer
+        self.requests = 0
+        self.lock = threading.Lock()
         hub = self
 
         class Handler(_Handler):
@@ -125,6 +139,36 @@ class HubSimulator:
         repo.refs |= {"main": sha} | ({tag: sha} if tag else {})
         return sha
 
+    def create(self, name, **flags):
+        """An empty repository: one commit, as the real Hub makes it."""
+        return self.commit(name, {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}, **flags)
+
+    def is_large(self, path):
+        return path.endswith(LARGE) and not self.regular
+
+    def add_commit(self, name, revision, changed, header, *, pull_request=False):
+        """What a client commits: files by path, ``None`` for one that goes."""
+        repo = self.repos[name]
+        sha = hashlib.sha1(f"{name}{len(repo.commits)}".encode()).hexdigest()
+        files = dict(repo.commits.get(repo.refs[revision], {}))
+        for path, content in changed.items():
+            files.pop(path, None)
+            files |= {} if content is None else {path: Blob(content, self.is_large(path))}
+        repo.commits[sha] = files
+        repo.messages.append(header["summary"])
+        answer = {"commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}"}
+        if not pull_request:
+            repo.refs[revision] = sha
+            return answer
+        number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
+        repo.refs[f"refs/pr/{number}"] = sha
+        return answer | {"pullRequestUrl": f"{self.url}/{name}/discussions/{number}"}
+
+    def files(self, name, revision="main"):
+        """What a repository holds: bytes by path."""
+        repo = self.repos[name]
+        return {path: blob.content for path, blob in repo.commits[repo.refs[revision]].items()}
+
     def fault(self, path, status, *, times=1_000, headers=None, wait=0.0):
         """Answer requests whose path contains a match of ``path`` with a status, after ``wait`` seconds."""
         self.faults.append(Fault(path, status, times, headers or {}, wait))
@@ -135,9 +179,10 @@ class HubSimulator:
         return sum(request.sent for request in self.log)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(WritingRoutes, BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     simulator: HubSimulator
+    _body: bytes | None
 
     def log_message(self, *_):
         pass
@@ -148,8 +193,27 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._serve()
 
+    def read_body(self):
+        """The request's body, once; where uploads are cut, the connection ends in the middle of it."""
+        if self._body is None:
+            length, left = int(self.headers.get("Content-Length", 0)), self.simulator.cut_upload
+            if left is not None and left < length:
+                self.rfile.read(left)
+                self.simulator.cut_upload = 0
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
+                raise ConnectionAbortedError("cut")
+            if left is not None:
+                self.simulator.cut_upload = left - length
+            self._body = self.rfile.read(length)
+        return self._body
+
     def _serve(self):
         path = unquote(urlsplit(self.path).path)
+        self._body = None
+        self.simulator.requests += 1
+        self.simulator.watch(self.simulator.requests)
+        self.read_body()
         for fault in self.simulator.faults:
             if fault.times > 0 and re.search(fault.path, path):
                 fault.times -= 1
@@ -157,6 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(fault.status, b"{}", fault.headers)
         if path.startswith("/large/"):
             return self._send_blob(self._find_large(path.removeprefix("/large/")), {})
+        if self.serve_writing(path):
+            return None
+        if path == "/api/models":
+            return self._send_models(parse_qs(urlsplit(self.path).query))
         if info := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._open(info[1], info[2] or "main", self._send_info)
         if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40}|[^/]+)/(.+)", path):
@@ -165,7 +233,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _open(self, name, revision, send, *arguments):
         repo = self.simulator.repos.get(name)
-        authorized = self.headers.get("Authorization") == f"Bearer {self.simulator.token}"
+        authorized = self.user() is not None
         if repo is None or (repo.private and not authorized):
             return self._fail(401 if not authorized else 404, "RepoNotFound", "Repository not found")
         if repo.gated and (send == self._send_file or repo.private):
@@ -183,8 +251,51 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = self.simulator.listed.get(entry["rfilename"], (None, None))
             where = entry["lfs"] if key in entry.get("lfs", {}) else entry
             where |= {key: value} if key else {}
-        body = json.dumps({"id": name, "sha": sha, "siblings": siblings}).encode()
-        return self._answer(200, body, {"Content-Type": "application/json"})
+        return self.answer_json(self._describe(name, sha) | {"siblings": siblings})
+
+    def _describe(self, name, sha):
+        """What the Hub says of a repository by its card."""
+        repo = self.simulator.repos[name]
+        readme = repo.commits[sha].get("README.md")
+        card = (read_front_matter(readme.content) if readme else None) or {}
+        tags = [*(card.get("tags") or []), *([f"license:{card['license']}"] if "license" in card else [])]
+        if isinstance(base := card.get("base_model"), str):
+            tags += [f"base_model:{base}", f"base_model:{card.get('base_model_relation', 'finetune')}:{base}"]
+        return {
+            "id": name,
+            "modelId": name,
+            "sha": sha,
+            "author": name.partition("/")[0],
+            "tags": tags,
+            "cardData": card,
+            "private": repo.private,
+            "gated": "manual" if repo.gated else False,
+            "downloads": repo.downloads,
+            "likes": repo.likes,
+            "lastModified": "2026-01-01T00:00:00.000Z",
+        }
+
+    def _send_models(self, query):
+        """Repositories whose tags are all those asked for and whose names hold the words; a page of five at a time."""
+        found = [self._describe(name, repo.refs["main"]) for name, repo in self.simulator.repos.items()]
+        wanted = [tag for value in query.get("filter", []) for tag in value.split(",")]
+        words = query.get("search", [""])[0].lower()
+        found = [one for one in found if set(wanted) <= set(one["tags"]) and words in one["id"].lower()]
+        found = [one for one in found if not one["private"] or self.user() is not None]
+        if author := query.get("author"):
+            found = [one for one in found if one["author"] == author[0]]
+        key = {"downloads": "downloads", "likes": "likes"}.get(query.get("sort", [""])[0], "lastModified")
+        found.sort(key=lambda one: one[key], reverse=True)
+        size, page = min(int(query.get("limit", ["1000"])[0]), 5), int(query.get("page", ["0"])[0])
+        part = found[page * size : (page + 1) * size]
+        for one in part:
+            blobs = self.simulator.repos[one["id"]].commits[one["sha"]]
+            one["siblings"] = [{"rfilename": path} for path in blobs]
+        headers = {}
+        if (page + 1) * size < len(found):
+            rest = "&".join(f"{key}={quote(v)}" for key, values in query.items() if key != "page" for v in values)
+            headers["Link"] = f'<{self.simulator.url}/api/models?{rest}&page={page + 1}>; rel="next"'
+        return self.answer_json(part, headers=headers)
 
     def _send_file(self, _, sha, blobs, path):
         blob = blobs.get(path)

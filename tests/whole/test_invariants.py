@@ -89,6 +89,7 @@ def test_every_public_function_of_a_pipeline_is_watched():
     by_name = {
         "check_adapter",
         "load_pipeline",
+        "push_adapter",
         "repair_pipeline",
         "verify_merge",
     }  # their base is a name or a recipe's

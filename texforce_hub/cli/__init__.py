@@ -32,6 +32,7 @@ COMMANDS: tuple[str, ...] = (
     "compare",
     "words",
     "verify",
+    "hub",
     "demo",
     "doctor",
 )

@@ -1,4 +1,4 @@
-"""SHA-256 of files, and of the tensors in them."""
+"""Hashes of files: SHA-256, also of the tensors in them, and the one that git gives them."""
 
 import hashlib
 from collections.abc import Sequence
@@ -38,4 +38,20 @@ def hash_files(paths: Sequence[Path]) -> str:
                     digest.update(block)
         except OSError as error:
             raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def hash_as_git(path: Path) -> str:
+    """The SHA-1 by which git knows a file's bytes, hexadecimal.
+
+    Raises:
+        FileError: it cannot be read.
+    """
+    try:
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()

@@ -11,9 +11,10 @@ from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
 from texforce_hub.hub.catalog import read_catalog
 from texforce_hub.hub.filenames import SUFFIXES, choose_name, is_candidate, list_names
-from texforce_hub.hub.huggingface.fetch import fetch_file, find_cached
+from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
 from texforce_hub.hub.huggingface.repository import RemoteFile, Repository, open_repository
+from texforce_hub.hub.huggingface.store import find_cached
 from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
 from texforce_hub.hub.sidecars import ENDINGS, Sidecar, read_sidecar

@@ -15,6 +15,7 @@ from huggingface_hub.errors import RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 
 from texforce_hub.errors import HubError
+from texforce_hub.files.hashing import hash_as_git, hash_files
 from texforce_hub.files.header import CONFIG_NAME
 from texforce_hub.hub.huggingface.client import ask_json, find_endpoint
 from texforce_hub.hub.huggingface.faults import explained, is_outage
@@ -23,26 +24,40 @@ _LOG = logging.getLogger("texforce_hub")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DRIVE = re.compile(r"[A-Za-z]:")  # of a path on Windows
+_SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """A file's bytes: how many, and their SHA-256 if the Hub knows it (it does of large files)."""
+    """A file's bytes: how many, and what the Hub knows of them: of large files SHA-256, of others git's own hash."""
 
     size: int
     sha256: str = ""
+    git_sha1: str = ""
+
+    def is_of(self, path: Path) -> bool:
+        """Whether a file here certainly has these bytes."""
+        if path.stat().st_size != self.size:
+            return False
+        if self.sha256:
+            return hash_files([path]) == self.sha256
+        return bool(self.git_sha1) and hash_as_git(path) == self.git_sha1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Repository:
-    """A repository at one commit. ``revision`` is what was asked for; ``cached``: known from the cache alone."""
+    """A repository at one commit. ``revision`` is what was asked for; ``cached``: known from the cache alone;
+    ``license`` is what its card says.
+    """
 
     repo: str
     commit: str
     blobs: Mapping[str, Blob]
     revision: str | None = None
     cached: bool = False
+    license: str = ""
+    private: bool = False
 
     def file(self, path: str) -> "RemoteFile":
         """One of its files, by its path in the repository."""
@@ -106,6 +121,16 @@ def _open(repo: str, revision: str | None, endpoint: str, folder: str, *, offlin
         return found
 
 
+def ask_repository(repo: str, revision: str | None = None) -> Repository:
+    """As :func:`open_repository`, of this moment, and only if the Hub itself answers.
+
+    Raises:
+        HubError: as :func:`open_repository`.
+    """
+    with explained(repo if revision is None else f"{repo}@{revision}"):
+        return _read_answer(_ask(repo, revision, find_endpoint()), repo, revision)
+
+
 def _ask(repo: str, revision: str | None, endpoint: str) -> Any:
     place = "" if revision is None else f"/revision/{quote(revision, safe='')}"
     return ask_json(f"{endpoint}/api/models/{repo}{place}", {"blobs": True})
@@ -124,7 +149,16 @@ def _read_answer(answer: Any, repo: str, revision: str | None) -> Repository:
     for name in [name for name in blobs if not _is_inside(name)]:
         _LOG.warning("%s: lists a file %r, which could lie outside the cache; left out", repo, name[:80])
         del blobs[name]
-    return Repository(repo, commit, MappingProxyType(blobs), revision)
+    card = answer.get("cardData")
+    said = card.get("license") if isinstance(card, dict) else None
+    return Repository(
+        repo,
+        commit,
+        MappingProxyType(blobs),
+        revision,
+        license=said if isinstance(said, str) else "",
+        private=answer.get("private") is True,
+    )
 
 
 def _read_entry(entry: Any) -> tuple[str, Blob]:
@@ -137,7 +171,9 @@ def _read_entry(entry: Any) -> tuple[str, Blob]:
         raise ValueError(f"a file is listed as {name!r:.80}")
     if type(size) is not int or size < 0 or (sha256 and not _SHA256.fullmatch(sha256)):
         raise ValueError(f"{name!r:.80} is listed with {size!r:.40} bytes and SHA-256 {sha256!r:.80}")
-    return name, Blob(size, sha256)
+    git_sha1 = entry.get("blobId")
+    known = isinstance(git_sha1, str) and not sha256 and _SHA1.fullmatch(git_sha1)
+    return name, Blob(size, sha256, git_sha1 if known else "")
 
 
 def _is_inside(name: str) -> bool:

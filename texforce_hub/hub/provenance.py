@@ -1,0 +1,173 @@
+"""Where an adapter comes from, for its card: the run that trained it, the merge that made it, what was measured."""
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from texforce_hub.errors import ConfigError
+from texforce_hub.hub.card import MergeSource, Score
+from texforce_hub.hub.privacy import strip_paths
+from texforce_hub.recipe import Recipe, RecipeSource
+
+EVALUATION = "evaluation.json"
+"""What ``evaluate --json`` printed, kept in a run's folder."""
+
+_SHOWN = (
+    "reward",
+    "prompts",
+    "steps",
+    "rank",
+    "alpha",
+    "learning_rate",
+    "prompts_per_step",
+    "images_per_prompt",
+    "inference_steps",
+    "guidance",
+    "uncond",
+    "kl",
+    "keep",
+    "seed",
+)
+_TRAINERS = {
+    "ss_sd_model_name": "base",
+    "ss_steps": "steps",
+    "ss_num_epochs": "epochs",
+    "ss_num_train_images": "training pictures",
+    "ss_learning_rate": "learning rate",
+    "ss_text_encoder_lr": "learning rate, text encoder",
+    "ss_unet_lr": "learning rate, U-Net",
+    "ss_optimizer": "optimiser",
+    "ss_seed": "seed",
+}
+_LARGEST = 4_000_000  # bytes of a settings file or of an evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How an adapter was trained: settings by name, pictures of it, and the settings as a TOML text."""
+
+    settings: Mapping[str, str]
+    reward: str = ""
+    prompts: str = ""
+    curve: Path | None = None
+    sheet: Path | None = None
+    config: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What an evaluation found, and in words how it was done."""
+
+    scores: tuple[Score, ...] = ()
+    sampling: str = ""
+
+
+def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training | None:
+    """What is known of an adapter's training, from its run's folder or from what its file says.
+
+    Raises:
+        ConfigError: the run's settings cannot be read.
+    """
+    config = folder / "config.toml" if folder is not None else None
+    if folder is not None and config is not None and config.is_file() and (folder / "metrics.jsonl").is_file():
+        text = _read_text(config)
+        try:
+            settings = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{config}: is no TOML: {error}") from error
+        lines = [line for line in strip_paths(text).splitlines() if not line.startswith(("output", "device"))]
+        curve = folder / "reward.png"
+        return _describe(
+            settings, curve if curve.is_file() else None, _newest_sheet(folder), "\n".join(lines).strip() + "\n"
+        )
+    if "texforce_hub.config" in metadata:
+        try:
+            said = json.loads(metadata["texforce_hub.config"])
+        except (ValueError, RecursionError):
+            said = None
+        if isinstance(said, dict):
+            return _describe(said, None, None, "")
+    found = {label: metadata[key] for key, label in _TRAINERS.items() if metadata.get(key) not in (None, "None", "")}
+    return Training({label: strip_paths(value) for label, value in found.items()}) if found else None
+
+
+def _describe(settings: Mapping[str, Any], curve: Path | None, sheet: Path | None, config: str) -> Training:
+    shown = {name: _write(settings[name]) for name in _SHOWN if settings.get(name) not in (None, "")}
+    return Training(
+        {name.replace("_", " "): value for name, value in shown.items()},
+        reward=shown.get("reward", ""),
+        prompts=shown.get("prompts", ""),
+        curve=curve,
+        sheet=sheet,
+        config=config,
+    )
+
+
+def _write(value: Any) -> str:
+    return " ".join(map(_write, value)) if isinstance(value, list | tuple) else strip_paths(str(value))
+
+
+def _newest_sheet(folder: Path) -> Path | None:
+    found = [(int(match[1]), path) for path in folder.glob("samples/step-*.png") if (match := _step(path.name))]
+    return max(found)[1] if found else None
+
+
+def _step(name: str) -> re.Match[str] | None:
+    return re.fullmatch(r"step-(\d+)\.png", name)
+
+
+def read_evaluation(path: Path) -> Measured:
+    """The scores in a file that ``evaluate --json`` wrote: the base's, and every other variant's beside them.
+
+    Raises:
+        ConfigError: the file holds none.
+    """
+    try:
+        said = json.loads(_read_text(path))
+        scores = tuple(
+            _read_score(reward, name, found, first=next(iter(variants)), alone=len(variants) == 2)
+            for reward, variants in said["rewards"].items()
+            for name, found in variants.items()
+        )
+        sampling = said["sampling"]
+        words = (
+            f"{len(said['prompts'])} held-out prompts × {len(sampling['seeds'])} seeds, "
+            f"{sampling['inference_steps']} steps, guidance {sampling['guidance']:g}"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        raise ConfigError(f"{path}: is not what 'texforce-hub evaluate --json' prints ({error!r:.80})") from error
+    return Measured(scores, words)
+
+
+def _read_score(reward: str, name: str, found: Mapping[str, Any], *, first: str, alone: bool) -> Score:
+    difference = ""
+    if name != first:
+        other = found[f"vs_{first}"]
+        difference = f"{other['mean']:+.3f} [{other['low']:+.3f}, {other['high']:+.3f}]"
+    label = "base" if name == first else "with this adapter" if alone else strip_paths(name)
+    mean, low, high = (float(found[key]) for key in ("mean", "low", "high"))
+    return Score(str(reward), label, mean, low, high, difference)
+
+
+def describe_sources(recipe: Recipe) -> tuple[MergeSource, ...]:
+    """A merge's ingredients, as its recipe has them."""
+    return tuple(
+        MergeSource(source.source, _weight(source), source.revision, source.sha256) for source in recipe.sources
+    )
+
+
+def _weight(source: RecipeSource) -> str:
+    return ", ".join(f"{part} {weight:g}" for part, weight in source.parts.items()) or f"{source.weight:g}"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{path}: {path.stat().st_size} bytes long; expected at most {_LARGEST}")
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
