@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli.console import put, put_json, say
+from texforce_hub.cli.table import put_table
 
 if TYPE_CHECKING:
     from texforce_hub.hub.push import PushedAdapter
