@@ -23,7 +23,7 @@ Kind = Literal["merge", "apply"]
 Setting = str | int | float | bool
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_SOURCE_KEYS = {"source", "name", "weight", "parts", "revision", "sha256", "prompt"}
+_SOURCE_KEYS = {"source", "name", "weight", "parts", "revision", "sha256", "prompt", "schedule"}
 _TOP_KEYS = {"format", "kind", "method", "seed", "options", "settings", "versions", "source"}
 
 
@@ -37,6 +37,7 @@ class RecipeSource:
     revision: the full commit, if it came from the Hub
     sha256: of the file's bytes, 64 hexadecimal digits; empty: unknown
     prompt: the number, from 0, of the one prompt whose tag asked for it; ``None``: it acts on all
+    schedule: how its weights change over the denoising steps, as a reference writes it; empty: they do not
     """
 
     source: str
@@ -46,6 +47,7 @@ class RecipeSource:
     revision: str = ""
     sha256: str = ""
     prompt: int | None = None
+    schedule: str = ""
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -82,6 +84,8 @@ class Recipe:
             raise RecipeError(f"recipe of kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
         if not self.sources:
             raise RecipeError("a recipe without sources; expected at least one [[source]]")
+        if self.kind == "merge" and any(source.schedule for source in self.sources):
+            raise RecipeError("a merge has no denoising steps, and a source's schedule needs them; leave it out")
         for name in ("options", "settings", "versions"):
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
@@ -144,14 +148,14 @@ def _read_source(entry: Any) -> RecipeSource:
         source=_typed(entry, "source", str, ""),
         weight=float(numbers[0]),
         parts={key: float(value) for key, value in entry.get("parts", {}).items()},
-        **{key: _typed(entry, key, str, "") for key in ("name", "revision", "sha256")},
+        **{key: _typed(entry, key, str, "") for key in ("name", "revision", "sha256", "schedule")},
         prompt=_typed(entry, "prompt", int, 0) if "prompt" in entry else None,
     )
 
 
 def _source_table(source: RecipeSource) -> dict[str, Any]:
     table: dict[str, Any] = {"source": source.source}
-    table |= {key: value for key in ("name", "revision", "sha256") if (value := getattr(source, key))}
+    table |= {key: value for key in ("name", "revision", "sha256", "schedule") if (value := getattr(source, key))}
     table |= {"prompt": source.prompt} if source.prompt is not None else {}
     return table | ({"parts": source.parts} if source.parts else {"weight": source.weight})
 

@@ -1,6 +1,7 @@
 """The grammar of names: parse and str are inverse, mistakes are shown with a caret."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -21,9 +22,8 @@ weights = st.floats(allow_nan=False, allow_infinity=False)
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,8}", fullmatch=True)
 sources = st.text(min_size=1, max_size=20) | st.text("ab/:=[]-+0.5'\" \\@,", min_size=1, max_size=12)
 parts = st.dictionaries(st.from_regex(r"[a-z_.*?0-9]{1,12}", fullmatch=True), weights, min_size=1, max_size=3)
-windows = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda w: (min(w), max(w))).filter(
-    lambda w: w[0] < w[1]
-) | st.just((0.0, 1.0))
+windows = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda w: (min(w), max(w))) | st.just((0.0, 1.0))
+ramps = st.dictionaries(st.floats(0, 1), weights, min_size=1, max_size=4).map(lambda r: tuple(sorted(r.items())))
 
 
 @st.composite
@@ -32,7 +32,9 @@ def adapter_refs(draw):
     head, equals, _ = source.partition("=")
     if equals and re.fullmatch(r"\w[\w-]*", head, re.ASCII):
         source = f"./{source}"
-    values = {"parts": tuple(draw(parts).items())} if draw(st.booleans()) else {"weight": draw(weights)}
+    kind = draw(st.sampled_from(["parts", "weight", "ramp"]))
+    drawn = {"parts": parts.map(lambda p: tuple(p.items())), "weight": weights, "ramp": ramps}
+    values = {kind: draw(drawn[kind])}
     return AdapterRef(source, draw(st.none() | names), window=draw(windows), **values)
 
 
@@ -80,6 +82,9 @@ def test_any_text_parses_or_is_refused_with_one_error(text):
         ("hf://me/x", AdapterRef("hf://me/x")),
         ("./x[0.5-1]", AdapterRef("./x", window=(0.5, 1.0))),
         ("a:-0.3", AdapterRef("a", weight=-0.3)),
+        ("me/x@v1:0@0,1@0.3,0.2@1", AdapterRef("me/x@v1", ramp=((0.0, 0.0), (0.3, 1.0), (1.0, 0.2)))),
+        ("a:1@0.5[0-0.8]", AdapterRef("a", window=(0.0, 0.8), ramp=((0.5, 1.0),))),
+        ("a[0.5-0.5]", AdapterRef("a", window=(0.5, 0.5))),
     ],
 )
 def test_the_examples_of_the_grammar_parse(text, expected):
@@ -169,9 +174,44 @@ def test_labels_are_the_last_component_made_unique():
     "values",
     [
         *[{"source": ""}, {"source": "x", "weight": float("nan")}, {"source": "x", "name": "a b"}, {"source": "n=x"}],
-        *[{"source": "x", "window": (0.5, 0.5)}, {"source": "x", "parts": (("a", 1.0), ("a", 2.0))}],
+        *[{"source": "x", "window": (0.5, 0.2)}, {"source": "x", "parts": (("a", 1.0), ("a", 2.0))}],
+        *[{"source": "x", "ramp": ramp} for ramp in [((0.5, 1.0), (0.2, 1.0)), ((0.0, float("inf")),), ((2.0, 1.0),)]],
+        {"source": "x", "ramp": ((0.0, 1.0),), "weight": 0.5},
     ],
 )
 def test_a_reference_that_cannot_be_written_cannot_be_made(values):
     with pytest.raises(RefError):
         AdapterRef(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [
+        ("a:0.8", [0.8] * 5),
+        ("a:0.8[0-0.4]", [0.8, 0.8, 0, 0, 0]),
+        ("a:0.8[0.2-0.6]", [0, 0.8, 0.8, 0, 0]),
+        ("a[0-0]", [0] * 5),
+        ("a:0@0,1@0.4,0.2@0.8", [0, 0.5, 1, 0.6, 0.2]),
+        ("a:1@0.4", [1] * 5),
+        ("a:1@0,0@1[0.2-1]", [0, 0.8, 0.6, 0.4, 0.2]),
+    ],
+)
+def test_a_references_weight_at_each_of_five_steps(text, weights):
+    ref = AdapterRef.parse(text, exists=nowhere)
+    assert [ref.at(step / 5).weight_of("unet.x") for step in range(5)] == pytest.approx(weights)
+    assert all(ref.at(step / 5).is_constant for step in range(5))
+    assert ref.is_constant == (text == "a:0.8")
+
+
+@given(adapter_refs())
+def test_a_schedule_is_read_as_it_is_written(ref):
+    plain = replace(ref, window=(0.0, 1.0), ramp=())
+    if ref.schedule:
+        assert plain.scheduled(ref.schedule) == ref
+    assert ref.is_constant == (ref.schedule == "")
+
+
+@pytest.mark.parametrize("text", ["a:1@", "a:@0.5", "a:1@0.5,0.5", "a:1@0.5,1@0.2", "a:1@-0.1", "a:1@1.5", "a:x@0"])
+def test_what_is_no_ramp_is_refused_with_a_caret(text):
+    with pytest.raises(RefError, match=r"\^"):
+        AdapterRef.parse(text, exists=nowhere)

@@ -6,7 +6,7 @@ The result is ``W + Σ wᵢ·ΔWᵢ``. All layers are matched and all shapes che
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -37,6 +37,7 @@ from texforce_hub.apply.patch import Owner, Write, begin_write, check_writable, 
 from texforce_hub.apply.placement import place
 from texforce_hub.apply.roster import activate, free_name, note_factors, register, unregister
 from texforce_hub.apply.rounding import Loss, Term, seed_for, total_loss
+from texforce_hub.apply.schedule import Timeline, check_schedulable, refuse_inside_call
 from texforce_hub.apply.undoing import do_all, insist
 from texforce_hub.apply.wrappers import Wrappers
 from texforce_hub.errors import ConfigError, MatchError
@@ -55,6 +56,7 @@ def apply_adapter(
     strict: bool = True,
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
+    schedule: str = "",
 ) -> "Applied":
     """Put a stack on a pipeline, or on a bare text encoder or U-Net.
 
@@ -68,19 +70,31 @@ def apply_adapter(
         rounding: of weights narrower than float32 when fusing. ``nearest``: the smallest error, but a change
             below half a step of its weight is gone; ``stochastic``: up or down by chance, right on average.
         seed: of the stochastic rounding; with a parameter's name it decides every draw.
+        schedule: how the weights of items without a schedule of their own change over the denoising steps of the
+            pipeline's calls: ``"[0-0.4]"``, the first 40 % of them, or ``"0@0,1@0.3,0.2@1"``, weights at shares of
+            them and straight lines between; as in ``"A:0.8[0-0.4]"`` and ``"A:0@0,1@0.3"``.
 
     Raises:
         MatchError: an adapter does not fit; nothing was changed.
-        ConfigError: an impossible weight or mode.
+        ConfigError: an impossible weight, mode or schedule.
+        FamilyError: a schedule on something else than an SD1, SD2 or SDXL pipeline.
     """
     if mode not in ("attach", "fuse"):
         raise ConfigError(f"mode {mode!r}; expected 'attach' or 'fuse'")
     if rounding not in ("nearest", "stochastic") or (rounding == "stochastic" and mode == "attach"):
         raise ConfigError(f"rounding {rounding!r} with mode {mode!r}; expected 'nearest', or 'stochastic' with 'fuse'")
-    entries = read_stack(adapters, weight=weight)
+    entries = read_stack(adapters, weight=weight, scheduled=True)
+    entries = [entry.scheduled(schedule) for entry in entries] if schedule else entries
+    refs = [entry.weight for entry in entries]
+    if follows := not all(ref.is_constant for ref in refs):
+        check_schedulable(pipe, mode)
+        entries = [replace(entry, weight=ref.at(0.0)) for entry, ref in zip(entries, refs)]
     draws = seed if rounding == "stochastic" else None
     roots = {part: plain(module) for part, module in parts_of(pipe).items()}
-    return alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, strict=strict, draws=draws))
+    applied = alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, strict=strict, draws=draws))
+    if follows:
+        applied._follow(pipe, refs)
+    return applied
 
 
 def _apply(
@@ -168,6 +182,7 @@ class Applied:
     _on: bool = field(default=True, repr=False)
     _gone: bool = field(default=False, repr=False)
     _in_block: bool = field(default=False, repr=False)
+    _timeline: Timeline | None = field(default=None, repr=False)
 
     @property
     def weights(self) -> Mapping[str, AdapterRef]:
@@ -183,9 +198,13 @@ class Applied:
         """New weights, by label or in the stack's order; nothing is read again.
 
         Raises:
-            ConfigError: an unknown label, another number of weights, or an impossible weight.
+            ConfigError: an unknown label, another number of weights, an impossible weight, a stack whose weights
+                follow a schedule, or a text adapter's while a pipeline draws with it.
             MatchError: the stack was taken off.
         """
+        if self._timeline is not None:
+            raise ConfigError("this stack's weights follow a schedule; apply it again with other weights")
+        refuse_inside_call(self.roots.values(), acts_on_text=self._acts_on_text)
         alone_on(self.roots.values(), lambda: self._set_weights(reweighted(self.entries, weights)))
 
     def remove(self) -> None:
@@ -196,6 +215,9 @@ class Applied:
         Raises:
             MatchError: weights that a fused stack was written to are no longer there.
         """
+        if self._timeline is not None:
+            self._timeline.stop()
+            self._timeline = None
         if not self._gone:
             raised = alone_on(self.roots.values(), lambda: insist(self._take_off))
             self._gone = not (self._attachments or self._writes)
@@ -247,6 +269,19 @@ class Applied:
         # An interrupt can come before the first line of __exit__; the block is left all the same.
         if getattr(self, "_in_block", False) and not self._gone:
             self.remove()
+
+    @property
+    def _acts_on_text(self) -> bool:
+        return any(part.startswith("text_encoder") for part in self._riding_parts())
+
+    def _follow(self, pipe: Any, refs: Sequence[AdapterRef]) -> None:
+        """Let the weights change over the steps of the pipeline's calls."""
+
+        def set_weights(now: Sequence[AdapterRef]) -> None:
+            entries = [replace(entry, weight=ref) for entry, ref in zip(self.entries, now)]
+            alone_on(self.roots.values(), lambda: self._set_weights(entries))
+
+        self._timeline = Timeline(pipe, refs, set_weights, acts_on_text=self._acts_on_text)
 
     def _keep(self) -> None:
         for entry in self._writes.values():

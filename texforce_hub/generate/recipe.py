@@ -57,7 +57,7 @@ def record_run(run: DrawRun, path: Path) -> None:
     pairs: list[tuple[int | None, AdapterRef]] = [(None, ref) for ref in run.adapters]
     pairs += [(number, ref) for number, refs in enumerate(run.tags) for ref in refs]
     sources = [
-        RecipeSource(source, ref.weight, dict(ref.parts), _name_of(ref, source), revision, sha256, prompt)
+        RecipeSource(source, ref.weight, dict(ref.parts), _name_of(ref, source), revision, sha256, prompt, ref.schedule)
         for prompt, ref in pairs
         for source, revision, sha256 in [look_up(ref.source)]
     ]
@@ -119,7 +119,7 @@ def replay_run(path: Path) -> DrawRun:
         _check_hash(str(table.get(name)), _hash_local(str(table.get(name, ""))), expected)
     refs: dict[int | None, list[AdapterRef]] = {}
     for s in recipe.sources:
-        refs.setdefault(s.prompt, []).append(AdapterRef(s.source, s.name or None, s.weight, tuple(s.parts.items())))
+        refs.setdefault(s.prompt, []).append(_reference(s, path))
     shared = tuple(refs.pop(None, ()))
     outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
     each = table.pop("each", False) is True
@@ -133,6 +133,15 @@ def replay_run(path: Path) -> DrawRun:
     try:
         return DrawRun(adapters=shared, settings=settings, each=each, sweeps=sweeps, tags=tags, **outer)
     except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _reference(source: RecipeSource, path: Path) -> AdapterRef:
+    """A recipe's source as it was written: with its weights, and its schedule if it has one."""
+    ref = AdapterRef(source.source, source.name or None, source.weight, tuple(source.parts.items()))
+    try:
+        return ref.scheduled(source.schedule) if source.schedule else ref
+    except RefError as error:
         raise RecipeError(f"{path}: {error}") from error
 
 

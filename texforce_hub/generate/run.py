@@ -247,7 +247,7 @@ def _reading_once() -> Callable[[AdapterRef], Adapter]:
 
 
 def _read_entries(refs: Sequence[AdapterRef], read: Callable[[AdapterRef], Adapter]) -> list[StackEntry]:
-    return read_stack(list(refs), read=read) if refs else []
+    return read_stack(list(refs), read=read, scheduled=True) if refs else []
 
 
 def _is_text_only(entry: StackEntry) -> bool:

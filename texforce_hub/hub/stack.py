@@ -10,12 +10,13 @@ from typing import Any
 from texforce_hub.adapter.finite import check_finite
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
-from texforce_hub.errors import ConfigError
+from texforce_hub.errors import ConfigError, RefError
 from texforce_hub.hub.read import read_adapter
-from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
+from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.refs.stack import make_unique
 
-Weight = float | Mapping[str, float]
+Weight = float | Mapping[str, float] | AdapterRef
+"""Of all layers, by part, block or pattern, or those of a reference, its schedule included."""
 Source = str | PathLike[str] | AdapterRef | Adapter
 Item = Source | tuple[Source, Weight]
 Reader = Callable[[AdapterRef], Adapter | LazyAdapter]
@@ -36,8 +37,23 @@ class StackEntry:
 
     @property
     def item(self) -> tuple[Adapter, Weight]:
-        """The entry as ``apply_adapter`` takes it: nothing is read again."""
-        return self.adapter, dict(self.weight.parts) if self.weight.parts else self.weight.weight
+        """The entry as ``apply_adapter`` takes it: nothing is read again, its schedule stays."""
+        return self.adapter, replace(self.weight, source="adapter", name=None)
+
+    def scheduled(self, schedule: str) -> "StackEntry":
+        """The same entry whose weight changes over the denoising steps, unless it has a schedule already.
+
+        ``schedule`` is a window, ``[0-0.4]``, or weights at shares of the steps, ``0@0,1@0.3``.
+
+        Raises:
+            ConfigError: something else, or weights at shares of the steps beside a weight.
+        """
+        if not self.weight.is_constant:
+            return self
+        try:
+            return replace(self, weight=self.weight.scheduled(schedule))
+        except RefError as error:
+            raise ConfigError(f"{self.label}: {error}") from error
 
     def reweighted(self, weight: Weight) -> "StackEntry":
         """The same entry with another weight.
@@ -49,12 +65,12 @@ class StackEntry:
 
 
 def read_stack(
-    adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Reader = read_adapter
+    adapters: Item | Sequence[Item], *, weight: Weight = 1.0, read: Reader = read_adapter, scheduled: bool = False
 ) -> list[StackEntry]:
     """The stack's entries, adapters read and weights checked; labels are made unique.
 
     ``weight`` is for the items that bring none; ``read`` may be ``open_adapter`` for adapters that stay in their files,
-    or one of outlines where no values are needed.
+    or one of outlines where no values are needed. ``scheduled``: weights may change over the denoising steps.
 
     Raises:
         ConfigError: no adapter, or an impossible weight.
@@ -65,12 +81,15 @@ def read_stack(
     if not items:
         raise ConfigError("an empty stack; expected at least one adapter")
     entries = [_read_entry(item, weight, read) for item in items]
+    for entry in entries:
+        if not (scheduled or entry.weight.is_constant):
+            raise ConfigError(f"{entry.weight}: its weight changes over the denoising steps; here one holds for all")
     labels = make_unique(entry.label for entry in entries)
     return [replace(entry, label=label) for entry, label in zip(entries, labels)]
 
 
 def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping)
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping | AdapterRef)
 
 
 def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
@@ -81,12 +100,17 @@ def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
     else:
         ref = source if isinstance(source, AdapterRef) else _parsed(source)
         entry = StackEntry(ref.label, read(ref), ref)
-    if entry.weight.window != WHOLE:
-        raise ConfigError(f"{entry.weight}: a window needs the denoising steps; a stack holds for all of them")
-    if weight is None and (entry.weight.weight != 1.0 or entry.weight.parts):
+    if weight is None and (entry.weight.weight != 1.0 or entry.weight.parts or not entry.weight.is_constant):
         check_patterns(entry.label, entry.adapter, entry.weight)
         return entry
-    return entry.reweighted(default if weight is None else weight)
+    weighted = entry.reweighted(default if weight is None else weight)
+    if entry.weight.ramp:
+        raise ConfigError(f"{entry.weight}: it brings weights over the steps, and {weight!r} beside them; give one")
+    return (
+        weighted
+        if entry.weight.is_constant
+        else replace(weighted, weight=replace(weighted.weight, window=entry.weight.window))
+    )
 
 
 def _parsed(source: str | PathLike[str]) -> AdapterRef:
@@ -97,6 +121,9 @@ def _parsed(source: str | PathLike[str]) -> AdapterRef:
 
 
 def _weights(weight: Weight, label: str, adapter: Adapter) -> AdapterRef:
+    if isinstance(weight, AdapterRef):
+        check_patterns(label, adapter, weight)
+        return weight
     numbers = weight.values() if isinstance(weight, Mapping) else [weight]
     if not all(math.isfinite(number) for number in numbers):
         raise ConfigError(f"{label}: weight {weight}; expected finite numbers")

@@ -4,7 +4,8 @@
 
     REF      = [NAME "="] SOURCE [":" WEIGHTS] [WINDOW]
     SOURCE   = local path | catalogue name | ["hf://"] owner "/" name ["@" revision] ["/" file]
-    WEIGHTS  = number | part "=" number {"," part "=" number}
+    WEIGHTS  = number | part "=" number {"," part "=" number} | RAMP
+    RAMP     = number "@" share {"," number "@" share}   weights at shares of the denoising steps
     WINDOW   = "[" start "-" end "]"                     fractions of the denoising steps
     STACK    = REF { ["+"] REF }                         split as a shell splits words
     REWARD   = NAME ["=" number]                         NAME may be a URL or python:module:function

@@ -4,8 +4,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from texforce_hub.errors import RefError
@@ -15,6 +16,9 @@ Exists = Callable[[str], bool]
 
 WHOLE = (0.0, 1.0)
 """The window of an adapter that acts during all steps."""
+
+Ramp = tuple[tuple[float, float], ...]
+"""Weights by the share of the steps that are taken, ``(share, weight)``, in the order of the shares."""
 
 _NAME = re.compile(r"\w[\w-]*", re.ASCII)
 _PART = re.compile(r"[\w.*?-]+", re.ASCII)
@@ -33,10 +37,12 @@ class AdapterRef:
 
     ``weight`` holds for every layer; ``parts`` overrides it for parts (``text_encoder``), blocks
     (``unet.up_blocks.1``) and patterns (``*attn2*``). ``window`` is the share of the denoising steps, from
-    its first number to its second, in [0, 1].
+    its first number up to its second, in [0, 1]: step ``k`` of ``n`` is inside where ``start ≤ k / n < end``, and an
+    empty window is no step. ``ramp`` holds weights at shares of the steps instead of one: straight lines between
+    them, the first and the last beyond.
 
     Raises:
-        RefError: an empty or unwritable source, a weight that is not finite, a window outside [0, 1].
+        RefError: an empty or unwritable source, a weight that is not finite, a window or ramp outside [0, 1].
     """
 
     source: str
@@ -44,6 +50,7 @@ class AdapterRef:
     weight: float = 1.0
     parts: tuple[tuple[str, float], ...] = ()
     window: tuple[float, float] = WHOLE
+    ramp: Ramp = ()
 
     def __post_init__(self) -> None:
         if not self.source:
@@ -52,15 +59,20 @@ class AdapterRef:
             raise RefError(f"{self.name!r} cannot name an adapter; expected letters, digits, - and _")
         if _splits_name(self.source):
             raise RefError(f"{self.source!r} reads as a name and a source; write './{self.source}' for the path")
-        if not all(math.isfinite(w) for w in (self.weight, *(w for _, w in self.parts))):
+        if not all(math.isfinite(w) for w in (self.weight, *(w for _, w in (*self.parts, *self.ramp)))):
             raise RefError(f"{self.source}: a weight is not finite")
         if self.parts and self.weight != 1.0:
             raise RefError(f"{self.source}: give one weight, or one for each part, not both")
+        if self.ramp and (self.parts or self.weight != 1.0):
+            raise RefError(f"{self.source}: give weights at shares of the steps, or one for all of them, not both")
+        shares = [share for share, _ in self.ramp]
+        if shares != sorted(set(shares)) or not all(0 <= share <= 1 for share in shares):
+            raise RefError(f"{self.source}: weights at {shares}; expected shares of the steps in order, from 0 to 1")
         names = [part for part, _ in self.parts]
         if len(set(names)) < len(names) or not all(_PART.fullmatch(part) for part in names):
             raise RefError(f"{self.source}: parts {names}; expected each once, e.g. 'text_encoder'")
-        if not 0 <= self.window[0] < self.window[1] <= 1:
-            raise RefError(f"{self.source}: window {self.window}; expected 0 ≤ start < end ≤ 1")
+        if not 0 <= self.window[0] <= self.window[1] <= 1:
+            raise RefError(f"{self.source}: window {self.window}; expected 0 ≤ start ≤ end ≤ 1")
 
     @classmethod
     def parse(cls, text: str, *, exists: Exists = exists_on_disk) -> "AdapterRef":
@@ -76,12 +88,16 @@ class AdapterRef:
 
         end, window, weight = len(text), WHOLE, 1.0
         parts: tuple[tuple[str, float], ...] = ()
+        ramp: Ramp = ()
         found = _WINDOW.search(text)
         if found and not is_known(end):
             end, window = found.start(), _parse_window(text, found)
         colon = _tail_colon(text, begin, end)
         if colon is not None and not is_known(end):
-            weight, parts = _parse_weights(text, colon + 1, end)
+            if "@" in text[colon:end]:
+                ramp = parse_ramp(text, colon + 1, end)
+            else:
+                weight, parts = _parse_weights(text, colon + 1, end)
             end = colon
         if begin and exists(text[:end]):
             begin = 0
@@ -89,22 +105,53 @@ class AdapterRef:
             fail(text, begin, "no source; expected a path, a catalogue name or a Hub id")
         source = text[begin:end]
         name = text[: begin - 1] if begin else None
-        return cls(f"./{source}" if _splits_name(source) else source, name, weight, parts, window)
+        return cls(f"./{source}" if _splits_name(source) else source, name, weight, parts, window, ramp)
 
     def __str__(self) -> str:
         name = "" if self.name is None else f"{self.name}="
         weights = ",".join(f"{part}={write_number(w)}" for part, w in self.parts) or write_number(self.weight)
+        weights = ",".join(f"{write_number(w)}@{write_number(share)}" for share, w in self.ramp) or weights
         body = self.source
         if weights != "1" or _tail_colon(body, 0, len(body)) is not None:
             body += f":{weights}"
         if self.window != WHOLE or _WINDOW.search(body):
-            body += f"[{write_number(self.window[0])}-{write_number(self.window[1])}]"
+            body += _write_window(self.window)
         return name + body
 
     @property
     def label(self) -> str:
         """What to call it in tables and pictures: its name, else the last component of its source."""
         return self.name or PurePosixPath(self.source).name.removesuffix(".safetensors") or self.source
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the weights are the same during all steps."""
+        return self.window == WHOLE and not self.ramp
+
+    @property
+    def schedule(self) -> str:
+        """How the weights change over the steps, as :meth:`scheduled` reads it; empty: they do not."""
+        ramp = ",".join(f"{write_number(weight)}@{write_number(share)}" for share, weight in self.ramp)
+        return ramp if self.window == WHOLE else ramp + _write_window(self.window)
+
+    def scheduled(self, schedule: str) -> "AdapterRef":
+        """The same reference with another schedule: ``[0-0.4]``, ``0@0,1@0.3``, or the one behind the other.
+
+        Raises:
+            RefError: something else, or weights at shares of the steps beside a weight.
+        """
+        given = AdapterRef.parse(f"adapter{'' if schedule.startswith('[') else ':'}{schedule}", exists=lambda _: False)
+        if given.weight != 1.0 or given.parts or given.source != "adapter":
+            raise RefError(f"{schedule!r} is no schedule; expected e.g. '[0-0.4]' or '0@0,1@0.3'")
+        return replace(self, window=given.window, ramp=given.ramp)
+
+    def at(self, share: float) -> "AdapterRef":
+        """The same reference with the weights that it has when this share of the steps is taken, for good."""
+        inside = self.window == WHOLE or self.window[0] <= share < self.window[1]
+        if self.ramp or not inside:
+            weight = _on_line(self.ramp, share) if inside else 0.0
+            return replace(self, weight=weight, parts=(), window=WHOLE, ramp=())
+        return replace(self, window=WHOLE)
 
     def weight_of(self, layer: str) -> float:
         """The weight of one layer, by its canonical name; the longest fitting part or pattern decides."""
@@ -123,6 +170,35 @@ def source_of(ref: "str | Path | AdapterRef") -> str:
     return ref.source if isinstance(ref, AdapterRef) else str(ref)
 
 
+def _on_line(ramp: Ramp, share: float) -> float:
+    """The weight at a share of the steps, on straight lines between the ramp's points."""
+    if share <= ramp[0][0]:
+        return ramp[0][1]
+    for (before, low), (after, high) in pairwise(ramp):
+        if share <= after:
+            return low + (high - low) * (share - before) / (after - before)
+    return ramp[-1][1]
+
+
+def parse_ramp(text: str, start: int, end: int) -> Ramp:
+    """The weights at shares of the steps that ``text[start:end]`` writes, ``0@0,1@0.3,0.2@1``.
+
+    Raises:
+        RefError: something else stands there; the message shows where, with a caret.
+    """
+    points: list[tuple[float, float]] = []
+    for begin, stop in _comma_spans(text, start, end):
+        mark = text.find("@", begin, stop)
+        if mark < 0:
+            fail(text, begin, f"{text[begin:stop]!r} is no weight at a share of the steps; expected e.g. 0.8@0.5")
+        weight = parse_number(text, begin, mark, "a weight, e.g. 0.8@0.5")
+        share = parse_number(text, mark + 1, stop, "a share of the steps, e.g. 0.8@0.5")
+        if not (points[-1][0] if points else -1) < share <= 1 or share < 0:
+            fail(text, mark + 1, "shares of the steps go up from 0 to 1, e.g. 0@0,1@0.3,0.2@1")
+        points.append((share, weight))
+    return tuple(points)
+
+
 def _covers(part: str, layer: str) -> bool:
     return layer == part or layer.startswith(f"{part}.") or fnmatchcase(layer, part)
 
@@ -139,9 +215,13 @@ def _parse_window(text: str, found: re.Match[str]) -> tuple[float, float]:
     at = hyphen.start()
     start = parse_number(text, found.start(1), at, "a fraction of the steps, e.g. [0-0.4]")
     end = parse_number(text, at + 1, found.end(1), "a fraction of the steps, e.g. [0-0.4]")
-    if not 0 <= start < end <= 1:
+    if not 0 <= start <= end <= 1:
         fail(text, found.start(1), "a window must go forward inside 0 to 1, e.g. [0-0.4]")
     return start, end
+
+
+def _write_window(window: tuple[float, float]) -> str:
+    return f"[{write_number(window[0])}-{write_number(window[1])}]"
 
 
 def _tail_colon(text: str, begin: int, end: int) -> int | None:
