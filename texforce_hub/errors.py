@@ -16,6 +16,7 @@
     ├── RewardError       a reward that cannot be found, or gave something that is no reward
     ├── ConfigError       an option that does not exist or has an impossible value
     ├── TrainingError     a training run that cannot start or go on
+    │   └── NotBetterError    a training run that nothing came of
     └── HubError          the Hub said no, or cannot be reached
 
 Each message is one line: what was seen, what was expected, the way out.
@@ -82,6 +83,10 @@ class ConfigError(TexForceHubError):
 
 class TrainingError(TexForceHubError):
     """A training run that cannot start or go on."""
+
+
+class NotBetterError(TrainingError):
+    """A training run in which no step was better than the beginning."""
 
 
 class HubError(TexForceHubError):

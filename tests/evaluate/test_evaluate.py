@@ -12,15 +12,15 @@ from texforce_hub.evaluate.evaluation import Evaluation, Sampling, describe
 from texforce_hub.evaluate.statistics import bootstrap_mean
 from texforce_hub.evaluate.variants import Variant, evaluate_variants
 from texforce_hub.rewards.reward import resolve_rewards
-from texforce_hub.train.lora import describe_run, read_lora
+from texforce_hub.train.lora import describe_run, read_lora, read_scales
 
 PROMPTS = ["a red circle", "a crimson square", "a blue triangle", "a lime disc"]
 FAST = Sampling(seeds=(0, 1), inference_steps=2, batch_size=3)
 
 
 def make_adapter():
-    _, parameters = make_policy()
-    return read_lora(parameters, rank=4, alpha=8.0, metadata=describe_run(short_config("unused"), 0))
+    policy, parameters = make_policy()
+    return read_lora(parameters, read_scales(policy.encoder), describe_run(short_config("unused"), 0))
 
 
 def test_a_variant_equal_to_the_base_differs_by_exactly_nothing():
@@ -103,3 +103,11 @@ def test_a_comparison_says_how_often_how_surely_and_what_could_be_seen():
     described = describe(result)["rewards"]["r"]
     assert described["better"]["p_holm"] == pytest.approx(2 * better.p)
     assert json.loads(json.dumps(described)) == described
+
+
+def test_a_prompt_that_the_encoder_cuts_is_said_once(caplog):
+    long = "a red circle " * 10
+    evaluate_variants(
+        tiny_pipeline(), {"base": Variant(), "same": Variant()}, [long], resolve_rewards(["brightness"]), sampling=FAST
+    )
+    assert [r.message.count("longer than the text encoder's 16 tokens") for r in caplog.records].count(1) == 1

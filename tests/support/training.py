@@ -10,7 +10,7 @@ from texforce_hub.shapes import WEIGHTS
 from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_unet, make_vae
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.lora import attach_lora
-from texforce_hub.train.policies.stable_diffusion import Policy
+from texforce_hub.train.policies.stable_diffusion import StableDiffusion
 
 torch.set_num_threads(1)  # on models this small more threads only wait for each other
 
@@ -38,9 +38,10 @@ def tiny_pipeline():
 
 
 SHORT = {
-    "steps": 3, "prompts_per_step": 2, "images_per_prompt": 3, "inference_steps": 4, "train_timesteps": 2, "rank": 4,
-    "alpha": 8.0, "reward": ("brightness",), "validate_every": 2, "validation_prompts": 2, "validation_images": 1,
-    "validation_steps": 2, "checkpoint_every": 1, "sheet_every": 0, "ema": 0.5, "keep": "last",
+    "steps": 3, "prompts_per_step": 2, "images_per_prompt": 4, "inference_steps": 4, "rank": 4, "alpha": 8.0,
+    "reward": ("brightness",), "validate_every": 2, "validation_prompts": 2, "validation_images": 1,
+    "validation_steps": 2, "checkpoint_every": 1, "sheet_every": 0, "ema": 0.5, "keep": "last", "anchor_count": 3,
+    "batch_size": 64,
 }  # fmt: skip
 
 
@@ -48,15 +49,15 @@ def short_config(output, **changes):
     return TrainConfig(output=str(output), **{**SHORT, **changes})
 
 
-def make_policy(*, disturbed=True, **changes):
-    """An policy and its LoRA's parameters, moved off their zeros unless told otherwise."""
+def make_policy(*, disturbed=True, pipe=None, **changes):
+    """A policy and its LoRA's parameters, moved off their zeros unless told otherwise."""
     config = short_config("unused", **changes)
-    pipe = tiny_pipeline()
+    pipe = pipe or tiny_pipeline()
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
         module.requires_grad_(False)
-    encoder, parameters = attach_lora(pipe.text_encoder, rank=config.rank, alpha=config.alpha, seed=1)
+    encoder, parameters = attach_lora(pipe.text_encoder, config, seed=1)
     if disturbed:
         generator = torch.Generator().manual_seed(2)
         for parameter in parameters.values():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return Policy(pipe, encoder, make_scheduler(), config), parameters
+    return StableDiffusion(pipe, encoder, make_scheduler(), config), parameters

@@ -6,10 +6,17 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from texforce_hub.train.algorithms.ppo import group_advantages, ppo_losses
-from texforce_hub.train.policies.ddim import log_probability, make_steps, step_distribution, step_divergence
+from tests.support.training import make_policy
+from texforce_hub.errors import TrainingError
+from texforce_hub.rewards.reward import Reward
+from texforce_hub.train.algorithms.ppo import draw_timesteps, ppo_losses
+from texforce_hub.train.algorithms.streaming import sample_scored
+from texforce_hub.train.diagnostics import describe_scores
+from texforce_hub.train.judge import Judge, group_advantages
+from texforce_hub.train.policies.ddim import grade_steps, log_probability, make_steps, sensitivity, step_distribution
 
 KINDS = ["epsilon", "v_prediction", "sample"]
+SPACINGS = ["leading", "trailing", "linspace"]
 
 
 def scheduler_of(kind, spacing, *, to_one=False):
@@ -19,8 +26,12 @@ def scheduler_of(kind, spacing, *, to_one=False):
     )  # fmt: skip
 
 
+def steps_of(kind, spacing, count, *, to_one=False):
+    return make_steps(scheduler_of(kind, spacing, to_one=to_one), count, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("to_one", [False, True])
 def test_mean_and_std_are_the_ddim_step_of_diffusers(kind, spacing, eta, to_one):
@@ -35,7 +46,7 @@ def test_mean_and_std_are_the_ddim_step_of_diffusers(kind, spacing, eta, to_one)
 
 
 def test_a_picture_may_be_at_any_step_of_its_own():
-    steps = make_steps(scheduler_of("epsilon", "leading"), 5, torch.device("cpu"))
+    steps = steps_of("epsilon", "leading", 5)
     latents, prediction = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     together, spread = step_distribution(latents, prediction, torch.tensor([4, 0, 2]), steps, 1.0)
     for i, k in enumerate((4, 0, 2)):
@@ -51,47 +62,107 @@ def test_log_probability_is_the_mean_of_the_normal_distributions():
     torch.testing.assert_close(log_probability(latents, mean, std), expected)
 
 
-def test_log_probability_of_a_step_without_noise_is_finite():
-    latents = torch.zeros(1, 1, 2, 2)
-    assert log_probability(latents, latents, torch.zeros(1, 1, 1, 1)).isfinite().all()
+def test_sensitivity_is_the_slope_of_the_step_in_deviations():
+    steps = steps_of("epsilon", "leading", 10)
+    latents = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for k, w in enumerate(sensitivity(steps, 1.0).tolist()):
+        prediction = torch.zeros(1, 1, 4, 4, requires_grad=True)
+        mean, std = step_distribution(latents, prediction, torch.tensor([k]), steps, 1.0)
+        (slope,) = torch.autograd.grad(mean[0, 0, 0, 0], prediction)
+        assert w == pytest.approx((slope.abs().max() / std).item(), rel=1e-4)
+    assert w == pytest.approx(1.0, rel=0.05)  # the last step of Stable Diffusion's spacing is harmless …
+    assert sensitivity(steps, 1.0)[-2] > 8  # … the one before it is where nearly all noise comes from
 
 
-def test_step_divergence_is_that_of_two_normals():
-    mean, other = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    std = torch.full((3, 1, 1, 1), 0.7)
-    p, q = (torch.distributions.Normal(m, std.expand_as(m)) for m in (mean, other))
-    expected = torch.distributions.kl_divergence(p, q).mean((1, 2, 3))
-    torch.testing.assert_close(step_divergence(mean, other, std), expected)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_graded_step_carries_more_than_twice_its_share_of_the_noise(kind, spacing):
+    for count in range(4, 51):
+        steps = steps_of(kind, spacing, count)
+        graded = grade_steps(steps, 1.0, 0.5)
+        shares = sensitivity(steps, 1.0)[graded] ** 2
+        assert shares.max() <= 2 * shares.mean() + 1e-6, (count, graded, shares)
+        assert graded == sorted(graded)
+        assert len(graded) <= (count + 1) // 2
+
+
+def test_graded_steps_of_the_default_recipe_are_the_first_half_of_the_chain():
+    steps = steps_of("epsilon", "leading", 10)
+    assert grade_steps(steps, 1.0, 0.5) == [0, 1, 2, 3, 4]
+    assert grade_steps(steps, 1.0, 1.0) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+
+
+def test_a_chain_without_noise_is_refused_with_the_way_out():
+    for count, to_one in ((1, True), (1, False)):
+        with pytest.raises(TrainingError, match=r"none of the 1 denoising steps .*--algorithm direct"):
+            grade_steps(steps_of("epsilon", "trailing", count, to_one=to_one), 1.0, 0.5)
+
+
+rows_of_rewards = st.lists(
+    st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=4).filter(lambda row: max(row) - min(row) > 1e-2),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=4), min_size=1, max_size=4),
-    st.permutations(range(4)),
-    st.sampled_from([0.5, 1.0, 8.0]),
-)
+@given(rows_of_rewards, st.permutations(range(4)), st.sampled_from([0.5, 1.0, 8.0]))
 def test_advantages_are_centred_bounded_and_follow_their_pictures(rows, order, shift):
-    rewards = torch.tensor(rows)
-    advantages = group_advantages(rewards, floor=0.05, clip=5.0)
+    rewards = torch.tensor([rows], dtype=torch.float64)
+    advantages = group_advantages(rewards, [1.0], floor=0.05, clip=5.0)
     assert advantages.abs().max() <= 5
-    torch.testing.assert_close(
-        group_advantages(rewards[:, order], floor=0.05, clip=5.0), advantages[:, order], rtol=1e-3, atol=1e-3
-    )
-    moved = group_advantages(rewards.double() + shift, floor=0.05, clip=5.0)
-    torch.testing.assert_close(moved, group_advantages(rewards.double(), floor=0.05, clip=5.0), rtol=1e-6, atol=1e-6)
+    turned = group_advantages(rewards[..., order], [1.0], floor=0.05, clip=5.0)
+    torch.testing.assert_close(turned, advantages[:, order], rtol=1e-6, atol=1e-6)
+    moved = group_advantages(rewards + shift, [1.0], floor=0.05, clip=5.0)
+    torch.testing.assert_close(moved, advantages, rtol=1e-6, atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(rows_of_rewards, st.sampled_from([1e-3, 1e3, 1e6]))
+def test_multiplying_a_reward_changes_nothing(rows, factor):
+    rewards = torch.tensor([rows, [row[::-1] for row in rows]], dtype=torch.float64)
+    scaled = rewards * torch.tensor([1.0, factor], dtype=torch.float64).view(2, 1, 1)
+    before, after = (group_advantages(r, [1.0, 0.5], floor=0.1, clip=5.0) for r in (rewards, scaled))
+    torch.testing.assert_close(after, before, rtol=1e-6, atol=1e-6)
+
+
+def test_rewards_that_contradict_each_other_are_damped():
+    reward = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    alone = group_advantages(reward[None], [1.0], floor=0.1, clip=5.0)
+    against = group_advantages(torch.stack([reward, -reward + torch.rand(1, 4) * 0.2]), [1.0, 1.0], floor=0.1, clip=5.0)
+    assert against.abs().max() < 0.5 * alone.abs().max()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1e6])
 def test_equal_rewards_give_exactly_no_advantage(value):
     for floor in (0.0, 0.05):
-        assert not group_advantages(torch.full((2, 7), value), floor=floor, clip=5.0).any()
+        assert not group_advantages(torch.full((1, 2, 7), value), [1.0], floor=floor, clip=5.0).any()
+
+
+def test_a_group_that_differs_by_rounding_alone_gives_no_advantage():
+    rewards = torch.tensor([[[0.3, 0.3 + 1e-8, 0.3 - 3e-8, 0.3]]])
+    assert not group_advantages(rewards, [1.0], floor=0.1, clip=5.0).any()
 
 
 def test_a_group_is_judged_by_itself_alone():
-    rewards = torch.tensor([[0.0, 1.0, 2.0], [100.0, 300.0, 200.0]])
-    both = group_advantages(rewards, floor=0.05, clip=5.0)
-    assert torch.equal(both[:1], group_advantages(rewards[:1], floor=0.05, clip=5.0))
+    rewards = torch.tensor([[[0.0, 1.0, 2.0], [100.0, 300.0, 200.0]]])
+    both = group_advantages(rewards, [1.0], floor=0.05, clip=5.0)
+    assert torch.equal(both[:1], group_advantages(rewards[:, :1], [1.0], floor=0.05, clip=5.0))
     assert both[1].argmax() == 1
+
+
+def test_leaving_the_picture_itself_out_is_comparing_with_the_others():
+    rewards = torch.tensor([[[0.0, 1.0, 5.0]]])
+    advantages = group_advantages(rewards, [1.0], floor=1e6, clip=5.0, one_out=True)
+    others = torch.stack([r - (rewards.sum() - r) / 2 for r in rewards.flatten()])
+    torch.testing.assert_close(advantages.flatten() / advantages.max(), others / others.max(), rtol=1e-4, atol=1e-5)
+
+
+def test_flat_groups_are_counted():
+    policy, _ = make_policy()
+    judge = Judge([Reward("mine", lambda images, prompts: torch.tensor([1.0, 1, 1, 1, 0, 1, 2, 3]))], policy.config)
+    judge.advantages(torch.zeros(8, 3, 4, 4), ["a"] * 8)
+    assert judge.flat_groups == 1
 
 
 def test_ppo_earns_nothing_beyond_the_clip_range_and_can_still_lose():
@@ -107,3 +178,35 @@ def test_ppo_earns_nothing_beyond_the_clip_range_and_can_still_lose():
     assert gradient[[1, 4]].tolist() == [0, 0]
     torch.testing.assert_close(gradient[0], torch.tensor(-1.0))
     torch.testing.assert_close(gradient[2], ratio[2])
+
+
+def test_timesteps_are_drawn_without_repetition_from_the_graded_ones():
+    rows, at = draw_timesteps(torch.tensor([5, 9]), [0, 1, 3], 2, torch.Generator().manual_seed(0))
+    assert rows.tolist() == [5, 5, 9, 9]
+    assert set(at.tolist()) <= {0, 1, 3}
+    assert all(len(set(pair.tolist())) == 2 for pair in at.split(2))
+
+
+def test_diagnostics_find_signal_where_it_is_and_noise_where_it_is():
+    policy, _ = make_policy(prompts_per_step=1, images_per_prompt=64)
+    generator = torch.Generator().manual_seed(0)
+    rewards = torch.randn(64, generator=generator)
+    judge = Judge([Reward("a", lambda i, p: rewards), Reward("b", lambda i, p: -rewards)], policy.config)
+    judge.advantages(torch.zeros(64, 3, 4, 4), ["a"] * 64)
+    judge.rewards = judge.rewards[:1]
+    judge.scores = judge.scores[:1]
+    signal = rewards.view(-1, 1, 1) * torch.ones(64, 2, 3)
+    noise = 10 * torch.randn(64, 2, 3, generator=generator)
+    facts = describe_scores({0: signal + noise / 10, 3: noise}, judge)
+    assert facts["snr2/0"] > 3 > abs(facts["snr2/3"])
+    assert facts["noise/3"] > 0.9
+    assert facts["noise/0"] + facts["noise/3"] == pytest.approx(1)
+
+
+def test_cosines_between_rewards_are_reported():
+    policy, _ = make_policy()
+    rewards = torch.tensor([0.0, 1, 2, 3, 5, 1, 2, 3])
+    judge = Judge([Reward("up", lambda i, p: rewards), Reward("down", lambda i, p: -2 * rewards)], policy.config)
+    _, scores = sample_scored(policy, policy.rows(["a red circle", "a lime disc"], 4), torch.Generator())
+    judge.advantages(torch.zeros(8, 3, 4, 4), ["a"] * 8)
+    assert describe_scores({k: s[0] for k, s in scores.items()}, judge)["cosine/up/down"] == pytest.approx(-1, abs=1e-4)

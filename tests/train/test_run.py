@@ -6,17 +6,22 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from tests.support.training import short_config, tiny_pipeline
-from texforce_hub.errors import ConfigError, PromptError, TrainingError
+from tests.support.training import make_policy, short_config, tiny_pipeline
+from texforce_hub.cli import app
+from texforce_hub.errors import ConfigError, NotBetterError, PromptError, TrainingError
 from texforce_hub.files.checkpoint import list_checkpoints, read_checkpoint, write_checkpoint
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.generate.prompts.sets import load_prompts
+from texforce_hub.hub.read import read_adapter
 from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.settings import read_settings, write_settings
 from texforce_hub.train.config import TrainConfig, make_config
@@ -72,7 +77,7 @@ def test_the_file_does_in_a_plain_pipeline_what_the_trained_encoder_does(whole):
 
     pipe = tiny_pipeline()
     state = saved(whole)
-    encoder, parameters = attach_lora(pipe.text_encoder, rank=4, alpha=8.0, seed=0)
+    encoder, parameters = attach_lora(pipe.text_encoder, short_config(whole), seed=0)
     for name, parameter in parameters.items():
         parameter.data.copy_(state.tensors[f"average/{name}"])
     ids = pipe.tokenizer("a lime disc", padding="max_length", return_tensors="pt").input_ids
@@ -102,6 +107,21 @@ def test_the_pipeline_is_left_as_it_was(tmp_path):
 
 class Stopped(Exception):
     pass
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "direct"])
+def test_a_stopped_run_of_every_algorithm_goes_on_with_the_same_bits(tmp_path, algorithm):
+    def interrupt(report):
+        raise Stopped
+
+    settings = {"algorithm": algorithm, "updates": 2, "steps": 2, "validate_every": 0}
+    run(tmp_path / "whole", **settings)
+    with pytest.raises(Stopped):
+        run(tmp_path / "stopped", **settings, on_step=interrupt)
+    run(tmp_path / "stopped", **settings)
+    assert bits(tmp_path / "stopped") == bits(tmp_path / "whole")
+    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["grad_norm"] > 0 for m in metrics)
 
 
 @pytest.mark.parametrize("stop", [1, 2])
@@ -135,8 +155,6 @@ def test_other_settings_in_the_same_folder_are_refused(whole):
 
 @pytest.mark.parametrize("bad", ["nan", "raise"])
 def test_a_bad_reward_stops_with_prompt_and_step_and_loses_nothing(tmp_path, monkeypatch, bad):
-    import types
-
     module = types.ModuleType("failing_rewards")
     calls = []
 
@@ -163,24 +181,86 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path):
     run(tmp_path, steps=1, on_step=second)
 
 
-def test_the_best_weights_are_kept_and_remembered(tmp_path):
-    adapter = run(tmp_path, keep="best", validate_every=1, learning_rate=0.05)
-    state = saved(tmp_path)
-    scores = dict(state.facts["validations"])
-    assert sorted(scores) == [0, 1, 2, 3]
-    assert int(adapter.metadata["texforce_hub.steps"]) == max(scores, key=lambda step: scores[step])
+def brighter_each_call(monkeypatch, values):
+    """A reward for the test to script: the mean of every call's scores, apart from the pictures' own differences."""
+    module, calls = types.ModuleType("scripted"), iter(values)
+
+    def score(images, prompts):
+        return next(calls) + images.mean((1, 2, 3)) * 1e-3
+
+    monkeypatch.setattr(module, "score", score, raising=False)
+    monkeypatch.setitem(sys.modules, "scripted", module)
+    return ("python:scripted:score",)
+
+
+def test_the_best_weights_among_the_steps_are_kept_and_remembered(tmp_path, monkeypatch):
+    reward = brighter_each_call(monkeypatch, [0.5, 0, 0.6, 0, 0.9, 0, 0.7])  # a validation, then a rollout each
+    adapter = run(tmp_path, keep="best", validate_every=1, reward=reward)
+    assert [round(score, 1) for _, score in saved(tmp_path).facts["validations"]] == [0.5, 0.6, 0.9, 0.7]
+    assert adapter.metadata["texforce_hub.steps"] == "2"
+
+
+def test_a_run_that_beats_nothing_says_so_and_writes_no_adapter(tmp_path, monkeypatch):
+    reward = brighter_each_call(monkeypatch, [0.5, 0, 0.1, 0, 0.2, 0, 0.3])
+    with pytest.raises(NotBetterError, match=r"no step beat the base .*0\.30. at best, 0\.50. before.*checkpoint-3"):
+        run(tmp_path, keep="best", validate_every=1, reward=reward)
+    assert not (tmp_path / ADAPTER).exists()
+    assert saved(tmp_path).step == 3
+
+
+def test_a_run_that_beats_nothing_leaves_the_command_line_with_1(tmp_path, monkeypatch):
+    reward = brighter_each_call(monkeypatch, [0.5, 0, 0.1])
+    (tmp_path / "run.toml").write_text("prompts_per_step = 1\nimages_per_prompt = 2\ninference_steps = 2\n")
+    arguments = ["--config", str(tmp_path / "run.toml"), "--reward", reward[0], "--steps", "1"]
+    result = CliRunner().invoke(app, ["train", "--output", str(tmp_path / "run"), *arguments])
+    assert result.exit_code == 1
+    assert "no step beat the base" in result.output
+    assert not (tmp_path / "run" / ADAPTER).exists()
+
+
+def test_a_reward_that_is_only_watched_raises_the_alarm_when_it_falls(tmp_path, monkeypatch, caplog):
+    reward = brighter_each_call(monkeypatch, [0.5, 0, 0.6, 0, 0.7, 0, 0.8])
+    other = types.ModuleType("watched")
+    values = iter([1.0, 0.9, 0.2, 0.1])
+    monkeypatch.setattr(other, "score", lambda i, p: next(values) + i.mean((1, 2, 3)) * 1e-6, raising=False)
+    monkeypatch.setitem(sys.modules, "watched", other)
+    settings = {"keep": "best", "validate_every": 1, "reward": reward, "watch": ("python:watched:score",)}
+    run(tmp_path, **settings, validation_prompts=4)
+    assert "reward hacking suspected" in caplog.text
+    assert [round(score, 1) for _, score in saved(tmp_path).facts["watched"]] == [1.0, 0.9, 0.2, 0.1]
+
+
+def test_a_run_ends_early_when_nothing_gets_better(tmp_path, monkeypatch):
+    reward = brighter_each_call(monkeypatch, [0.1, 0, 0.9, 0, 0.2, 0, 0.3])
+    steps = []
+    settings = {"keep": "best", "validate_every": 1, "reward": reward, "patience": 2}
+    adapter = run(tmp_path, steps=50, on_step=lambda report: steps.append(report.step), **settings)
+    assert steps == [1, 2, 3]
+    assert adapter.metadata["texforce_hub.steps"] == "1"
+
+
+def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path):
+    steps = []
+    run(tmp_path, max_minutes=1e-9, on_step=lambda report: steps.append(report.step))
+    assert steps == []
+    run(tmp_path, max_minutes=60.0, on_step=lambda report: steps.append(report.step))
+    assert steps == [1, 2, 3]
 
 
 def test_training_on_brightness_makes_the_shapes_pipeline_draw_brighter(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
-    settings = {"steps": 8, "images_per_prompt": 16, "inference_steps": 6, "train_timesteps": 5, "learning_rate": 3e-3}
-    settings |= {"guidance": 5.0, "advantage_floor": 0.05}
-    validation = {"validate_every": 8, "validation_images": 8, "validation_steps": 8}
-    config = short_config(
-        tmp_path / "run",
-        prompts=str(tmp_path / "prompts.txt"),
-        **{"ema": 0.0, "warmup": 0, "decay": "constant", "rank": 16, "alpha": 16.0, **settings, **validation},
-    )
+    settings: dict[str, Any] = {"steps": 6, "images_per_prompt": 8, "inference_steps": 6, "learning_rate": 3e-3}
+    settings |= {
+        "guidance": 5.0,
+        "anchor": 0.0,
+        "warmup": 0,
+        "decay": "constant",
+        "rank": 16,
+        "alpha": 16.0,
+        "ema": 0.0,
+    }
+    settings |= {"validate_every": 6, "validation_images": 8, "validation_steps": 6}
+    config = short_config(tmp_path / "run", prompts=str(tmp_path / "prompts.txt"), **settings)
     train_adapter(config, pipeline=load_pipeline("shapes", device="cpu"))
     before, after = saved(tmp_path / "run").facts["validations"]
     assert after[1] > before[1] + 0.015
@@ -217,12 +297,14 @@ def test_an_unreadable_checkpoint_is_passed_over(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
-def test_the_learning_rate_warms_up_and_decays(decay):
-    config = short_config("unused", steps=10, warmup=4, decay=decay)
-    shares = [learning_rate_share(config, step) for step in range(10)]
+def test_the_learning_rate_warms_up_and_decays_whatever_the_runs_length(decay):
+    config = short_config("unused", steps=10, decay_steps=10, warmup=4, decay=decay)
+    shares = [learning_rate_share(config, step) for step in range(20)]
     assert shares[0] == pytest.approx(0.25)
     assert all(0 < share <= 1 for share in shares)
     assert (shares[-1] == 1) == (decay == "constant")
+    longer = short_config("unused", steps=20, decay_steps=10, warmup=4, decay=decay)
+    assert [learning_rate_share(longer, step) for step in range(20)] == shares  # an extended run does not jump
 
 
 @pytest.mark.parametrize(
@@ -231,13 +313,15 @@ def test_the_learning_rate_warms_up_and_decays(decay):
         ({"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
         ({"steps": "many"}, "expected a whole number"),
         ({"steps": True}, "expected a whole number"),
-        ({"kl": -1.0}, "at least 0"),
+        ({"anchor": -1.0}, "at least 0"),
+        ({"kl": 0.1}, "no option 'kl' any more: the anchor"),
+        ({"skip_last": 2}, "no option 'skip_last' any more: .*share"),
         ({"clip": 0.0}, "more than 0"),
         ({"clip": float("nan")}, "expected a number"),
         ({"uncond": "none"}, "'detach' or 'base' or 'full'"),
         ({"canonical": 1.5}, "from 0 to 1"),
-        ({"skip_last": 10}, "leaves none"),
-        ({"updates": 200}, "only 128 pictures"),
+        ({"updates": 200}, "only 16 pictures"),
+        ({"algorithm": "grpo"}, "'streaming' or 'ppo' or 'direct'"),
         ({"reward": []}, "no reward"),
     ],
 )
@@ -247,7 +331,7 @@ def test_an_impossible_setting_is_refused_by_name(settings, says):
 
 
 def test_a_config_survives_toml(tmp_path):
-    config = TrainConfig(output='a "b"\\c é', reward=("jpeg=-1", "brightness"), prompts="p.txt", kl=0.1)
+    config = TrainConfig(output='a "b"\\c é', reward=("jpeg=-1", "brightness"), prompts="p.txt", anchor=0.1)
     (tmp_path / "run.toml").write_text(write_settings(asdict(config)), encoding="utf-8")
     assert make_config(read_settings(tmp_path / "run.toml")) == config
 
@@ -260,7 +344,7 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
         read_settings(tmp_path / "none.toml")
 
 
-def test_shapes_prompts_are_seen_combinations_half_of_them_canonical():
+def test_shapes_prompts_are_seen_combinations_and_half_of_them_canonical_if_asked():
     from texforce_hub.shapes.grammar import NOISY_COLOURS, SPLITS, combination_class, parse
 
     prompts = load_prompts(None, base="shapes", canonical=0.5)
@@ -270,6 +354,11 @@ def test_shapes_prompts_are_seen_combinations_half_of_them_canonical():
         assert len(set(texts)) == 8
         assert all(combination_class(parse(text)) in SPLITS["train"] for text in texts)
         assert sum(any(word in text.split() for word in NOISY_COLOURS.values()) for text in texts) == 4
+    noisy = load_prompts(None, base="shapes", canonical=0.0)
+    held_out = noisy.sample(32)
+    assert sum(any(word in text.split() for word in NOISY_COLOURS.values()) for text in held_out) == 16
+    assert not set(held_out) & {text for step in range(300) for text in noisy.draw(step, 4, seed=0)}
+    assert not set(held_out) & {text for step in range(30) for text in noisy.anchors(step, 32, seed=0)}
 
 
 def test_listed_prompts_come_all_before_any_comes_again(tmp_path):
@@ -278,6 +367,120 @@ def test_listed_prompts_come_all_before_any_comes_again(tmp_path):
     drawn = [text for step in range(3) for text in prompts.draw(step, 2, seed=0)]
     assert sorted(drawn[:3]) == sorted(drawn[3:]) == ["one", "three", "two"]
     assert len(prompts.sample(2)) == 2
+
+
+def test_what_a_run_is_judged_by_it_is_never_trained_on(tmp_path):
+    lines = [f"a photo of animal number {i}" for i in range(200)]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    prompts = load_prompts(str(tmp_path / "p.txt"), base="anything", canonical=0.0)
+    held_out = set(prompts.sample(1000))
+    drawn = {text for step in range(100) for text in prompts.draw(step, 4, seed=0)}
+    assert 10 <= len(held_out) <= 30
+    assert drawn | held_out == set(lines)
+    assert not drawn & held_out
+    (tmp_path / "p.txt").write_text("\n".join(["another", *reversed(lines)]))  # a prompt keeps its side of the split
+    assert held_out <= set(load_prompts(str(tmp_path / "p.txt"), base="x", canonical=0.0).sample(1000)) | {"another"}
+
+
+def test_prompts_to_leave_alone_come_from_their_file(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\na dog\n")
+    (tmp_path / "anchors.txt").write_text("a house\na tree\n")
+    own, other = (
+        load_prompts(str(tmp_path / "p.txt"), base="x", canonical=0.0, anchors=a)
+        for a in (None, str(tmp_path / "anchors.txt"))
+    )
+    assert set(own.anchors(0, 32, 0)) == {"a cat", "a dog"}
+    assert set(other.anchors(0, 32, 0)) == {"a house", "a tree"}
+
+
+LONG = "a red circle " * 10
+
+
+def test_a_prompt_that_would_be_cut_is_refused_unless_that_is_wanted(tmp_path):
+    (tmp_path / "p.txt").write_text(f"a red circle\n{LONG}\n")
+    with pytest.raises(PromptError, match=r"longer than the text encoder's 16 tokens: 'circle.*--allow-cut"):
+        run(tmp_path / "run", prompts=str(tmp_path / "p.txt"))
+    run(tmp_path / "run", prompts=str(tmp_path / "p.txt"), allow_cut=True, steps=1)
+
+
+def test_a_run_goes_on_from_an_adapter(whole, tmp_path):
+    start = read_adapter(whole / ADAPTER)
+    began = run(tmp_path / "same", init=str(whole), steps=1, learning_rate=1e-12, weight_decay=0.0, rank=6)
+    for name in start.layers:
+        torch.testing.assert_close(began.delta(name), start.delta(name), rtol=1e-5, atol=1e-7)
+    assert began.layers[next(iter(start.layers))].rank == 6  # a lower rank can grow
+    with pytest.raises(TrainingError, match=r"rank 4 .*expected at most rank 2 .*--rank 4"):
+        run(tmp_path / "small", init=str(whole), rank=2)
+    with pytest.raises(TrainingError, match="is not trained here"):
+        run(tmp_path / "other", init=str(whole), target="mlp")
+
+
+def test_the_layers_that_are_trained_and_their_ranks_can_be_chosen(tmp_path):
+    patterns = {"rank_pattern": ("layers.0.self_attn.q_proj=2",), "alpha_pattern": ("fc1=3",)}
+    adapter = run(tmp_path, target="all", steps=1, **patterns)
+    assert len(adapter.layers) == 3 * 6
+    ranks = {name: layer.rank for name, layer in adapter.layers.items()}
+    assert [name for name, rank in ranks.items() if rank == 2] == [
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    ]
+    with pytest.raises(ConfigError, match="expected PATTERN=NUMBER"):
+        run(tmp_path / "bad", rank_pattern=("layers.0",))
+
+
+def test_running_out_of_memory_takes_smaller_slices_and_says_so(whole, tmp_path, monkeypatch, caplog):
+    from texforce_hub.train.policies.stable_diffusion import StableDiffusion
+
+    predict = StableDiffusion.predict
+
+    def predict_few(self, latents, timesteps, rows):
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("too many")
+        return predict(self, latents, timesteps, rows)
+
+    monkeypatch.setattr(StableDiffusion, "predict", predict_few)
+    adapter = run(tmp_path, batch_size=8, validate_every=0)
+    assert [record.message for record in caplog.records if "out of memory" in record.message] == [
+        "out of memory with 8 pictures in a U-Net call; going on with 4",
+        "out of memory with 4 pictures in a U-Net call; going on with 2",
+    ]
+    undisturbed = read_adapter(whole / ADAPTER)
+    for name in adapter.layers:
+        torch.testing.assert_close(adapter.delta(name), undisturbed.delta(name), rtol=1e-2, atol=1e-4)
+
+
+def test_the_batch_is_found_by_a_probe_and_kept_for_the_rest_of_the_run(tmp_path, monkeypatch):
+    from texforce_hub.train import memory
+
+    policy, _ = make_policy()
+    row = memory.saved_bytes(policy)
+    assert memory.saved_bytes(make_policy(checkpointing=True)[0]) < 0.5 * row
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: int(5.5 * row / 0.7))
+    assert memory.fit_batch(policy) == 5
+    run(tmp_path, batch_size=0, steps=1)
+    assert saved(tmp_path).facts["batch_size"] == 5
+    monkeypatch.setattr(memory, "_free_bytes", lambda device: 1)
+    run(tmp_path, batch_size=0, steps=2)
+    assert saved(tmp_path).facts["batch_size"] == 5
+
+
+def test_a_killed_run_draws_the_sheet_that_it_owes(tmp_path):
+    run(tmp_path, sheet_every=2, steps=2)
+    (tmp_path / "samples" / "step-2.png").unlink()
+    (tmp_path / "lines.txt").write_text("a red circle\n")
+    run(tmp_path, sheet_every=2, steps=3, samples=str(tmp_path / "lines.txt"))
+    assert (tmp_path / "samples" / "step-2.png").is_file()
+
+
+def test_a_damaged_newest_checkpoint_is_replaced(tmp_path):
+    run(tmp_path, checkpoint_every=2, steps=4)
+    (tmp_path / "checkpoint-4" / "state.safetensors").write_bytes(b"torn")
+    counts = []
+    for _ in range(2):
+        steps = []
+        run(tmp_path, checkpoint_every=2, steps=4, on_step=lambda report: steps.append(report.step))  # noqa: B023
+        counts.append(steps)
+    assert counts == [[3, 4], []]
+    assert not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize(("source", "base"), [(None, "me/other"), ("shapes:size", "shapes"), ("no/such.txt", "shapes")])

@@ -13,10 +13,14 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from texforce_hub.cli.console import put, put_json, say
+from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.errors import ConfigError, NotBetterError
 
 if TYPE_CHECKING:
     from texforce_hub.train.run import StepReport
+
+
+_NO_SETTINGS = ("config", "preset", "dry_run", "as_json")
 
 
 def register(app: typer.Typer) -> None:
@@ -27,39 +31,77 @@ def register(app: typer.Typer) -> None:
 def train(
     output: Annotated[Path | None, typer.Option(help="Folder of the run; a run found there goes on.")] = None,
     base: Annotated[str | None, typer.Option(help="shapes (default), a folder, a single file, or a Hub id.")] = None,
+    unet: Annotated[str | None, typer.Option(help="Another U-Net for it, to train the adapter for that one.")] = None,
+    init: Annotated[str | None, typer.Option(help="An adapter to go on from, with any reward and prompts.")] = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(help="NAME or NAME=WEIGHT, repeatable: a built-in such as alignment, or python:module:function."),
     ] = None,
+    watch: Annotated[
+        list[str] | None, typer.Option(help="A reward that is not trained on, to notice when the others are fooled.")
+    ] = None,
     prompts: Annotated[
         str | None, typer.Option(help="File, one prompt a line; for shapes also shapes:colour, shapes:shape.")
     ] = None,
+    anchor_prompts: Annotated[str | None, typer.Option(help="File of prompts that are to stay as they are.")] = None,
+    samples: Annotated[str | None, typer.Option(help="File of prompts to draw on the run's sheets.")] = None,
+    algorithm: Annotated[str | None, typer.Option(help="streaming (default), ppo, or direct.")] = None,
     steps: Annotated[int | None, typer.Option(help="Rollouts, each followed by its updates.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="End after so long.")] = None,
+    inference_steps: Annotated[int | None, typer.Option(help="Denoising steps of a rollout.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings; options win.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Settings for a GPU's memory: 8gb, 24gb or 80gb.")] = None,
     uncond: Annotated[
         str | None, typer.Option(help="How the negative prompt is encoded in training: detach, base or full.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the LoRA.")] = None,
+    target: Annotated[str | None, typer.Option(help="Layers that carry it: attention (default), mlp, or all.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    kl: Annotated[float | None, typer.Option(help="Weight of the divergence from the base.")] = None,
+    anchor: Annotated[float | None, typer.Option(help="How strongly known prompts are held where they are.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of a running average of the LoRA.")] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", "--batch", help="Pictures in one U-Net call; lower it if memory runs out."),
+        typer.Option("--batch-size", "--batch", help="Pictures in one U-Net call; 0: as many as memory holds."),
     ] = None,
+    checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more work.")] = None,
+    offload: Annotated[bool | None, typer.Option(help="Keep the VAE on the CPU while it is not needed.")] = None,
+    allow_cut: Annotated[bool | None, typer.Option(help="Train on prompts that the text encoder cuts.")] = None,
+    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: float32, float16 or bfloat16.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is trained on and what it costs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a text-encoder LoRA with a reward (TexForce); writes the adapter, checkpoints, metrics and pictures."""
-    options = {name: value for name, value in locals().items() if name not in ("config", "as_json")}
-    from texforce_hub.settings import read_settings
-    from texforce_hub.train.config import make_config
+    options = {name: value for name, value in locals().items() if name not in _NO_SETTINGS and value is not None}
+    from texforce_hub.settings import read_settings, suggest_name
+    from texforce_hub.train.config import PRESETS, make_config
 
-    settings = read_settings(config) if config else {}
-    settings |= {k: str(v) if isinstance(v, Path) else v for k, v in options.items() if v is not None}
-    _run(make_config(settings), as_json)
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"no preset {preset!r}; {suggest_name(preset, PRESETS, otherwise='there are')}")
+    settings = PRESETS[preset] if preset else {}
+    settings = settings | (read_settings(config) if config else {})
+    settings |= {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    if dry_run:
+        _estimate(make_config({"output": "none", **settings}), as_json)
+    else:
+        _run(make_config(settings), as_json)
+
+
+def _estimate(config: Any, as_json: bool) -> None:
+    from texforce_hub.train.estimate import estimate
+
+    cost = estimate(config)
+    if as_json:
+        put_json(cost.as_dict())
+        return
+    rows = [
+        [str(s.timestep), f"{s.sensitivity:.2f}", f"{s.share:.1%}", "yes" if s.graded else "no"] for s in cost.steps
+    ]
+    put_table(["timestep", "sensitivity w", "share of w²", "trained on"], rows, title="denoising steps of a rollout")
+    for line in cost.lines():
+        put(line)
 
 
 def _run(config: Any, as_json: bool) -> None:
@@ -73,6 +115,9 @@ def _run(config: Any, as_json: bool) -> None:
         except KeyboardInterrupt:
             say(_how_to_resume(config))
             raise typer.Exit(130) from None
+        except NotBetterError as error:
+            say(str(error))
+            raise typer.Exit(1) from None
     step = int(adapter.metadata["texforce_hub.steps"])
     path = Path(config.output) / ADAPTER
     if as_json:

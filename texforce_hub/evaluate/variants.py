@@ -17,7 +17,9 @@ from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.generate.draw import DrawSettings, sample
+from texforce_hub.generate.prompts.emphasis import Emphasis
 from texforce_hub.generate.prompts.sets import refuse_markup
+from texforce_hub.generate.prompts.weighting import say_cut
 from texforce_hub.rewards.reward import Reward, score_images
 
 
@@ -54,6 +56,8 @@ def evaluate_variants(
     if not prompts:
         raise PromptError("no prompt to evaluate on; give at least one")
     refuse_markup(prompts)
+    texts = [text for text in (*prompts, sampling.negative_prompt) if text]
+    say_cut(pipe, [Emphasis(((text, 1.0),)) for text in texts], way_out="the reward is asked about all of it")
     scores: dict[str, dict[str, np.ndarray]] = {reward.name: {} for reward in rewards}
     for name, variant in variants.items():
         with in_place(pipe, variant):

@@ -8,6 +8,7 @@ seeded by the run's seed and the step's number.
 import json
 import logging
 import re
+import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,27 +40,40 @@ def write_checkpoint(folder: Path, state: State, *, keep: int) -> Path:
         FileError: the disk is full, or the folder cannot be written to; nothing half-written stays.
     """
     target = folder / f"checkpoint-{state.step}"
-    if target.exists():  # the same run at the same step: the same state
-        return target
+    if target.exists():
+        if _read(target) is not None:  # the same run at the same step: the same state
+            return target
+        _remove(target)
     with writing(target) as aside:
         aside.mkdir()
         write_tensors(aside / "state.safetensors", state.tensors)
         (aside / "state.json").write_text(json.dumps({"step": state.step, **state.facts}, indent=1), encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
-        # Renamed first: a half-removed folder must not look like a checkpoint.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.part")))
+        _remove(old)
     return target
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a half-removed folder must not look like a checkpoint.
+    aside = path.rename(path.with_name(f".{path.name}.{secrets.token_hex(4)}.part"))
+    shutil.rmtree(aside) if aside.is_dir() else aside.unlink()
 
 
 def read_checkpoint(folder: Path) -> State | None:
     """The newest readable checkpoint in ``folder``, or ``None``; an unreadable one is named and passed over."""
     for path in reversed(list_checkpoints(folder)):
-        try:
-            facts = json.loads((path / "state.json").read_bytes())
-            _, tensors = read_tensors(path / "state.safetensors")
-            return State(facts.pop("step"), tensors, facts)
-        except (OSError, ValueError, KeyError, FileError) as error:
-            _LOG.warning("cannot read %s (%s); trying the one before", path, error)
+        if (state := _read(path)) is not None:
+            return state
+    return None
+
+
+def _read(path: Path) -> State | None:
+    try:
+        facts = json.loads((path / "state.json").read_bytes())
+        _, tensors = read_tensors(path / "state.safetensors")
+        return State(facts.pop("step"), tensors, facts)
+    except (OSError, ValueError, KeyError, AttributeError, FileError) as error:
+        _LOG.warning("cannot read %s (%s); passed over", path, error)
     return None
 
 

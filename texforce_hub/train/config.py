@@ -17,62 +17,81 @@ class TrainConfig(Settings):
 
     output: str  # folder of the run: adapter, checkpoints, metrics, pictures
     base: str = "shapes"  # the pipeline: "shapes", a folder, a single file, or a Hub id
+    unet: str | None = None  # another U-Net for it: the adapter is then for that one
+    init: str | None = None  # an adapter to go on from; None: from nothing
     reward: tuple[str, ...] = ("alignment",)  # rewards, each NAME or NAME=WEIGHT
+    watch: tuple[str, ...] = ()  # rewards that are not trained on: if they part from the others, that is said
     prompts: str | None = None  # file with a prompt a line; "shapes:colour", "shapes:shape" or "shapes:both"
-    canonical: Share = 0.625  # of the shapes prompts, the share whose words the base already knows
+    canonical: Share = 0.0  # of the shapes prompts, the share whose words the base already knows
+    anchor_prompts: str | None = None  # file of prompts to leave alone; default: known words of shapes, else prompts
+    samples: str | None = None  # file of prompts to draw on the sheets; by default held-out ones
     negative_prompt: str = ""  # what guidance steers away from
-    steps: Count = 80  # rollouts, each followed by its updates
+    allow_cut: bool = False  # train on prompts that are longer than the text encoder, cut
+    steps: Count = 120  # rollouts, each followed by its updates
+    max_minutes: Annotated[float | None, ABOVE_ZERO] = None  # end after so long, as if those had been all steps
     seed: int = 0  # of everything random; the same seed gives the same adapter (on CPU, bit for bit)
     device: str | None = None  # where to run; by default a GPU if there is one
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the frozen weights; the LoRA is float32
     resolution: Annotated[int | None, at_least(8)] = None  # pictures' side in pixels; by default the U-Net's own
-    batch_size: Count = 64  # pictures in one U-Net call; lower it when memory runs out, the result is the same
+    batch_size: Natural = 0  # pictures in one U-Net call; 0: as many as memory holds, at most 64
+    checkpointing: bool = False  # recompute the U-Net's activations: 20 times less memory, 35 % more work
+    offload: bool = False  # keep the VAE on the CPU while it is not needed
+    tiling: bool = False  # decode large pictures in tiles
 
     rank: Count = 16  # of the LoRA
     alpha: Positive = 16.0  # the LoRA's change is alpha / rank · up @ down
+    target: Literal["attention", "mlp", "all"] = "attention"  # which layers of the text encoder carry it
+    rank_pattern: tuple[str, ...] = ()  # ranks of some layers, each PATTERN=RANK, such as "layers.0=8"
+    alpha_pattern: tuple[str, ...] = ()  # alphas of some layers, each PATTERN=ALPHA
 
-    prompts_per_step: Count = 8  # different prompts in a rollout
-    images_per_prompt: Annotated[int, at_least(2)] = 16  # pictures of each: the group that advantages are relative to
+    prompts_per_step: Count = 4  # different prompts in a rollout
+    images_per_prompt: Annotated[int, at_least(2)] = 4  # pictures of each: the group that advantages are relative to
     inference_steps: Count = 10  # denoising steps of a rollout
     guidance: NotNegative = 3.0  # of the rollouts, at most 1 for none; low, so that a prompt's pictures differ enough
     eta: Annotated[Share, ABOVE_ZERO] = 1.0  # noise of the DDIM steps: 1 is ancestral; 0 would leave no choice
     uncond: Literal["detach", "base", "full"] = "detach"  # negative prompt: adapted encoder without or with
     # gradient ("detach", "full"), or the frozen encoder ("base")
 
-    train_timesteps: Count = 5  # denoising steps of each picture that are trained on, drawn anew every time
-    skip_last: Natural = 1  # final denoising steps never trained on: their noise is too small to be a choice
-    updates: Count = 2  # optimiser steps per pass over a rollout, each on its share of the pictures
-    passes: Count = 1  # passes over a rollout
-    clip: Positive = 1e-2  # PPO: a ratio further from 1 than this earns no gradient
+    algorithm: Literal["streaming", "ppo", "direct"] = "streaming"  # how to learn from a rollout
+    share: Annotated[Share, ABOVE_ZERO] = 0.5  # of the steps that carry signal, the first so many are trained on
+    train_timesteps: Annotated[int | None, at_least(1)] = None  # ppo: of those, how many a picture; None: all
+    updates: Count = 1  # ppo: optimiser steps per pass over a rollout, each on its share of the pictures
+    passes: Count = 1  # ppo: passes over a rollout
+    clip: Positive = 1.64  # ppo: a log-ratio further from 0 than this, in nats, earns no gradient
+    direct: Literal["refl", "draft_lv", "truncated"] = "refl"  # direct: through which steps the reward is pushed
+    direct_steps: Count = 1  # direct, truncated: the last so many
+    leave_one_out: bool = False  # compare a picture with the others of its group, not with all
     advantage_clip: NotNegative = 5.0  # advantages are cut at ± this
-    advantage_floor: NotNegative = 1.0  # added to a group's deviation: where pictures hardly differ, keep still
-    kl: NotNegative = 0.0  # weight of the Kullback–Leibler divergence from the base, 0 = none
+    advantage_floor: NotNegative = 0.1  # added to a group's deviation, that of a single reward being 1
+    anchor: NotNegative = 3.0  # pull of the anchor prompts' embeddings to where they were, against a gradient of 1
+    anchor_count: Count = 32  # anchor prompts in an update; they cost the text encoder alone
 
     learning_rate: Positive = 2e-3  # of AdamW, after warm-up
     warmup: Natural = 3  # steps over which the learning rate rises to its value
-    decay: Literal["constant", "linear", "cosine"] = "linear"  # the learning rate's way to 0 at the last step
+    decay: Literal["constant", "linear", "cosine"] = "linear"  # the learning rate's way down
+    decay_steps: Count = 120  # how many steps that takes, whatever the run's length: a longer run does not jump
+    decay_floor: Share = 0.02  # of the learning rate, what is left then
     beta1: Share = 0.9  # AdamW
     beta2: Share = 0.99  # AdamW
     weight_decay: NotNegative = 1e-4  # AdamW
-    max_grad_norm: Positive = 1.0  # the gradient is scaled down to this norm
     ema: Share = 0.0  # decay of a running average of the LoRA, a step; what is then kept is the average
 
-    validate_every: Natural = 10  # steps between validations, 0 = none
-    validation_prompts: Count = 32  # prompts of a validation, like the training's own; the noise is always the same
-    validation_images: Count = 2  # pictures of each
-    validation_steps: Count = 15  # denoising steps of a validation picture, without noise (eta 0)
+    validate_every: Natural = 20  # steps between validations, 0 = none
+    validation_prompts: Count = 32  # prompts of a validation, none of them trained on; the noise is always the same
+    validation_images: Count = 1  # pictures of each
+    validation_steps: Count = 10  # denoising steps of a validation picture, without noise (eta 0)
     keep: Literal["best", "last"] = "best"  # the weights in the finished file: best in validation, or the last
+    patience: Natural = 0  # end after so many validations without a new best, 0 = never
 
     checkpoint_every: Count = 10  # steps between checkpoints
     checkpoints: Count = 2  # how many checkpoints stay on disk
-    sheet_every: Natural = 20  # steps between sample sheets, 0 = only before and after
+    sheet_every: Natural = 40  # steps between sample sheets, 0 = only before and after
+    track: tuple[str, ...] = ()  # also report to these: tensorboard, wandb, trackio
 
     def __post_init__(self) -> None:
         self.check()
         if not self.reward:
             raise ConfigError("no reward; expected at least one, such as 'alignment'")
-        if self.trainable_steps < 1:
-            raise ConfigError(f"skip_last = {self.skip_last} leaves none of {self.inference_steps} steps to train on")
         if self.updates > self.images:
             raise ConfigError(f"updates = {self.updates}, but a rollout has only {self.images} pictures to share out")
 
@@ -81,27 +100,42 @@ class TrainConfig(Settings):
         """Pictures in a rollout."""
         return self.prompts_per_step * self.images_per_prompt
 
-    @property
-    def trainable_steps(self) -> int:
-        """Denoising steps that may be trained on: all but the last few."""
-        return self.inference_steps - self.skip_last
-
 
 # What may differ when a run is taken up again: where it lies and runs, how long and how often – not what it does.
-RESUMABLE = frozenset({"output", "steps", "device", "checkpoint_every", "checkpoints", "sheet_every"})
+RESUMABLE = frozenset(
+    {"output", "steps", "max_minutes", "patience", "device", "checkpoint_every", "checkpoints", "sheet_every"}
+    | {"samples", "track", "offload"}
+)
+
+RENAMED = {"batch": "batch_size"}
+GONE = {
+    "skip_last": "denoising steps are chosen by the signal they carry: share = 0.5 takes the first half of those",
+    "kl": "the anchor holds what the base knew: anchor = 3.0",
+    "max_grad_norm": "the gradient is brought to norm 1 before every update",
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "8gb": {"dtype": "bfloat16", "batch_size": 2, "checkpointing": True, "offload": True, "tiling": True},
+    "24gb": {"dtype": "bfloat16", "batch_size": 16, "checkpointing": True},
+    "80gb": {"dtype": "bfloat16", "batch_size": 16},
+}
+"""Settings for Stable Diffusion 1.5 at 512 × 512 on a GPU of that memory; docs/training.md says how they were found."""
 
 
 def make_config(settings: dict[str, Any]) -> TrainConfig:
     """A config from settings by name; lists become tuples, a single reward a list of one.
 
     Raises:
-        ConfigError: a name that does not exist (the nearest is named), or a value that cannot be.
+        ConfigError: a name that does not exist (the nearest is named) or no longer does, or a value that cannot be.
     """
     if "output" not in settings:
         raise ConfigError('no output folder; give --output DIR, or output = "DIR" in the config file')
-    if isinstance(settings.get("reward"), str):
-        settings = settings | {"reward": [settings["reward"]]}
-    return TrainConfig.from_table(settings)
+    for name in settings:
+        if name in GONE:
+            raise ConfigError(f"there is no option {name!r} any more: {GONE[name]}")
+    settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+    lists = {name: [value] for name in ("reward", "watch", "track") if isinstance(value := settings.get(name), str)}
+    return TrainConfig.from_table(settings | lists)
 
 
 def differing(config: TrainConfig, other: TrainConfig) -> list[str]:

@@ -1,15 +1,18 @@
 """What a run changes: the LoRA, its optimiser, its running average, the best weights so far."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from texforce_hub.errors import TrainingError
 from texforce_hub.files.checkpoint import State
 from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.policies.policy import Policy
 
 
 class Learner:
@@ -22,13 +25,45 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.learning_rate, betas, weight_decay=decay)
         self.average, self.best = self._copies(), self._copies()
         self.step = self.best_step = 0
+        self.batch_size = config.batch_size
         self.validations: list[tuple[int, float]] = []
+        self.watched: list[tuple[int, float]] = []
+
+    @property
+    def beaten(self) -> bool:
+        """Whether some step's validation was better than the one before training; without validations, yes."""
+        first = dict(self.validations).get(0)
+        return self.config.keep == "last" or first is None or self.best_step > 0
 
     @property
     def kept(self) -> tuple[int, dict[str, Tensor]]:
         """Step and weights of what goes into the finished file, as ``keep`` says."""
-        best = self.config.keep == "best" and self.validations
+        best = self.config.keep == "best" and self.best_step > 0
         return (self.best_step, self.best) if best else (self.step, self.average)
+
+    def learn(self, policy: Policy, texts: Sequence[str], cotangents: Tensor, anchors: Sequence[str]) -> float:
+        """One optimiser step: the gradient at the texts' embeddings, and the pull of the anchors to where they were.
+
+        The gradient is brought to norm 1, so that the anchor weighs the same whatever the reward, the resolution and
+        the algorithm. Returns its norm before.
+
+        Raises:
+            TrainingError: the gradient is not finite; the parameters are as before.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.enable_grad():
+            torch.autograd.backward(policy.encode(texts), cotangents)
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        norm = float(nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise TrainingError('the gradient is not finite; use dtype = "float32" or "bfloat16"')
+        torch._foreach_div_(gradients, norm or 1.0)
+        if anchors and self.config.anchor:
+            with torch.enable_grad():
+                shift = policy.encode(anchors) - policy.reference.encode(anchors).detach()
+                torch.autograd.backward(self.config.anchor * shift.square().mean())
+        self.optimizer.step()
+        return norm
 
     def set_learning_rate(self) -> float:
         """The learning rate of the step to come."""
@@ -46,15 +81,15 @@ class Learner:
                 self.average[name].lerp_(parameter, 1 - decay)
 
     def note_validation(self, score: float) -> None:
-        """Remember a validation, and the weights if none was better; the earliest of equals stays."""
-        if not self.validations or score > max(s for _, s in self.validations):
+        """Remember a validation, and the weights if it beats every one before, the base's included."""
+        if self.step and all(score > other for _, other in self.validations):
             self.best_step = self.step
             self.best = {name: tensor.clone() for name, tensor in self.average.items()}
         self.validations.append((self.step, score))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The running average in the place of the parameters, and back."""
+        """The running average instead of the parameters, and back."""
         before = self._copies()
         try:
             self._put(self.average)
@@ -68,7 +103,8 @@ class Learner:
         tensors = {f"{kind}/{name}": tensor for kind, group in kinds.items() for name, tensor in group.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"adam/{name}/{k}": value for k, value in self.optimizer.state.get(parameter, {}).items()}
-        facts = {"best_step": self.best_step, "validations": [list(v) for v in self.validations]}
+        facts: dict[str, Any] = {"best_step": self.best_step, "batch_size": self.batch_size}
+        facts |= {name: [list(v) for v in getattr(self, name)] for name in ("validations", "watched")}
         facts |= {"config": asdict(self.config), "threads": torch.get_num_threads()}
         return State(self.step, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}, facts)
 
@@ -81,13 +117,16 @@ class Learner:
         self._put(stored("lora"))
         self.average, self.best = stored("average"), stored("best")
         self.step, self.best_step = state.step, state.facts["best_step"]
-        self.validations = [(step, score) for step, score in state.facts["validations"]]
+        self.batch_size = state.facts["batch_size"]
+        self.validations, self.watched = (
+            [(step, score) for step, score in state.facts[name]] for name in ("validations", "watched")
+        )
         self.optimizer.state.clear()
         for name, parameter in self.parameters.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if (value := state.tensors.get(f"adam/{name}/{key}")) is not None:
-                    place = "cpu" if key == "step" else parameter.device  # as AdamW wants it
-                    self.optimizer.state[parameter][key] = value.to(place, copy=True)
+                    device = "cpu" if key == "step" else parameter.device  # as AdamW wants it
+                    self.optimizer.state[parameter][key] = value.to(device, copy=True)
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -99,7 +138,8 @@ class Learner:
 
 
 def learning_rate_share(config: TrainConfig, step: int) -> float:
-    """Warm-up times decay at a step, counted from 0, in (0, 1]."""
+    """Warm-up times decay at a step, counted from 0, in (0, 1]; how many steps the run has does not matter."""
     warmup = min(1.0, (step + 1) / config.warmup) if config.warmup else 1.0
-    done = step / config.steps
-    return warmup * {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.decay]
+    done = min(1.0, step / config.decay_steps)
+    share = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config.decay]
+    return warmup * max(share, config.decay_floor)

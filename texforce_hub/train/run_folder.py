@@ -4,10 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 
+from texforce_hub.errors import ConfigError
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.images.curve import plot_curve
 from texforce_hub.generate.images.sheet import column_sheet
@@ -15,6 +17,7 @@ from texforce_hub.settings import write_settings
 from texforce_hub.train.config import TrainConfig
 
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that pipelines look for
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,15 @@ class RunFolder:
 
     def write_sheet(self, columns: Sequence[Tensor], rows: Sequence[str], names: Sequence[str], *, step: int) -> None:
         """``samples/step-N.png``: a row a prompt, a column a policy; columns are ``(rows, 3, h, w)`` in [0, 1]."""
-        with writing(self.path / "samples" / f"step-{step}.png") as aside:
+        with writing(self._sheet(step)) as aside:
             column_sheet(columns, rows=rows, names=names).save(aside, format="png")
+
+    def has_sheet(self, step: int) -> bool:
+        """Whether the sheet of a step is there."""
+        return self._sheet(step).is_file()
+
+    def _sheet(self, step: int) -> Path:
+        return self.path / "samples" / f"step-{step}.png"
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
@@ -57,3 +67,41 @@ class RunFolder:
     def _write_text(self, name: str, text: str) -> None:
         with writing(self.path / name) as aside:
             aside.write_text(text, encoding="utf-8")
+
+
+class Trackers:
+    """Somebody else's dashboards, through accelerate; ``metrics.jsonl`` is written with or without them."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.running: list[Any] = []
+
+    def __enter__(self) -> Self:
+        """Start all of them.
+
+        Raises:
+            ConfigError: one that is not known or not installed.
+        """
+        for name in self.config.track:
+            from accelerate import tracking
+            from accelerate.state import PartialState
+
+            PartialState()
+            if name not in TRACKERS or not getattr(tracking, f"is_{name}_available")():
+                raise ConfigError(f"track = {name!r}; expected one of {', '.join(TRACKERS)}, and pip install {name}")
+            tracker = tracking.LOGGER_TYPE_TO_CLASS[name]
+            place = {"logging_dir": self.config.output} if tracker.requires_logging_directory else {}
+            self.running.append(tracker(Path(self.config.output).name, **place))
+            self.running[-1].start()
+        return self
+
+    def log(self, report: dict[str, Any]) -> None:
+        """A step's report; what is no number stays out."""
+        numbers = {name: value for name, value in report.items() if isinstance(value, int | float)}
+        numbers |= {f"reward/{name}": value for name, value in report["rewards"].items()}
+        for tracker in self.running:
+            tracker.log(numbers, step=report["step"])
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for tracker in self.running:
+            tracker.finish()

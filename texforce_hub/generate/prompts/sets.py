@@ -4,6 +4,7 @@ A training step's prompts depend on the run's seed and the step's number alone, 
 the uninterrupted one would have asked.
 """
 
+import hashlib
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ _WORDS = {
     "both": frozenset({"colour", "shape"}),
     "canonical": frozenset[str](),
 }
+_SPLIT_FROM = 10  # prompts of a file from which on some are held out
 _HELD_OUT = 96  # prompts of an evaluation that names no file
 
 
@@ -32,27 +34,48 @@ class PromptSet(Protocol):
         """The prompts of a training step; all different if there are enough."""
 
     def sample(self, count: int) -> list[str]:
-        """A fixed selection for validation, at most ``count``."""
+        """A fixed selection for validation, at most ``count``, that :meth:`draw` never gives if that can be."""
+
+    def anchors(self, step: int, count: int, seed: int) -> list[str]:
+        """Prompts whose meaning is to stay as it is, for a training step."""
+
+    def texts(self) -> list[str]:
+        """All prompts, where they can be listed."""
 
 
 @dataclass(frozen=True)
 class ListedPrompts:
-    """The prompts of a file; every pass through them is shuffled anew."""
+    """The prompts of a file, one in ten of them held out; every pass through the others is shuffled anew."""
 
     prompts: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
+    anchored: tuple[str, ...] = ()
 
     def draw(self, step: int, count: int, seed: int) -> list[str]:
         """The next ``count`` prompts of the endless shuffled sequence."""
-        first = step * count
-        return [self._at(i, seed) for i in range(first, first + count)]
+        return _take_shuffled(self.prompts, step, count, seed)
 
     def sample(self, count: int) -> list[str]:
-        """Evenly spread over the file."""
-        return list(self.prompts[:: max(1, len(self.prompts) // count)][:count])
+        """Evenly spread over what is held out; over the file if it is too short for that."""
+        prompts = self.held_out or self.prompts
+        return list(prompts[:: max(1, len(prompts) // count)][:count])
 
-    def _at(self, index: int, seed: int) -> str:
-        turn, position = divmod(index, len(self.prompts))
-        return random.Random(f"{seed} {turn}").sample(self.prompts, len(self.prompts))[position]
+    def anchors(self, step: int, count: int, seed: int) -> list[str]:
+        """The next of the anchors' own sequence; without any, of the prompts'."""
+        prompts = self.anchored or self.prompts
+        return _take_shuffled(prompts, step, min(count, len(prompts)), seed)
+
+    def texts(self) -> list[str]:
+        """All prompts."""
+        return [*self.prompts, *self.held_out, *self.anchored]
+
+
+def _take_shuffled(prompts: Sequence[str], step: int, count: int, seed: int) -> list[str]:
+    first, taken = step * count, []
+    for i in range(first, first + count):
+        turn, index = divmod(i, len(prompts))
+        taken.append(random.Random(f"{seed} {turn}").sample(prompts, len(prompts))[index])
+    return taken
 
 
 @dataclass(frozen=True)
@@ -61,41 +84,71 @@ class ShapesPrompts:
 
     noisy: frozenset[str]
     canonical: float
+    anchored: tuple[str, ...] = ()
 
     def draw(self, step: int, count: int, seed: int) -> list[str]:
         """``count`` different prompts."""
-        return self._prompts(random.Random(f"train {seed} {step}"), count)
+        return self._prompts(random.Random(f"train {seed} {step}"), count, self.canonical)
 
     def sample(self, count: int) -> list[str]:
-        """``count`` different prompts, the same for every seed."""
-        return self._prompts(random.Random("validation"), count)
+        """``count`` different prompts, the same for every seed: half in noisy words, half in those that are known."""
+        return self._prompts(random.Random("validation"), count, 0.5, held_out=True)
 
-    def _prompts(self, rng: random.Random, count: int) -> list[str]:
-        captions: dict[str, None] = {}
-        canonical = [i < round(self.canonical * count) for i in range(count)]
+    def anchors(self, step: int, count: int, seed: int) -> list[str]:
+        """Prompts in known words alone, and the empty one."""
+        if self.anchored:
+            return _take_shuffled(self.anchored, step, min(count, len(self.anchored)), seed)
+        return ["", *self._prompts(random.Random(f"anchors {seed} {step}"), count - 1, 1.0)]
+
+    def texts(self) -> list[str]:
+        """The anchors; the world's own sentences are all short."""
+        return list(self.anchored)
+
+    def _prompts(self, rng: random.Random, count: int, canonical: float, *, held_out: bool = False) -> list[str]:
+        prompts: dict[str, None] = {}
+        known = [i < round(canonical * count) for i in range(count)]
         if count < 8:  # a share of a few prompts is a matter of chance
-            canonical = [rng.random() < self.canonical for _ in range(count)]
-        for known in canonical:
-            size = len(captions)
-            while len(captions) == size:
-                scene = sample_scene(rng, kinds=KINDS if known else _KINDS, split="train")
-                captions.setdefault(caption(scene, noisy=frozenset() if known else self.noisy))
-        return list(captions)
+            known = [rng.random() < canonical for _ in range(count)]
+        for is_known in known:
+            size = len(prompts)
+            while len(prompts) == size:
+                scene = sample_scene(rng, kinds=KINDS if is_known else _KINDS, split="train")
+                if _is_held_out(caption(scene)) == held_out:
+                    prompts.setdefault(caption(scene, noisy=frozenset() if is_known else self.noisy))
+        return list(prompts)
 
 
-def load_prompts(source: str | None, *, base: str, canonical: float) -> PromptSet:
+def _is_held_out(prompt: str) -> bool:
+    """One prompt in ten, whatever else is in the file and wherever it stands."""
+    return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 10 == 0
+
+
+def split_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Prompts to train on and prompts to validate on; of fewer than ten, all are trained on and none held out."""
+    unique = tuple(dict.fromkeys(prompts))
+    held_out = tuple(prompt for prompt in unique if _is_held_out(prompt))
+    if len(unique) < _SPLIT_FROM:
+        return unique, ()
+    held_out = held_out or (min(unique, key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest()),)
+    return tuple(prompt for prompt in unique if prompt not in set(held_out)), held_out
+
+
+def load_prompts(source: str | None, *, base: str, canonical: float, anchors: str | None = None) -> PromptSet:
     """The prompt set that ``source`` names: a file, ``shapes:WORDS``, or ``None`` for the base's own.
+
+    ``anchors`` is a file of prompts whose meaning is to stay as it is.
 
     Raises:
         PromptError: a base without prompts of its own, an unknown selection, or a file that cannot be used.
     """
+    anchored = _read_plain(anchors) if anchors is not None else ()
     if source is None and base != "shapes":
         raise PromptError(f"the base {base!r} brings no prompts of its own; give a file with --prompts FILE")
     if source is None:
         source = "shapes:colour"
     if source.startswith("shapes:"):
-        return ShapesPrompts(_find_words(source), canonical)
-    return ListedPrompts(_read_plain(source))
+        return ShapesPrompts(_find_words(source), canonical, anchored)
+    return ListedPrompts(*split_prompts(_read_plain(source)), anchored)
 
 
 def held_out_prompts(source: str) -> list[str]:

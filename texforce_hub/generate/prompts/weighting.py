@@ -131,8 +131,17 @@ def count_chunks(pipe: Any, prompts: Iterable[Emphasis]) -> int:
     return max((reader.count_chunks(prompt) for prompt in prompts for reader in readers), default=1)
 
 
-def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = None) -> None:
-    """Say which words of which prompts are beyond the length of every text encoder and will not be read.
+def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = None, way_out: str | None = None) -> None:
+    """Say which words of which prompts are beyond the length of every text encoder and will not be read."""
+    for prompt, limit, cut in find_cut(pipe, prompts, longest=longest):
+        shown = prompt.text, limit, cut, way_out or _way_out(pipe)
+        _LOG.warning("%r is longer than the text encoder's %d tokens; not read: %r; %s", *shown)
+
+
+def find_cut(
+    pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = None
+) -> Iterator[tuple[Emphasis, int, str]]:
+    """The prompts that are beyond the length of every text encoder, that length in tokens, and what is cut off.
 
     ``longest``: of the encoders that are not CLIP; by default what the pipeline's ``encode_prompt`` says.
     """
@@ -151,8 +160,7 @@ def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = Non
             for i in tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         ]
         if cut := ids[limit - tokenizer.num_special_tokens_to_add() :]:
-            shown = prompt.text, limit, tokenizer.decode(cut).strip()
-            _LOG.warning("%r is longer than the text encoder's %d tokens; not read: %r; %s", *shown, _way_out(pipe))
+            yield prompt, limit, tokenizer.decode(cut).strip()
 
 
 def _way_out(pipe: Any) -> str:

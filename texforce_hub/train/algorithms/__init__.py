@@ -1,1 +1,1 @@
-"""How a reward changes the weights: one file each."""
+"""Ways to learn, one file each; the contract is in ``algorithm``."""

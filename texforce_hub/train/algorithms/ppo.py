@@ -1,27 +1,73 @@
-"""PPO as published: group advantages, the clipped surrogate, one optimiser step."""
+"""PPO as published (arXiv 2311.15657): the chain is stored, and several clipped updates follow a rollout."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from texforce_hub.errors import TrainingError
-from texforce_hub.train.policies.ddim import log_probability, step_distribution, step_divergence
-from texforce_hub.train.policies.rollout import Rollout
-from texforce_hub.train.policies.stable_diffusion import Policy
+from texforce_hub.train.algorithms.algorithm import Update
+from texforce_hub.train.judge import Judge
+from texforce_hub.train.policies.ddim import Steps, grade_steps, log_probability, step_distribution
+from texforce_hub.train.policies.policy import Policy, Rows, in_slices, pull
 
 
-def group_advantages(rewards: Tensor, *, floor: float, clip: float) -> Tensor:
-    """How much better than its group a picture is, in the group's standard deviations.
+def ppo(policy: Policy, prompts: Sequence[str], judge: Judge, generator: Generator) -> Iterator[Update]:
+    """``passes`` over the rollout, each shared out over ``updates`` optimiser steps."""
+    config = policy.config
+    rollout = sample_rollout(policy, policy.rows(prompts, config.images_per_prompt), generator)
+    advantages = judge.advantages(rollout.images, [prompts[i] for i in rollout.rows.group])
+    for _ in range(config.passes):
+        for share in torch.randperm(len(advantages), generator=generator).chunk(config.updates):
+            rows, at = draw_timesteps(share, rollout.graded, config.train_timesteps, generator)
+            device = advantages.device
+            yield surrogate_gradient(policy, prompts, rollout, advantages, rows.to(device), at.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Pictures and how they came about; ``b`` pictures, ``s`` denoising steps.
 
     Shapes:
-        rewards: ``(prompts, images)``; the result has the same shape, in [-clip, clip]. A group of equal
-        rewards gives exactly 0.
+        latents: ``(b, s + 1, c, h, w)``, first the noise; log_probabilities: ``(b, s)``; images: ``(b, 3, h, w)``
     """
-    centred = rewards - rewards.mean(1, keepdim=True)
-    centred = torch.where(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0, centred)
-    return (centred / (rewards.std(1, keepdim=True) + floor).clamp(min=1e-12)).clamp(-clip, clip)
+
+    rows: Rows
+    latents: Tensor
+    log_probabilities: Tensor
+    images: Tensor
+    steps: Steps
+    graded: list[int]
+
+
+@torch.no_grad()
+def sample_rollout(policy: Policy, rows: Rows, generator: Generator) -> Rollout:
+    """Draw pictures with stochastic DDIM and keep every step."""
+    config, steps = policy.config, policy.make_steps(policy.config.inference_steps)
+    graded = grade_steps(steps, config.eta, config.share)
+    chain, log_probabilities = [policy.draw_noise(len(rows.group), generator)], []
+    index = torch.arange(len(rows.group), device=rows.group.device)
+    for k, timestep in enumerate(steps.timesteps):
+
+        def predict(some: Tensor, chosen: Tensor, timestep: Tensor = timestep) -> Tensor:
+            return policy.predict(some, timestep, rows.take(chosen))
+
+        before, noise = chain[-1], policy.draw_noise(len(index), generator)
+        prediction = in_slices(predict, config.batch_size, before, index)
+        mean, std = step_distribution(before, prediction, torch.full_like(index, k), steps, config.eta)
+        chain.append(mean + std * noise)
+        log_probabilities.append(log_probability(chain[-1], mean, std))
+    images = policy.decode(chain[-1])
+    return Rollout(rows, torch.stack(chain, 1), torch.stack(log_probabilities, 1), images, steps, graded)
+
+
+def draw_timesteps(
+    rows: Tensor, graded: Sequence[int], count: int | None, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """For every picture in ``rows`` a random ``count`` of the graded steps, as pairs ``(pictures, steps)``."""
+    count = min(count or len(graded), len(graded))
+    chosen = torch.rand(len(rows), len(graded), generator=generator).argsort(1)[:, :count]
+    return rows.repeat_interleave(count), torch.tensor(graded)[chosen].flatten()
 
 
 def ppo_losses(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -30,106 +76,27 @@ def ppo_losses(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
 
 
-@dataclass(frozen=True)
-class UpdateFacts:
-    """What an update did: means over its pictures and timesteps, and the gradient's norm before scaling."""
-
-    clipped: float
-    kl_old: float
-    kl_base: float
-    grad_norm: float
-
-
-def draw_timesteps(rows: Tensor, trainable: int, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """For every picture in ``rows`` a random subset of its steps, as pairs ``(pictures, steps)`` of equal length."""
-    count = min(count, trainable)
-    chosen = torch.rand(len(rows), trainable, generator=generator).argsort(1)[:, :count]
-    return rows.repeat_interleave(count), chosen.flatten()
-
-
-def policy_loss(
-    policy: Policy, rollout: Rollout, advantages: Tensor, embeddings: Tensor, rows: Tensor, at: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sum of the clipped surrogate (and ``kl`` times the divergence) over pairs of picture and step.
-
-    Shapes:
-        advantages: ``(b,)``; embeddings: ``(prompts, length, width)``, with ``uncond="full"`` one more at
-        the end, the negative prompt's; rows, at: ``(n,)``. Also returns ``(n, 3)``: was it clipped,
-        divergence from the rollout's policy (k3 estimate), divergence from the base (0 without ``kl``).
-    """
-    config = policy.config
-    mean, std = _distribution(policy, rollout, embeddings, rows, at)
-    log_ratio = log_probability(rollout.latents[rows, at + 1], mean, std) - rollout.log_probabilities[rows, at]
-    losses = ppo_losses(log_ratio, advantages[rows], config.clip)
-    from_base = torch.zeros_like(losses)
-    if config.kl:
-        with torch.no_grad():
-            reference, _ = _distribution(policy, rollout, policy.reference.encode(_texts(policy, rollout)), rows, at)
-        from_base = step_divergence(mean, reference, std)
-        losses = losses + config.kl * from_base
-    ratio = log_ratio.detach().exp()
-    clipped = ((ratio - 1).abs() > config.clip).float()
-    return losses.sum(), torch.stack([clipped, ratio - 1 - log_ratio.detach(), from_base.detach()], 1)
-
-
-def _texts(policy: Policy, rollout: Rollout) -> list[str]:
-    """What has to be encoded: the prompts, and the negative one if it is trained, too."""
-    return [*rollout.prompts, *([policy.config.negative_prompt] if policy.trains_negative else [])]
-
-
-def _distribution(
-    policy: Policy, rollout: Rollout, embeddings: Tensor, rows: Tensor, at: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the rollout's steps ``at`` of its pictures ``rows`` under the embeddings of its texts."""
-    latents, timesteps = rollout.latents[rows, at], rollout.steps.timesteps[at]
-    conditional = policy.predict(latents, timesteps, embeddings[rollout.group[rows]])
-    unconditional = rollout.unconditional[rows, at] if rollout.unconditional is not None else None
-    if policy.trains_negative:
-        unconditional = policy.predict(latents, timesteps, embeddings[-1:].expand(len(rows), -1, -1))
-    return step_distribution(latents, policy.guide(conditional, unconditional), at, rollout.steps, policy.config.eta)
-
-
-def accumulate_gradient(policy: Policy, rollout: Rollout, advantages: Tensor, rows: Tensor, at: Tensor) -> Tensor:
-    """Add the mean loss's gradient to the LoRA's ``.grad``; returns the facts of :func:`policy_loss`.
-
-    The embeddings are cut off from the encoder, every timestep adds its gradient to theirs, and one
-    backward pass carries the sum through the encoder: the same gradient as encoding at every timestep.
-    """
-    embeddings = policy.encode(_texts(policy, rollout))
-    cut = embeddings.detach().requires_grad_()
-    facts, size = [], policy.config.batch_size
-    for some_rows, some_at in zip(torch.split(rows, size), torch.split(at, size), strict=True):
-        loss, fact = policy_loss(policy, rollout, advantages, cut, some_rows, some_at)
-        torch.autograd.backward(loss / len(rows))
-        facts.append(fact)
-    torch.autograd.backward(embeddings, cut.grad)
-    return torch.cat(facts)
-
-
-def update_policy(
-    policy: Policy,
-    rollout: Rollout,
-    advantages: Tensor,
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[nn.Parameter],
-    generator: Generator,
-) -> UpdateFacts:
-    """All updates of a step: ``passes`` over the rollout, each shared out over ``updates`` optimiser steps.
-
-    Raises:
-        TrainingError: the gradient is not finite; the parameters are then as before this optimiser step.
-    """
-    config, facts, norms = policy.config, [], []
-    for _ in range(config.passes):
-        for share in torch.randperm(len(rollout.group), generator=generator).chunk(config.updates):
-            pairs = draw_timesteps(share, config.trainable_steps, config.train_timesteps, generator)
-            rows, at = (p.to(policy.device) for p in pairs)
-            optimizer.zero_grad()
-            facts.append(accumulate_gradient(policy, rollout, advantages, rows, at))
-            norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            if not norm.isfinite():
-                raise TrainingError('the gradient is not finite; lower learning_rate, or use dtype = "float32"')
-            optimizer.step()
-            norms.append(norm)
-    clipped, kl_old, kl_base = torch.cat(facts).mean(0).tolist()
-    return UpdateFacts(clipped, kl_old, kl_base, torch.stack(norms).mean().item())
+def surrogate_gradient(
+    policy: Policy, prompts: Sequence[str], rollout: Rollout, advantages: Tensor, rows: Tensor, at: Tensor
+) -> Update:
+    """The mean surrogate's gradient over pairs ``(n,)`` of picture and step, under the policy as it is now."""
+    # ``clip`` is in nats of the true log-ratio; ours is averaged over the latent's numbers.
+    config, clip = policy.config, policy.config.clip / rollout.latents[0, 0].numel()
+    now = policy.rows(prompts, config.images_per_prompt)
+    gradients, ratios = list[list[Tensor]](), list[Tensor]()
+    for row, k in zip(torch.split(rows, config.batch_size), torch.split(at, config.batch_size), strict=True):
+        latents = rollout.latents[row, k]
+        with torch.enable_grad():
+            open_rows, leaves = policy.leaves(now.take(row))
+            output = policy.predict(latents, rollout.steps.timesteps[k], open_rows)
+            prediction = output.detach().requires_grad_()
+            mean, std = step_distribution(latents, prediction, k, rollout.steps, config.eta)
+            log_ratio = log_probability(rollout.latents[row, k + 1], mean, std) - rollout.log_probabilities[row, k]
+            (push,) = torch.autograd.grad(ppo_losses(log_ratio, advantages[row], clip).sum() / len(rows), prediction)
+            gradients.append(pull(output, leaves, push))
+        ratios.append(log_ratio.detach())
+    log_ratio = torch.cat(ratios)
+    facts = {"clipped": (log_ratio.expm1().abs() > clip).float().mean().item()}
+    facts["kl_old"] = (log_ratio.expm1() - log_ratio).mean().item()  # Schulman's k3
+    whole = [torch.cat(leaf) for leaf in zip(*gradients, strict=True)]
+    return Update(policy.gather(now.group[rows], whole, len(prompts)), facts)

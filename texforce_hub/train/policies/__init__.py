@@ -1,1 +1,1 @@
-"""What is trained: one file a kind of pipeline."""
+"""Pipelines as stochastic policies, one file each; the contract is in ``policy``."""
