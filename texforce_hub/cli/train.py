@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from texforce_hub.cli.console import put, put_json, put_table, say
+from texforce_hub.cli.console import put, put_json, say
+from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, NotBetterError
 
 if TYPE_CHECKING:
