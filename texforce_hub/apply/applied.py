@@ -16,6 +16,7 @@ from torch import nn
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import LayerName
+from texforce_hub.adapter.zeros import is_zero
 from texforce_hub.apply.attach import Attachment, Pair, attach, detach, unwrap_moved
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
@@ -125,8 +126,12 @@ def _apply(
 
 def _check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
     wrong = [decision for decision in decisions.values() if isinstance(decision, WrongShape)]
-    unmatched = [decision for decision in decisions.values() if isinstance(decision, Unmatched)]
-    matched = len(decisions) - len(wrong) - len(unmatched)
+    lacking = {name: decision for name, decision in decisions.items() if isinstance(decision, Unmatched)}
+    idle = [name for name in lacking if is_zero(entry.adapter.layers[name])]
+    for name in idle:
+        logger.warning("%s: %s is all zeros and left out: %s", entry.label, name, lacking.pop(name).reason)
+    unmatched = list(lacking.values())
+    matched = len(decisions) - len(wrong) - len(unmatched) - len(idle)
     family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
     if wrong or not matched or (strict and unmatched):
         counts = f"{matched} of {len(decisions)} layers fit, {len(wrong)} have another shape"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ from texforce_hub.apply.base import BaseShapes, Shape, read_base
 from texforce_hub.errors import DialectError, FamilyError
 from texforce_hub.families.names import part_of, path_of
 from texforce_hub.families.original_transformer import find_rows
+from texforce_hub.files.container import find_zeros
+from texforce_hub.formats.plan.idle import find_idle
 from texforce_hub.formats.plan.layers import LayerPlan
 from texforce_hub.formats.plan.planning import Plan
-from texforce_hub.hub.bundles import plan_bundle
+from texforce_hub.hub.bundles import Bundle, plan_bundle
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.refs.adapter import AdapterRef
 
@@ -71,10 +74,19 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
             f"{len(outcome.renamed)} layers have the names of the authors' own code, e.g. {outcome.renamed[0]}: "
             "applied under diffusers' names, fused ones divided by rows"
         )
+    _leave_out_idle(bundle, planned, outcome)
     fits = bool(outcome.matched) and not (outcome.unmatched or outcome.misshapen or planned.faults)
     verdict = _verdict(planned, base, outcome, fits=fits)
     wrong = (outcome.unmatched, outcome.misshapen, outcome.unreadable)
     return Fit(fits, verdict, tuple(outcome.matched), *wrong, tuple(outcome.notes))
+
+
+def _leave_out_idle(bundle: Bundle, planned: Plan, outcome: _Sorted) -> None:
+    """Layers of zeros stand in nobody's way: a base that lacks them lacks nothing."""
+    files = [path for path in bundle.files if outcome.unmatched]
+    idle = find_idle((planned.layers[name] for name in outcome.unmatched), partial(find_zeros, files))
+    for name in sorted(idle):
+        outcome.notes.append(f"{name} is all zeros and left out: {outcome.unmatched.pop(name)}")
 
 
 def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:

@@ -80,6 +80,12 @@ def claims_family(text: str, family: Family) -> bool:
     return any(claim in text for claim in family.claims if not claim.startswith("!"))
 
 
+def find_misfits(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
+    """For each family that a few layers alone keep a file from fitting, these layers; the fewest first."""
+    misfits = [tuple(n for n, shape in shapes.items() if not _fits(row, n, shape)) for row in FAMILIES.values()]
+    return sorted((names for names in misfits if 0 < len(names) <= len(shapes) // 2), key=len)
+
+
 def _all_fit(family: Family, shapes: Mapping[str, Shape]) -> bool:
     return bool(shapes) and all(_fits(family, name, shape) for name, shape in shapes.items())
 

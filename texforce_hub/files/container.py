@@ -1,13 +1,16 @@
 """Which container a file is, by its first bytes and never by its name, and the header that it has as such."""
 
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Literal
 
 from texforce_hub.errors import FileError
-from texforce_hub.files.header import Header, Layout, describe, parse_layout, read_config
+from texforce_hub.files.dtypes import BITS
+from texforce_hub.files.header import Header, Layout, Span, describe, parse_layout, read_config
 from texforce_hub.files.opened import OpenFile
 from texforce_hub.files.pickles import parse_pickle
 
+_AT_ONCE = 2**20  # bytes that are looked at together, a multiple of any number's size
 Container = Literal["safetensors", "pickle"]
 
 _STRANGERS = {
@@ -56,6 +59,30 @@ def read_layout(file: OpenFile, container: Container) -> Layout:
         FileError: it is not what its first bytes say.
     """
     return parse_layout(file.read, file.size, name=file.name) if container == "safetensors" else parse_pickle(file)
+
+
+def find_zeros(paths: Iterable[Path], names: Collection[str]) -> set[str]:
+    """Which of the tensors of these names, in files that are opened for it, hold nothing but zeros.
+
+    Raises:
+        FileError: a file is neither container, or cannot be read.
+    """
+    zeros: set[str] = set()
+    for path in paths:
+        with OpenFile(path) as file:
+            spans = read_layout(file, recognize_container(file)).spans
+            zeros |= {name for name in names if name in spans and _is_zero(file, spans[name])}
+    return zeros
+
+
+def _is_zero(file: OpenFile, span: Span) -> bool:
+    """Whether every number is 0 or -0, whose sign is the highest bit of its last byte."""
+    size = max(1, BITS[span.info.dtype] // 8)
+    for start in range(span.begin, span.end, _AT_ONCE):
+        data = file.read(start, min(_AT_ONCE, span.end - start))
+        if any(any(data[byte::size]) for byte in range(size - 1)) or not set(data[size - 1 :: size]) <= {0, 0x80}:
+            return False
+    return True
 
 
 def open_header(path: str | Path) -> Header:

@@ -15,12 +15,13 @@ means its whole set.
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from texforce_hub.errors import DialectError, FileError
-from texforce_hub.files.container import open_header
+from texforce_hub.files.container import find_zeros, open_header
 from texforce_hub.files.header import CONFIG_NAME, Header
 from texforce_hub.formats.plan.joining import join_plans
 from texforce_hub.formats.plan.planning import Plan, plan
@@ -145,9 +146,19 @@ def plan_piece(bundle: Bundle, piece: Piece) -> Plan:
         FileError, DialectError: as :func:`plan_bundle`.
     """
     try:
-        return plan(open_piece(piece), piece.part, owns_config=owns_config(piece.paths[0].name))
+        return plan_opened(piece, open_piece(piece))
     except DialectError as error:
         raise DialectError(str(error) if len(bundle.pieces) == 1 else f"{bundle.name_of(piece)}: {error}") from error
+
+
+def plan_opened(piece: Piece, header: Header) -> Plan:
+    """What a piece holds, of which this is the header.
+
+    Raises:
+        DialectError: as :func:`plan`.
+    """
+    name = piece.paths[0].name
+    return plan(header, piece.part, owns_config=owns_config(name), find_zeros=partial(find_zeros, piece.paths))
 
 
 def owns_config(name: str) -> bool:

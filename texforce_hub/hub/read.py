@@ -20,8 +20,8 @@ from texforce_hub.files.torch_dtypes import DTYPES
 from texforce_hub.formats.codec.decoding import check_plan, decode, decode_lazily
 from texforce_hub.formats.codec.joining import join_lazy
 from texforce_hub.formats.plan.joining import join_plans
-from texforce_hub.formats.plan.planning import Plan, plan
-from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, owns_config
+from texforce_hub.formats.plan.planning import Plan
+from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, plan_opened
 from texforce_hub.hub.cache import is_in_hub_cache
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.refs.adapter import AdapterRef
@@ -69,7 +69,7 @@ def _read_piece(bundle: Bundle, *, alpha: float | None, allow_pickle: bool) -> A
         files = [opened.enter_context(file) for file in _open_files(piece, allow_pickle=allow_pickle)]
         header = join_headers(piece.paths, [file.header for file in files])
         with naming(piece.paths[0]):
-            planned = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
+            planned = plan_opened(piece, header)
             check_plan(planned, header.tensors)
             _check_dtypes(header)
         tensors = {name: tensor for file in files for name, tensor in file.read_all().items()}
@@ -105,7 +105,7 @@ def open_adapter(
         header, tensors = _open_piece(piece, device, allow_pickle=allow_pickle)
         name = bundle.name_of(piece)
         with naming(piece.paths[0]):
-            plans[name] = plan(header, piece.part, owns_config=owns_config(piece.paths[0].name))
+            plans[name] = plan_opened(piece, header)
             pieces[name] = decode_lazily(plans[name], _outlines(header), tensors, alpha=alpha)
     with naming(bundle.path):
         whole = join_plans(plans)

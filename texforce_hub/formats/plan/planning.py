@@ -16,6 +16,7 @@ from texforce_hub.formats.dialects.layout import Reading
 from texforce_hub.formats.peft_config import peft_twin
 from texforce_hub.formats.plan.alpha import LayerSettings, read_configs
 from texforce_hub.formats.plan.config import check_config, find_contradictions, note_config
+from texforce_hub.formats.plan.idle import FindZeros, leave_out_idle
 from texforce_hub.formats.plan.layers import LayerPlan, Shape, Stem, changed_shape, plan_layer, worth_knowing
 from texforce_hub.formats.plan.leftovers import find_trained, sort_leftovers
 from texforce_hub.formats.plan.refused import describe_model, find_refused
@@ -58,12 +59,15 @@ class _Sorted:
     clashes: list[str] = field(default_factory=list)
 
 
-def plan(header: Header, part: str | None = None, *, owns_config: bool = False) -> Plan:
+def plan(
+    header: Header, part: str | None = None, *, owns_config: bool = False, find_zeros: FindZeros | None = None
+) -> Plan:
     """What a file holds, by our layer names, from its header alone.
 
     ``part`` is the text encoder that the file's folder names (``text_encoder_2/adapter_model.safetensors``); it
     counts where the tensors' names leave that open. ``owns_config`` is that the file is called as PEFT calls its
     own: then the config beside it counts whatever way its tensors are spelled, else for those that PEFT spelled.
+    ``find_zeros`` looks into the file where layers of zeros may keep it from fitting any family.
 
     Raises:
         DialectError: nothing in it is an adapter's layer, or some of it is of a kind that is not read.
@@ -85,6 +89,7 @@ def plan(header: Header, part: str | None = None, *, owns_config: bool = False) 
     if trained is not None:
         raise DialectError("this is {}: {!r}, {}; it cannot be read".format(*trained))
     left = sort_leftovers(found.unread, layers)
+    layers, idle = leave_out_idle(layers, find_zeros)
     shapes = {name: layer.shape for name, layer in layers.items() if layer.shape}
     family = recognize_family(shapes, header.metadata, header.config)
     layers = {name: _fold(layer, family) for name, layer in layers.items()}
@@ -102,6 +107,7 @@ def plan(header: Header, part: str | None = None, *, owns_config: bool = False) 
             *note_config(header.config or {}, [s for stem, s in zip(used, settings) if "alpha" not in stem.roles]),
             *([_STRAY] if stray else []),
             *left.notes,
+            *idle,
         ),
     )
 
