@@ -17,7 +17,8 @@ from texforce_hub.files.writing import write_tensors
 from texforce_hub.pipelines.save import save_pipeline
 from texforce_hub.pipelines.save_checkpoint import save_checkpoint
 from texforce_hub.pipelines.single_file import checkpoint_family, load_single_file, write_config
-from texforce_hub.pipelines.tokenizer import find_vocabulary, write_tokenizer
+from texforce_hub.pipelines.tokenizer import write_tokenizer
+from texforce_hub.pipelines.vocabulary import find_vocabulary
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -1,6 +1,7 @@
 """Build one model from its configuration and a state dict."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -9,6 +10,8 @@ import transformers
 from torch import Tensor
 
 from texforce_hub.errors import PipelineError
+from texforce_hub.pipelines.configuration import check_values
+from texforce_hub.pipelines.culprit import find_culprit, say
 
 
 def build_unet(config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
@@ -21,7 +24,7 @@ def build_unet(config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: to
 
 
 def _build_diffusers(kind: Any, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
+    with _naming(kind, config), torch.device("meta"):
         model = kind.from_config(dict(config))
     _load(model, {name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return model.eval()
@@ -39,11 +42,24 @@ def build_model(library: str, kind: str, config: Mapping[str, Any], state: Mappi
         raise PipelineError(f"no model class {library}.{kind} here")
     if library == "diffusers":
         return _build_diffusers(made_of, config, state, dtype)
-    model = made_of(made_of.config_class.from_dict(dict(config)))
+    with _naming(made_of, config):
+        model = made_of(made_of.config_class.from_dict(dict(config)))
     own = hasattr(model, "text_model")
     names = {name: name if own else name.removeprefix("text_model.") for name in state if "position_ids" not in name}
     _load(model, {new: state[name] for name, new in names.items()}, assign=False)
     return model.to(dtype).eval()
+
+
+@contextmanager
+def _naming(kind: Any, config: Mapping[str, Any]) -> Iterator[None]:
+    """Say which value of a configuration the libraries cannot take."""
+    check_values(config, kind.__name__)
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # they raise whatever a damaged value makes them raise
+        raise PipelineError(f"no {kind.__name__}: {find_culprit(kind, dict(config), say(error))}") from error
 
 
 def _load(model: Any, state: Mapping[str, Tensor], *, assign: bool) -> None:

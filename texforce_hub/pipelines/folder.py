@@ -1,17 +1,18 @@
 """What lies in a diffusers folder: weight files, their names and shapes, their tensors."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from texforce_hub import reading
 from texforce_hub.errors import PipelineError
 from texforce_hub.families.names import PARTS
 from texforce_hub.files.container import open_header
 from texforce_hub.files.tensors import read_tensors, stream_tensors
 
+_LONGEST_JSON = 10_000_000  # bytes; configurations have a few thousand
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
@@ -101,15 +102,9 @@ class _Parameters(Mapping[str, Tensor]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """A configuration, a JSON object.
 
     Raises:
-        PipelineError: the file is missing or is no such thing.
+        PipelineError: it is missing, no regular file, longer than any configuration, or no such thing.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise PipelineError(f"{path}: holds no JSON object")
-    return content
+    return reading.read_json(path, most=_LONGEST_JSON, error=PipelineError)

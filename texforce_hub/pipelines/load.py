@@ -10,7 +10,9 @@ from diffusers import DiffusionPipeline
 
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import PipelineError
-from texforce_hub.hub.huggingface.client import mask_secrets
+from texforce_hub.pipelines.configuration import check_configuration
+from texforce_hub.pipelines.configuration import components as components_of
+from texforce_hub.pipelines.culprit import check_weights, explain, say
 from texforce_hub.pipelines.folder import folder_variant
 from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.single_file import load_single_file
@@ -53,7 +55,7 @@ def _load_base(base: str, dtype: torch.dtype) -> Any:
     path = WEIGHTS if base == "shapes" else Path(base)
     if path.is_dir():
         return load_folder(path, dtype)
-    if path.is_file():
+    if path.exists():
         return load_single_file(path, dtype)
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return _load_from_hub(base, dtype)
@@ -62,32 +64,35 @@ def _load_base(base: str, dtype: torch.dtype) -> Any:
 
 def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
     """A pipeline from a diffusers folder; ``components`` replace what lies in it."""
-    if not (path / "model_index.json").is_file():
+    if not (path / "model_index.json").exists():
         holds = ", ".join(sorted(entry.name for entry in path.iterdir())[:6]) or "nothing"
         raise PipelineError(f"{path} is no diffusers pipeline: it has no model_index.json, it holds {holds}")
+    index = check_configuration(path)
     variant = folder_variant(path)
     if variant is not None:
         logger.info("%s: using its %s files", path, variant)
     components = components or repaired_components(path, dtype)
     try:
-        return DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             path, dtype=dtype, variant=variant, local_files_only=True, **components
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise PipelineError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged value makes them raise
+        raise PipelineError(explain(path, error)) from error
+    check_weights(pipe, path, [part for part in components_of(index) if part not in components])
+    return pipe
 
 
 def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
         if "not fully cached locally" in str(error):  # its cause is of another class for each way to be offline
             raise PipelineError(
                 f"no base {name!r} on this machine, and the Hub cannot be reached: download it where it can, "
                 f"'hf download {name}', and give the folder"
             ) from error
-        raise PipelineError(f"no base {name!r} on this machine or on the Hub: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return mask_secrets((str(error).strip().splitlines() or [type(error).__name__])[0])
+        raise PipelineError(f"no base {name!r} on this machine or on the Hub: {say(error)}") from error

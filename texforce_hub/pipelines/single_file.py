@@ -16,6 +16,7 @@ from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.files.container import open_header
 from texforce_hub.files.header import Header
 from texforce_hub.files.writing import writing
+from texforce_hub.pipelines.culprit import say
 from texforce_hub.pipelines.folder import read_json
 from texforce_hub.pipelines.scheduler_facts import MODELSPEC, names_prediction, restore_scheduler
 from texforce_hub.pipelines.tokenizer import write_tokenizer
@@ -100,6 +101,8 @@ def _from_file(path: Path, family: str, config: Path, dtype: torch.dtype) -> Any
     extra = {name: value for name, value in extra.items() if name in index}
     try:
         pipe = kind.from_single_file(str(path), config=str(config), dtype=dtype, local_files_only=True, **extra)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise PipelineError(f"{path}: cannot be loaded: {(str(error).splitlines() or ['?'])[0]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged file makes them raise
+        raise PipelineError(f"{path}: cannot be loaded: {say(error)}") from error
     return pipe

@@ -1,31 +1,14 @@
-"""The CLIP vocabulary, from an installed package that carries it; it is too big to ship and is always the same."""
+"""CLIP's tokenizer in the files that every version of the libraries reads, made from its vocabulary."""
 
 import gzip
-import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from texforce_hub.errors import PipelineError
 from texforce_hub.files.writing import writing
+from texforce_hub.pipelines.vocabulary import find_vocabulary
 
-FILE = "bpe_simple_vocab_16e6.txt.gz"
-PACKAGES = ("open_clip", "clip")  # PyPI: open_clip_torch, clip-anytorch; read as files, never imported
 _MERGES = 49152 - 256 - 2
-
-
-def find_vocabulary() -> Path:
-    """The vocabulary's file in an installed package.
-
-    Raises:
-        PipelineError: no installed package carries it.
-    """
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(folder) / FILE).is_file():
-                return Path(folder) / FILE
-    raise PipelineError("single-file checkpoints need CLIP's vocabulary: pip install --no-deps open_clip_torch")
 
 
 def write_tokenizer(folder: Path, *, padding: str) -> None:

@@ -94,7 +94,7 @@ def _fetch_unet(remote: RemotePath, folder: str) -> Path:
 
 def _full_unet(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
     """The files of a whole U-Net and its configuration, if it has one; no files if the path holds a LoRA."""
-    if path.is_file():
+    if not path.is_dir():
         return ([path] if _holds_unet([path]) else []), None
     for name in _IN_A_FOLDER:
         folder = path / name

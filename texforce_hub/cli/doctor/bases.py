@@ -1,13 +1,12 @@
 """Whether a base could be loaded without a network: every part must be there, with what it is made of."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from texforce_hub.cli.doctor.finding import Finding
 from texforce_hub.errors import FileError
 from texforce_hub.files.container import open_header, sniff
+from texforce_hub.reading import read_json
 
 SHAPES = Path(__file__).parents[2] / "shapes" / "weights"
 _WEIGHTS = (".safetensors", ".bin")
@@ -23,7 +22,7 @@ def examine_base(base: str, *, obstacle: str = "") -> Finding:
     name, path = f"base {base}", SHAPES if base == "shapes" else Path(base)
     if path.is_dir():
         return _examine_folder(name, path)
-    if path.is_file():
+    if path.exists():
         return _examine_file(name, path)
     if base == "shapes":
         return Finding(name, "problem", f"{path} is missing", "install the package again; its weights belong to it")
@@ -68,14 +67,16 @@ def _examine_cached(name: str, base: str) -> Finding:
 
 def _examine_folder(name: str, folder: Path, advice: str = _AGAIN) -> Finding:
     """A pipeline's folder: every part that its index names must be there, whole as far as names and headers tell."""
+    if not (folder / "model_index.json").exists():
+        return Finding(name, "problem", f"{folder} has no model_index.json", "give a diffusers pipeline's folder")
     try:
-        index: Any = json.loads((folder / "model_index.json").read_bytes())
+        index = read_json(folder / "model_index.json")
         named = {part: value for part, value in index.items() if isinstance(value, list)}
         parts = {part: str(value[1]) for part, value in named.items() if value[0] is not None}
-    except FileNotFoundError:
-        return Finding(name, "problem", f"{folder} has no model_index.json", "give a diffusers pipeline's folder")
-    except (OSError, ValueError, AttributeError, IndexError) as error:
-        return Finding(name, "problem", f"{folder / 'model_index.json'}: {error}", advice)
+    except FileError as error:
+        return Finding(name, "problem", str(error), advice)
+    except IndexError:
+        return Finding(name, "problem", f"{folder / 'model_index.json'}: a part that is an empty list", advice)
     lacking = [f"{part} ({lack})" for part, kind in parts.items() for lack in _find_lacks(folder / part, kind)]
     if not parts or lacking:
         what = f"lacks {', '.join(lacking)}" if lacking else "names no part in its model_index.json"
@@ -101,6 +102,19 @@ def _find_lacks(part: Path, kind: str) -> Iterator[str]:
         yield from _find_lacks_of_model(part, files)
 
 
+def _find_lacks_of_index(index: Path, files: set[str]) -> Iterator[str]:
+    """The first shard that an index names and the folder does not have."""
+    try:
+        shards = read_json(index).get("weight_map")
+    except FileError as error:
+        yield str(error).replace(f"{index}: ", f"{index.name}: ")
+        return
+    if not isinstance(shards, dict):
+        yield f"{index.name}: no weight_map"
+    elif missing := sorted({str(shard) for shard in shards.values()} - files):
+        yield f"no {missing[0]}"
+
+
 def _find_lacks_of_model(part: Path, files: set[str]) -> Iterator[str]:
     if "config.json" not in files:
         yield "no config.json"
@@ -108,9 +122,7 @@ def _find_lacks_of_model(part: Path, files: set[str]) -> Iterator[str]:
     if not weights:
         yield "no weights"
     for index in (part / name for name in sorted(files) if name.endswith(".index.json")):
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-        if missing := sorted(shards - files):
-            yield f"no {missing[0]}"
+        yield from _find_lacks_of_index(index, files)
     for file in weights:
         try:
             _check_weights(file)

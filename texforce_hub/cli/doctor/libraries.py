@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 from texforce_hub.cli.doctor.finding import Finding
 from texforce_hub.cli.doctor.imports import Attempt, try_imports
 from texforce_hub.errors import PipelineError
-from texforce_hub.pipelines.tokenizer import find_vocabulary
+from texforce_hub.pipelines.vocabulary import find_vocabulary
 
 PACKAGE = "texforce-hub"
 LIBRARIES = ("torch", "safetensors", "huggingface-hub", "accelerate", "transformers", "diffusers", "peft")
