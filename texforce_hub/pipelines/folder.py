@@ -10,7 +10,7 @@ from texforce_hub import reading
 from texforce_hub.errors import PipelineError
 from texforce_hub.families.names import PARTS
 from texforce_hub.files.container import open_header
-from texforce_hub.files.tensors import read_tensors, stream_tensors
+from texforce_hub.files.tensors import stream_tensors
 
 _LONGEST_JSON = 10_000_000  # bytes; configurations have a few thousand
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
@@ -56,8 +56,11 @@ def read_shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def read_state(files: list[Path]) -> dict[str, Tensor]:
-    """The tensors of these files, on the CPU. Local pickles are read, tensors only."""
-    return {name: tensor for path in files for name, tensor in read_tensors(path, allow_pickle=True)[1].items()}
+    """The tensors of these files, on the CPU. Local pickles are read, tensors only.
+
+    Each has memory of its own: models are built from them, and kernels give other last bits on unaligned ones.
+    """
+    return {name: tensor for path in files for name, tensor in stream_tensors(path, allow_pickle=True)[1].items()}
 
 
 def stream_parameters(folder: Path) -> Mapping[str, Tensor] | None:
