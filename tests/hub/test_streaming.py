@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import DialectError, FileError, TexForceHubError
-from texforce_hub.files.tensors import read_tensors, stream_tensors
+from texforce_hub.files.tensors import TensorFile, read_tensors, stream_tensors
 from texforce_hub.files.writing import write_stream, write_tensors
 from texforce_hub.formats.codec.encoding import encode, encode_lazily
 from texforce_hub.hub.convert import convert_adapter
@@ -24,6 +25,7 @@ from texforce_hub.hub.read import open_adapter, read_adapter
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.merge.compare import compare_adapters
 from texforce_hub.merge.merge import merge_adapters
+from texforce_hub.merge.replay import verify_merge
 from texforce_hub.merge.resize import resize_adapter
 
 NAMES = [f"text_encoder.text_model.encoder.layers.{i}.self_attn.q_proj" for i in range(4)]
@@ -113,9 +115,32 @@ def test_what_is_wrong_with_a_file_is_said_as_ever_and_nothing_is_written(tmp_pa
         with pytest.raises(error, match=phrase) as whole:
             read_adapter(source)
         with pytest.raises(error, match=phrase) as stored:
-            convert_adapter(source, tmp_path / "out" / "y.safetensors")
+            convert_adapter(source, tmp_path / "out" / "y.safetensors", dialect="kohya")
         assert str(stored.value) == str(whole.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("work", ["convert", "merge", "resize", "verify"])
+def test_every_tensor_of_a_file_is_read_once(tmp_path, monkeypatch, work):
+    paths = [str(write_adapter(some_adapter(), tmp_path / f"{i}.safetensors")) for i in range(2)]
+    merged = str(write_adapter(merge_adapters(paths).adapter, tmp_path / "merged.safetensors"))
+    reads = Counter()
+    read = TensorFile.read
+
+    def count(self, name):
+        reads[self._file.path, name] += 1
+        return read(self, name)
+
+    monkeypatch.setattr(TensorFile, "read", count)
+    if work == "convert":
+        convert_adapter(paths[0], tmp_path / "out.safetensors", dialect="kohya")
+    elif work == "merge":
+        merge_adapters(paths, rank=2)
+    elif work == "resize":
+        resize_adapter(open_adapter(paths[0]), rank=1)
+    else:
+        assert verify_merge(merged).same
+    assert set(reads.values()) == {1}
 
 
 @pytest.mark.parametrize("change", ["cut", "replaced"])
@@ -192,6 +217,7 @@ from texforce_hub.merge.compare import compare_adapters
 from texforce_hub.hub.convert import convert_adapter
 from texforce_hub.hub.measure import measure_file
 from texforce_hub.merge.merge import merge_adapters
+from texforce_hub.merge.replay import verify_merge
 from texforce_hub.merge.resize import resize_adapter
 from texforce_hub.hub.read import open_adapter
 

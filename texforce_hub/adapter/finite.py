@@ -2,10 +2,8 @@
 
 import math
 
-import torch
-from torch import Tensor
-
 from texforce_hub.adapter.lazy import LazyAdapter
+from texforce_hub.adapter.tensors import holds_numbers
 from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.errors import AdapterError
 
@@ -26,12 +24,4 @@ def check_finite(adapter: Adapter | LazyAdapter) -> None:
 
 def is_finite(layer: Layer) -> bool:
     """Whether every number of a layer is finite, its scale included."""
-    return math.isfinite(getattr(layer, "scale", 1.0)) and all(map(_holds_numbers, layer.tensors()))
-
-
-def _holds_numbers(tensor: Tensor) -> bool:
-    # The extremes of a tensor that holds NaN are NaN: one pass, and no copy in a wider dtype.
-    if tensor.numel() == 0:
-        return True
-    least, most = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.float())
-    return math.isfinite(float(least)) and math.isfinite(float(most))
+    return math.isfinite(getattr(layer, "scale", 1.0)) and all(map(holds_numbers, layer.tensors()))

@@ -21,11 +21,25 @@ def narrow(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         AdapterError: a finite value too large for the dtype; torch would make it infinite, or silently the largest
             fp8 number.
     """
-    if not tensor.is_meta and tensor.dtype != dtype:
+    if not tensor.is_meta and tensor.dtype != dtype and not _peak(tensor) < _overflow(dtype):
         size = wide(tensor).abs()
         if bool((torch.isfinite(size) & (size >= _overflow(dtype))).any()):
             raise AdapterError(f"{name}: values up to {size.max():.3g} do not fit {dtype}; widen it")
     return tensor.to(dtype)
+
+
+def holds_numbers(tensor: Tensor) -> bool:
+    """Whether every entry is finite; a tensor without entries is."""
+    return math.isfinite(_peak(tensor))
+
+
+def _peak(tensor: Tensor) -> float:
+    """The largest magnitude, NaN if there is one: the extremes are found in one pass, without a wider copy."""
+    if tensor.numel() == 0:
+        return 0.0
+    ends = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
+    least, most = float(ends.min), float(ends.max)
+    return math.nan if math.isnan(least) else max(-least, most)
 
 
 def _overflow(dtype: torch.dtype) -> float:

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter.finite import check_finite
+from texforce_hub.adapter.finite import check_finite, is_finite
 from texforce_hub.adapter.lazy import LazyAdapter
-from texforce_hub.adapter.value import Adapter
+from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.errors import AdapterError, DialectError
 from texforce_hub.files.header import Header
 from texforce_hub.files.lazy_mapping import LazyMapping
@@ -90,13 +90,12 @@ def open_adapter(
 ) -> LazyAdapter:
     """As :func:`read_adapter`, of an adapter that stays in its files: layers are read when they are looked at.
 
-    ``checked``: all of it is read once, here, so that what can be wrong with it is said before any work. Without,
-    nothing but headers is read, for its outline or to measure it: NaN and infinity may be among its numbers.
+    Nothing but headers is read here. ``checked``: looking at a layer that holds NaN or infinity raises; without, for
+    an outline or to measure it, they may be among its numbers.
     ``aloud`` (by default as ``checked``): what is worth knowing of it goes to the log.
 
     Raises:
-        RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`; unless ``checked``, as far as
-            headers tell.
+        RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
     """
     bundle = _find(source)
     plans: dict[str, Plan] = {}
@@ -112,10 +111,20 @@ def open_adapter(
         lazy = pieces.popitem()[1] if len(pieces) == 1 else join_lazy(whole, pieces, alpha=alpha)
     if checked if aloud is None else aloud:
         _warn(bundle, whole.notes)
-    if checked:
-        with naming(bundle.path):
-            check_finite(lazy)
-    return lazy
+    return _watched(lazy, bundle.path) if checked else lazy
+
+
+def _watched(lazy: LazyAdapter, path: Path) -> LazyAdapter:
+    """The same adapter, each layer of it checked when it is read: no tensor is read for the check alone."""
+
+    def look(name: str) -> Layer:
+        with naming(path):
+            layer = lazy.layers[name]
+            if not is_finite(layer):
+                check_finite(lazy)  # counts them
+            return layer
+
+    return replace(lazy, layers=LazyMapping(lazy.layers, look))
 
 
 def _find(source: str | Path | AdapterRef | Bundle) -> Bundle:

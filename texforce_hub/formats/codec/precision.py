@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from texforce_hub.adapter.tensors import narrow, wide
+from texforce_hub.adapter.tensors import holds_numbers, narrow, wide
 from texforce_hub.errors import AdapterError
 from texforce_hub.formats.codec.roles import Part
 
@@ -63,7 +63,7 @@ def _multiply(tensor: Tensor, factor: float, dtype: torch.dtype, name: str) -> T
         known = ", ".join(str(known).removeprefix("torch.") for known in _DTYPES)
         raise AdapterError(f"{name}: cannot be written as {dtype}; expected one of {known}")
     product = tensor.detach() if factor == 1.0 else factor * wide(tensor.detach())
-    if not tensor.is_meta and factor != 1.0 and not torch.equal(torch.isfinite(product), torch.isfinite(wide(tensor))):
+    if not tensor.is_meta and factor != 1.0 and not holds_numbers(product) and holds_numbers(tensor):
         raise AdapterError(f"{name}: values times {factor:g} do not fit {product.dtype}; make the scale smaller")
     return narrow(product, dtype, name).contiguous()
 
@@ -110,6 +110,8 @@ def _missing(tensor: Tensor, factor: float, stored: Tensor) -> Tensor | None:
         return None
     mantissa, exponent = math.frexp(factor)
     found = wide(stored)
+    if abs(mantissa) == 0.5 and torch.equal(found, factor * wide(tensor.detach())):
+        return None  # a power of two rounds nothing but what underflows
     small = found.abs() < torch.finfo(stored.dtype).smallest_normal
     error = found * math.ldexp(1.0, min(-exponent, 127)) / mantissa - wide(tensor.detach())
     error = torch.where(small, error, 0.0)
