@@ -110,7 +110,7 @@ def gather(
         DialectError: some sources name a transformer's layers as the authors' code does, others as ``diffusers``
             does, and the former cannot be divided.
     """
-    read_entries = read_stack(request.sources, read=read)
+    read_entries = read_stack(list(request.sources), read=read)
     contents = share_names([entry.content for entry in read_entries])
     entries = [_renamed(entry, content) for entry, content in zip(read_entries, contents, strict=True)]
     most = request.definition.most
