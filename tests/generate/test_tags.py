@@ -30,7 +30,21 @@ from texforce_hub.pipelines.load import load_pipeline
 
 names = st.text("ab é.,-_/0(", min_size=1, max_size=8).filter(lambda text: text.strip() == text)
 weights = st.floats(allow_nan=False, allow_infinity=False)
-tags = st.builds(PromptTag, names, weights, weights)
+shares = st.floats(0, 1).map(lambda share: round(share, 6))
+windows = (
+    st.tuples(shares, shares)
+    .map(sorted)
+    .filter(lambda w: w != [0, 1])
+    .map(lambda w: AdapterRef("a", window=(w[0], w[1])))
+)
+ramps = st.lists(st.tuples(shares, weights), min_size=1, max_size=3).map(
+    lambda points: AdapterRef("a", ramp=tuple(sorted(points, key=lambda point: point[0])))
+)
+tags = (
+    st.builds(PromptTag, names, weights, weights)
+    | st.builds(PromptTag, names, weights, weights, windows.map(lambda ref: ref.schedule))
+    | st.builds(PromptTag, names, schedule=ramps.map(lambda ref: ref.schedule))
+)
 
 
 @settings(deadline=None, max_examples=200)
@@ -82,7 +96,7 @@ def test_a_prompt_keeps_its_words_and_loses_its_tags():
         ("<lora:x:1e999>", 8, "too large"),
         ("<lora:x:1:2:4>", 12, "resize"),
         ("<lora:x:dyn=4>", 8, "resize"),
-        ("<lora:x:lbw=ALL>", 8, "'lbw' is no weight"),
+        ("<lora:x:lbw=ALL>", 8, "'lbw' is nothing that a tag says"),
         ("<lora:x:te=1:te=2>", 13, "stands twice"),
         ("<hypernet:x:1>", 1, "no 'hypernet' tag"),
         ("<LORA:x:1>", 1, "no 'LORA' tag"),
@@ -247,7 +261,7 @@ def test_what_a_tag_asked_for_is_in_the_picture_and_a_recipe_replays_it(folder, 
         *("--output", tmp_path / "out", "--save-recipe", tmp_path / "r.toml"),
     )
     first = tmp_path / "out" / "stack" / "0000.png"
-    assert read_png_text(first)["parameters"].startswith("a lime circle <lora:both:0.5:0.9>\n")
+    assert read_png_text(first)["parameters"].startswith("a lime circle <lora:both:0.5:0.9> <lora:words:0.5>\n")
     (tag,) = origin(first)["tags"]
     assert tag["adapter"] == f"{folder / 'both.safetensors'}:text_encoder=0.5,unet=0.9"
     assert len(tag["sha256"]) == 64
@@ -350,3 +364,48 @@ def test_prompts_for_training_and_evaluation_have_no_tags_and_no_weights(tmp_pat
 def test_a_setting_with_a_tag_in_its_negative_prompt_cannot_be_made():
     with pytest.raises(PromptError, match="below 0 in the prompt"):
         DrawSettings(("a",), negative_prompt="<lora:x:1>")
+
+
+@pytest.mark.parametrize(
+    ("tag", "weights"),
+    [
+        ("<lora:shapes-colour:1:start=0:end=0.25>", [1, 0, 0, 0]),
+        ("<lora:shapes-colour:0.5:start=0.5>", [0, 0, 0.5, 0.5]),
+        ("<lora:shapes-colour:0@0,1@0.5>", [0, 0.5, 1, 1]),
+        ("<lora:shapes-colour:0.2@0.2,1@0.2>", [0.2, 1, 1, 1]),
+        ("<lora:shapes-colour:0.8>", [0.8] * 4),
+    ],
+)
+def test_a_tag_says_when_its_adapter_acts(tag, weights):
+    _, (ref,) = read_tags(f"a lime disc {tag}")
+    assert [ref.at(step / 4).weight for step in range(4)] == pytest.approx(weights)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "<lora:x:1:start=0.5:end=0.2>",
+        "<lora:x:1:end=1.5>",
+        "<lora:x:1@0:0.5>",
+        "<lora:x:0.5:1@0>",
+        "<lora:x:1@0:te=0.5>",
+        "<lora:x:1:start=0:start=0.1>",
+        "<lora:x:1@2>",
+    ],
+)
+def test_a_tag_that_says_no_time_is_refused_with_a_caret(tag):
+    with pytest.raises(RefError, match=r"\^"):
+        PromptTag.parse(tag)
+
+
+def test_prompts_with_timed_tags_are_drawn_each_under_its_own(tmp_path):
+    run = ["apply", "--base", "shapes", "--inference-steps", "2", "--device", "cpu", "--output", str(tmp_path / "x")]
+    for tag in ("<lora:shapes-colour:1:end=0>", "<lora:shapes-colour:1:end=0.5>"):
+        run += ["--prompt", f"a lime circle {tag}"]
+    result = CliRunner().invoke(app, run)
+    assert result.exit_code == 0, result.output
+    base, stack = (
+        [Image.open(p).tobytes() for p in sorted((tmp_path / "x" / name).iterdir())] for name in ("base", "stack")
+    )
+    assert stack[0] == base[0]
+    assert stack[1] != base[1]

@@ -67,7 +67,9 @@ class Drawing:
             raise ConfigError(f"{count:,} pictures in one run; at most {_MOST_IMAGES:,} are drawn")
         self.tags = [_read_entries(refs, read) for refs in run.tags] or [[] for _ in texts]
         self.together = run.each or bool(run.sweeps) or (bool(run.tags) and run.mode == "attach")
-        self.together &= all(_is_text_only(entry) for entry in (*self.entries, *(e for t in self.tags for e in t)))
+        self.together &= all(
+            _acts_on_embeddings_once(entry) for entry in (*self.entries, *(e for t in self.tags for e in t))
+        )
         self.pipe: Any = None
 
     @property
@@ -250,8 +252,9 @@ def _read_entries(refs: Sequence[AdapterRef], read: Callable[[AdapterRef], Adapt
     return read_stack(list(refs), read=read, scheduled=True) if refs else []
 
 
-def _is_text_only(entry: StackEntry) -> bool:
-    return all(part.startswith("text_encoder") for part in entry.adapter.parts)
+def _acts_on_embeddings_once(entry: StackEntry) -> bool:
+    """Whether an adapter acts before the first step and no more, so that a batch can hold several stacks."""
+    return entry.weight.is_constant and all(part.startswith("text_encoder") for part in entry.adapter.parts)
 
 
 def _alike(numbers: Sequence[int], *, key: Callable[[int], Any]) -> list[list[int]]:

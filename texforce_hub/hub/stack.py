@@ -56,12 +56,16 @@ class StackEntry:
             raise ConfigError(f"{self.label}: {error}") from error
 
     def reweighted(self, weight: Weight) -> "StackEntry":
-        """The same entry with another weight.
+        """The same entry with another weight, in the same window of the steps.
 
         Raises:
-            ConfigError: a weight that is not finite, or a pattern that fits no layer.
+            ConfigError: a weight that is not finite, a pattern that fits no layer, or weights at shares of the steps,
+                which one weight would replace.
         """
-        return replace(self, weight=_weights(weight, self.label, self.adapter))
+        if self.weight.ramp:
+            raise ConfigError(f"{self.weight}: it brings weights over the steps, and {weight!r} beside them; give one")
+        weights = _weights(weight, self.label, self.adapter)
+        return replace(self, weight=weights if self.weight.is_constant else replace(weights, window=self.weight.window))
 
 
 def read_stack(
@@ -103,14 +107,7 @@ def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
     if weight is None and (entry.weight.weight != 1.0 or entry.weight.parts or not entry.weight.is_constant):
         check_patterns(entry.label, entry.adapter, entry.weight)
         return entry
-    weighted = entry.reweighted(default if weight is None else weight)
-    if entry.weight.ramp:
-        raise ConfigError(f"{entry.weight}: it brings weights over the steps, and {weight!r} beside them; give one")
-    return (
-        weighted
-        if entry.weight.is_constant
-        else replace(weighted, weight=replace(weighted.weight, window=entry.weight.window))
-    )
+    return entry.reweighted(default if weight is None else weight)
 
 
 def _parsed(source: str | PathLike[str]) -> AdapterRef:

@@ -162,8 +162,10 @@ def _weighted(source: str, tag: PromptTag) -> AdapterRef:
     if tag.text_encoder != tag.unet:
         _say_idle(tag, parts)
     if len(set(weights.values())) == 1:
-        return AdapterRef(source, weight=next(iter(weights.values())))
-    return AdapterRef(source, parts=tuple(weights.items()))
+        ref = AdapterRef(source, weight=next(iter(weights.values())))
+    else:
+        ref = AdapterRef(source, parts=tuple(weights.items()))
+    return ref.scheduled(tag.schedule) if tag.schedule else ref
 
 
 def _say_idle(tag: PromptTag, parts: Iterable[str]) -> None:

@@ -39,7 +39,7 @@ class AdapterRef:
     (``unet.up_blocks.1``) and patterns (``*attn2*``). ``window`` is the share of the denoising steps, from
     its first number up to its second, in [0, 1]: step ``k`` of ``n`` is inside where ``start ≤ k / n < end``, and an
     empty window is no step. ``ramp`` holds weights at shares of the steps instead of one: straight lines between
-    them, the first and the last beyond.
+    them, the first and the last beyond, and a jump where two are at one share.
 
     Raises:
         RefError: an empty or unwritable source, a weight that is not finite, a window or ramp outside [0, 1].
@@ -66,7 +66,7 @@ class AdapterRef:
         if self.ramp and (self.parts or self.weight != 1.0):
             raise RefError(f"{self.source}: give weights at shares of the steps, or one for all of them, not both")
         shares = [share for share, _ in self.ramp]
-        if shares != sorted(set(shares)) or not all(0 <= share <= 1 for share in shares):
+        if shares != sorted(shares) or not all(0 <= share <= 1 for share in shares):
             raise RefError(f"{self.source}: weights at {shares}; expected shares of the steps in order, from 0 to 1")
         names = [part for part, _ in self.parts]
         if len(set(names)) < len(names) or not all(_PART.fullmatch(part) for part in names):
@@ -171,13 +171,11 @@ def source_of(ref: "str | Path | AdapterRef") -> str:
 
 
 def _on_line(ramp: Ramp, share: float) -> float:
-    """The weight at a share of the steps, on straight lines between the ramp's points."""
-    if share <= ramp[0][0]:
-        return ramp[0][1]
+    """The weight at a share of the steps, on straight lines between the ramp's points; at a jump, the one behind it."""
     for (before, low), (after, high) in pairwise(ramp):
-        if share <= after:
+        if before <= share < after:
             return low + (high - low) * (share - before) / (after - before)
-    return ramp[-1][1]
+    return ramp[0][1] if share < ramp[0][0] else ramp[-1][1]
 
 
 def parse_ramp(text: str, start: int, end: int) -> Ramp:
@@ -193,7 +191,7 @@ def parse_ramp(text: str, start: int, end: int) -> Ramp:
             fail(text, begin, f"{text[begin:stop]!r} is no weight at a share of the steps; expected e.g. 0.8@0.5")
         weight = parse_number(text, begin, mark, "a weight, e.g. 0.8@0.5")
         share = parse_number(text, mark + 1, stop, "a share of the steps, e.g. 0.8@0.5")
-        if not (points[-1][0] if points else -1) < share <= 1 or share < 0:
+        if not (points[-1][0] if points else 0) <= share <= 1:
             fail(text, mark + 1, "shares of the steps go up from 0 to 1, e.g. 0@0,1@0.3,0.2@1")
         points.append((share, weight))
     return tuple(points)
