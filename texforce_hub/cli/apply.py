@@ -53,7 +53,7 @@ def apply(
     each: Annotated[bool, option("--each", help="One column for each adapter.", group=_STACK)] = False,
     sweep: Annotated[
         list[str] | None,
-        option("--sweep", metavar="NAME=…", help="0:1:5 or A,B,C of an adapter, seed, steps, guidance …; up to 3.",
+        option("--sweep", metavar="NAME=…", help="0:1:5 or A,B,C of an adapter, seed, steps …; up to 3.",
                group=_STACK),
     ] = None,
     mode: Annotated[str, option("--mode", metavar="HOW", help="attach (default) or fuse.", group=_STACK)] = "attach",
@@ -62,7 +62,7 @@ def apply(
     ] = "nearest",
     prompt: Annotated[
         list[str] | None,
-        option("--prompt", metavar="TEXT", help="What to draw, with <lora:NAME:WEIGHT>; repeatable.", group=_PROMPTS),
+        option("--prompt", metavar="TEXT", help="What to draw, with <lora:NAME:WEIGHT> too.", group=_PROMPTS),
     ] = None,
     prompts: Annotated[
         Path | None, option("--prompts", metavar="FILE", help="A text file, one prompt a line.", group=_PROMPTS)

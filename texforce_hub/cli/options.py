@@ -74,7 +74,7 @@ NegativePrompt = Annotated[
 ]
 BatchSize = Annotated[
     int,
-    option("--batch-size", "--batch", metavar="N", min=1, help="Pictures drawn at once; lower it if memory runs out.",
+    option("--batch-size", "--batch", metavar="N", min=1, help="Pictures at once; fewer if memory runs out.",
            group=SAMPLING),
 ]  # fmt: skip
 Steps = Annotated[

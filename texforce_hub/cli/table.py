@@ -13,7 +13,7 @@ from texforce_hub.cli.console import LOUDNESS, printable, put
 
 _UNKNOWN = 120  # columns of a file or a pipe, unless COLUMNS says another number
 _NARROWEST = 40
-_FOLDED = 30  # characters a line of a name that cannot be shown whole
+_FOLDED = 28  # characters a line of a name that cannot be shown whole
 _LEAST = 12  # characters a line of any other cell that is folded
 _LONGEST_UNIT = 20
 _MOST_ROWS = 3000  # more are neither read by anybody nor drawn in reasonable time

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -17,11 +18,11 @@ Numbers = tuple[float, float, float]
 
 _MOST_ROWS = 60  # more layers are shown as means of their blocks
 _COLUMNS = (
-    ("cosine", "RdBu_r", -1.0, "-1 opposite, 1 alike"),
-    ("overlap", "Greens", 0.0, "0 apart, 1 the same"),
-    ("interference", "RdBu_r", -1.0, "below 0 gains, above 0 loses"),
+    ("cosine", "RdBu_r", -1.0, "-1 opposite,\n1 alike"),
+    ("overlap", "Greens", 0.0, "0 apart,\n1 the same"),
+    ("interference", "RdBu_r", -1.0, "below 0 gains,\nabove 0 loses"),
 )
-_BLOCK = re.compile(r"^(.*?(?:blocks|layers|block)\.\d+|.*?mid_block|[^.]+)")
+_BLOCK = re.compile(r"^(mid_block|.*?(?:blocks|layers|block)\.\d+|[^.]+)")
 
 
 def draw_comparison(layers: Mapping[str, Numbers], *, title: str = "") -> Image.Image:
@@ -37,18 +38,25 @@ def comparison_figure(layers: Mapping[str, Numbers], *, title: str = "") -> Figu
     rows, grouped = _by_block(layers) if len(layers) > _MOST_ROWS else (dict(layers), False)
     names = sorted(rows, key=natural)
     values = np.array([rows[name] for name in names])
-    longest = max(map(len, names))
+    longest = max(len(_short(name)) for name in names)
     figure = new_figure(4.2 + 0.075 * longest, 2.0 + 0.24 * len(names))
     subplots = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]
     for axes, column, (label, colours, low, meaning) in zip(subplots, values.T, _COLUMNS, strict=True):
-        _draw_column(axes, column, label, colours, low, meaning)
-    subplots[0].set_yticks(range(len(names)), names, fontsize=7)
+        _draw_column(figure, axes, column, label, colours, low, meaning)
+    subplots[0].set_yticks(range(len(names)), list(map(_short, names)), fontsize=7)
     heading = f"{title}: {'blocks, the mean of their layers' if grouped else 'layers'}" if title else ""
     figure.suptitle("\n".join(wrap(heading, int(8 * figure.get_figwidth()))), fontsize=9)
     return figure
 
 
-def _draw_column(axes: Axes, values: Sequence[float], label: str, colours: str, low: float, meaning: str) -> None:
+def _short(name: str) -> str:
+    """A layer's name without what all text encoders have in front."""
+    return name.replace(".text_model.encoder.", ".")
+
+
+def _draw_column(
+    figure: Figure, axes: Axes, values: Sequence[float], label: str, colours: str, low: float, meaning: str
+) -> None:
     image = axes.imshow(np.array(values)[:, None], cmap=colours, vmin=low, vmax=1, aspect="auto")
     axes.set_facecolor("lightgrey")
     axes.set_xticks([])
@@ -56,9 +64,14 @@ def _draw_column(axes: Axes, values: Sequence[float], label: str, colours: str, 
     for y, value in enumerate(values):
         dark = abs(value) > 0.6
         axes.text(0, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    bar = axes.figure.colorbar(image, ax=axes, location="bottom", ticks=[low, 0, 1] if low else [0, 1], aspect=8)
-    bar.set_label("\n".join(wrap(meaning, 14)), fontsize=6)
+    height = figure.get_figheight()
+    where: dict[str, Any] = {"location": "bottom", "fraction": 0.3 / height, "pad": 0.15 / height, "aspect": 10}
+    bar = figure.colorbar(image, ax=axes, ticks=[low, 0, 1] if low else [0, 1], **where)
+    bar.set_label(meaning, fontsize=6)
     bar.ax.tick_params(labelsize=6)
+    first, *_, last = bar.ax.get_xticklabels()
+    first.set_horizontalalignment("left")  # inside its bar, so that it does not touch the neighbour's
+    last.set_horizontalalignment("right")
 
 
 def _by_block(layers: Mapping[str, Numbers]) -> tuple[dict[str, Numbers], bool]:
