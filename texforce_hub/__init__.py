@@ -20,6 +20,8 @@ _HOMES: dict[str, str] = {
     "Dense": "adapter.dense",
     "encode_prompts": "generate.prompts.encode",
     "extract_adapter": "merge.extract",
+    "fetch_adapter": "hub.pull",
+    "FetchedAdapter": "hub.pull",
     "inspect_file": "hub.inspect",
     "load_pipeline": "pipelines.load",
     "LowRank": "adapter.low_rank",
@@ -41,6 +43,7 @@ _HOMES: dict[str, str] = {
     "Stack": "hub.refs.stack",
     "TexForceHubError": "errors",
     "Vector": "adapter.dense",
+    "use_lock": "hub.lock",
     "verify_merge": "merge.replay",
     "write_adapter": "hub.write",
 }

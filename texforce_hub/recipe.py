@@ -165,17 +165,18 @@ def _write_pairs(table: Mapping[str, Any]) -> list[str]:
 
 
 def _write_key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _write_text(key)
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else write_text(key)
 
 
-def _write_text(text: str) -> str:
+def write_text(text: str) -> str:
+    """A TOML string of this text."""
     # JSON's escapes are TOML's, except that TOML also wants DEL escaped.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _write_value(key: str, value: Any) -> str:
     if isinstance(value, str):
-        return _write_text(value)
+        return write_text(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):

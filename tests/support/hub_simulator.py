@@ -227,6 +227,8 @@ class _Handler(WritingRoutes, BaseHTTPRequestHandler):
             return self._send_models(parse_qs(urlsplit(self.path).query))
         if info := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
             return self._open(info[1], info[2] or "main", self._send_info)
+        if tree := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
+            return self._open(tree[1], tree[2], self._send_tree)
         if file := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([0-9a-f]{40}|[^/]+)/(.+)", path):
             return self._open(file[1], file[2], self._send_file, file[3])
         return self._fail(404, "NotFound", "no such route")
@@ -252,6 +254,14 @@ class _Handler(WritingRoutes, BaseHTTPRequestHandler):
             where = entry["lfs"] if key in entry.get("lfs", {}) else entry
             where |= {key: value} if key else {}
         return self.answer_json(self._describe(name, sha) | {"siblings": siblings})
+
+    def _send_tree(self, name, sha, blobs):
+        entries = [{"type": "file", "path": path, "size": blob.size, "oid": blob.etag} for path, blob in blobs.items()]
+        for entry, blob in zip(entries, blobs.values(), strict=True):
+            entry.update({"lfs": {"oid": blob.sha256, "size": blob.size, "pointerSize": 134}} if blob.large else {})
+        folders = {path.rpartition("/")[0] for path in blobs if "/" in path}
+        entries += [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)]
+        return self.answer_json(entries)
 
     def _describe(self, name, sha):
         """What the Hub says of a repository by its card."""

@@ -19,6 +19,7 @@ from texforce_hub.cli.options import (
     Dtype,
     Force,
     Guidance,
+    LockFile,
     NegativePrompt,
     Seed,
     Steps,
@@ -99,6 +100,7 @@ def apply(
     batch_size: BatchSize = 8,
     base: Base = "shapes",
     unet: Unet = None,
+    lock: LockFile = None,
     device: Device = None,
     dtype: Dtype = None,
     offload: Annotated[bool, option("--offload", help="Keep models in main memory between uses.", group=WORK)] = False,
@@ -125,6 +127,7 @@ def apply(
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
+    del lock  # in use since it was read
     given = dict(locals())
     if list_schedulers:
         _print_schedulers(as_json=as_json)

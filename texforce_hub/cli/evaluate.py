@@ -17,6 +17,7 @@ from texforce_hub.cli.options import (
     Device,
     Dtype,
     Guidance,
+    LockFile,
     NegativePrompt,
     Steps,
     Unet,
@@ -68,11 +69,13 @@ def evaluate(
     guidance: Guidance = None,
     negative_prompt: NegativePrompt = None,
     batch_size: BatchSize = 64,
+    lock: LockFile = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score stacks on the same prompts and noise as the base; differences with 95 % intervals paired by prompt."""
+    del lock  # in use since it was read
     if list_rewards:
         print_rewards(as_json=as_json)
         return

@@ -5,42 +5,63 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli.console import put, put_json, say
+from texforce_hub.cli import names
+from texforce_hub.cli.console import put, put_detail, put_json, say
+from texforce_hub.cli.options import RESULT, AsJson, Ref, Refs, option
 from texforce_hub.cli.table import put_table
 
 if TYPE_CHECKING:
+    from texforce_hub.hub.pull import FetchedAdapter
     from texforce_hub.hub.push import PushedAdapter
 
-_DIALECT = "A layout to write: diffusers, kohya, peft …; repeat for more. Default: these three."
+_CARD = "Card"
 _LICENSE = "An id of the Hub's list; default: the card's there, the catalogue's, or the base's."
-_IMAGES = "Pictures for the gallery: a file, or a folder of apply --output."
-_EVALUATION = "What evaluate --json printed; default: evaluation.json beside the adapter."
+
+DryRun = Annotated[bool, option("--dry-run", help="Show what would be done; change nothing.", group=RESULT)]
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``push``."""
-    app.command("push")(push)
+    """Add ``push``, ``pull``, ``search`` and ``list``."""
+    for name, command in (("push", push), ("pull", pull)):
+        app.command(name)(command)
 
 
 def push(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="A file, a run's folder, a merge result, any reference.")],
+    ref: Ref,
     repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository; made if it is not there.")],
-    private: Annotated[bool, typer.Option("--private", help="A new repository is seen by its owner alone.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", metavar="BRANCH", help="Default: main.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose it as a pull request.")] = False,
-    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
-    base_id: Annotated[str | None, typer.Option("--base-id", help="Hub id of the base, if the file has none.")] = None,
-    license: Annotated[str | None, typer.Option("--license", help=_LICENSE)] = None,
-    dialect: Annotated[list[str] | None, typer.Option("--dialect", help=_DIALECT)] = None,
-    images: Annotated[Path | None, typer.Option("--images", help=_IMAGES)] = None,
-    evaluation: Annotated[Path | None, typer.Option("--evaluation", help=_EVALUATION)] = None,
-    alpha: Annotated[
-        float | None, typer.Option("--alpha", help="Of layers that store none; default: their rank.")
+    private: Annotated[
+        bool, option("--private", help="A new repository is seen by its owner alone.", group=RESULT)
+    ] = False,
+    revision: Annotated[
+        str | None, option("--revision", metavar="BRANCH", help="Default: main.", group=RESULT)
     ] = None,
-    allow_pickle: Annotated[bool, typer.Option("--allow-pickle", help="Read a pickle from the Hub.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show who, where, files and card; send nothing.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
+    create_pr: Annotated[bool, option("--create-pr", help="Propose it as a pull request.", group=RESULT)] = False,
+    message: Annotated[
+        str | None, option("--message", "-m", metavar="TEXT", help="Of the commit.", group=RESULT)
+    ] = None,
+    dialect: Annotated[
+        list[str] | None,
+        option("--dialect", metavar="NAME", help="A layout to write, repeatable; default: diffusers, kohya, peft.",
+               group=RESULT, autocompletion=names.writable_dialects),
+    ] = None,
+    base_id: Annotated[
+        str | None, option("--base-id", metavar="ID", help="Hub id of the base, if the file has none.", group=_CARD)
+    ] = None,
+    license: Annotated[str | None, option("--license", metavar="ID", help=_LICENSE, group=_CARD)] = None,
+    images: Annotated[
+        Path | None, option("--images", metavar="PATH", help="Pictures: a file, or apply's folder.", group=_CARD)
+    ] = None,
+    evaluation: Annotated[
+        Path | None,
+        option("--evaluation", metavar="FILE", help="Figures: what evaluate --json printed.", group=_CARD),
+    ] = None,
+    alpha: Annotated[
+        float | None, option("--alpha", metavar="X", help="Of layers that store none.", group=RESULT)
+    ] = None,
+    allow_pickle: Annotated[bool, option("--allow-pickle", help="Read a pickle from the Hub.", group=RESULT)] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:  # fmt: skip
     """Publish an adapter: weights for diffusers, PEFT, ComfyUI and A1111, and a card, in one commit.
 
     Log in with 'hf auth login', or set HF_TOKEN. What you write into the card there stays.
@@ -95,3 +116,41 @@ def _put_done(done: "PushedAdapter") -> None:
         return
     say(f"{done.changed} files at commit {done.commit[:12]}")
     say("load it: pipeline.load_lora_weights(…) in diffusers; its page says how in other tools")
+
+
+def pull(
+    refs: Refs,
+    output: Annotated[
+        Path | None,
+        option("--output", "-o", metavar="DIR", help="A folder to copy into; default: the cache.", group=RESULT),
+    ] = None,
+    lock: Annotated[
+        Path | None,
+        option("--lock", metavar="FILE", help="Note commits and hashes here, e.g. adapters.lock.", group=RESULT),
+    ] = None,
+    every: Annotated[bool, option("--all", help="All tensor files of a repository.", group=RESULT)] = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+) -> None:
+    """Fetch adapters from the Hub, checked, into the cache that all Hugging Face libraries share.
+
+    Example: texforce-hub pull alice/colour@v1 --lock adapters.lock
+    """
+    from texforce_hub.hub.pull import fetch_adapter
+
+    done = [fetch_adapter(ref, output=output, lock=lock, every=every, dry_run=dry_run) for ref in refs]
+    if json:
+        put_json({"adapters": [_describe_fetched(one) for one in done]})
+        return
+    for one in done:
+        for file in one.files:
+            state = "is here" if file.was_here else "would be fetched" if dry_run else "fetched"
+            digest = f", SHA-256 {file.sha256}" if file.sha256 else ""
+            put_detail(f"{one.repo}/{file.name} → commit {one.commit}{digest}, {file.size:,} bytes, {state}")
+        put(str(one.path) if one.path is not None else f"{one.missing:,} bytes to fetch")
+
+
+def _describe_fetched(one: "FetchedAdapter") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(one) | {"missing": one.missing}

@@ -18,6 +18,7 @@ from texforce_hub.cli.options import (
     Dtype,
     Energy,
     Force,
+    LockFile,
     Rank,
     TotalRank,
     load_base,
@@ -75,6 +76,7 @@ def merge(
     energy: Energy = None,
     max_total_rank: TotalRank = None,
     base: DoraBase = None,
+    lock: LockFile = None,
     device: Device = None,
     dtype: Dtype = None,
     dialect: Dialect = "diffusers",
@@ -84,6 +86,7 @@ def merge(
     json: AsJson = False,
 ) -> None:  # fmt: skip
     """Merge adapters: exactly, or at a rank with the share that is kept; every layer with -v."""
+    del lock  # in use since it was read
     if list_methods:
         _print_methods(json=json)
         return

@@ -90,6 +90,22 @@ Seed = Annotated[
 ]
 
 
+def _take_lock(context: typer.Context, path: Path | None) -> Path | None:
+    """Let references to the Hub mean, for the rest of the command, what a lock pins."""
+    if path is not None:
+        from texforce_hub.hub.lock import use_lock
+
+        context.with_resource(use_lock(path))
+    return path
+
+
+LockFile = Annotated[
+    Path | None,
+    option("--lock", metavar="FILE", help="What 'pull --lock' noted: read these bytes, no others.", group=WORK,
+           callback=_take_lock),
+]  # fmt: skip
+
+
 def refuse_existing(output: Path, *, force: bool) -> None:
     """Refuse to write over a file, or into a folder that holds something, unless that is wished.
 

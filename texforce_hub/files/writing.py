@@ -51,6 +51,16 @@ def writing(path: str | Path) -> Iterator[Path]:
                 folder.rmdir()  # only where it is empty still: nothing was written
 
 
+def copy_file(source: Path, target: Path) -> None:
+    """A file's bytes under another name, whole or not at all.
+
+    Raises:
+        FileError: as :func:`writing`.
+    """
+    with writing(target) as part:
+        shutil.copyfile(source, part)
+
+
 def _sync(path: Path) -> None:
     """Everything at ``path`` on the disk; a folder's entries where folders can be opened (not on Windows)."""
     if path.is_dir():

@@ -1,7 +1,8 @@
 """The catalogue: adapters, U-Nets and bases that can be meant by one word, ``adapters/<name>.toml`` each.
 
-An entry either ships its weights with the package (``folder``) or says exactly where they are on the Hub
-(``repo``, a full commit as ``revision``, ``file``, ``sha256``).
+An entry either ships its weights with the package (``folder``) or says where they are on the Hub (``repo``, ``file``).
+It names the full commit there as ``revision``, and ``sha256``, where they are known; where they are not, the commit is
+looked up once, when the entry is first used, and noted: an entry never means one thing today and another tomorrow.
 """
 
 import re
@@ -51,8 +52,11 @@ class CatalogEntry:
             raise ConfigError(f"catalogue entry {self.name!r}: kind {self.kind!r}; expected one of {', '.join(KINDS)}")
         if (self.folder is None) == (self.repo is None):
             raise ConfigError(f"catalogue entry {self.name!r}: expected a folder or a repo, and not both")
-        if self.repo is not None and not _COMMIT.fullmatch(self.revision or ""):
-            raise ConfigError(f"catalogue entry {self.name!r}: revision {self.revision!r}; expected a full commit")
+        if self.revision is not None and not _COMMIT.fullmatch(self.revision):
+            raise ConfigError(
+                f"catalogue entry {self.name!r}: revision {self.revision!r}; expected a full commit, or none: "
+                "then it is looked up once, when the entry is first used, and noted"
+            )
         if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
             raise ConfigError(f"catalogue entry {self.name!r}: sha256 {self.sha256!r}; expected 64 hexadecimal digits")
 

@@ -1,5 +1,6 @@
 """From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,16 +10,18 @@ from texforce_hub.files.container import open_header
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
-from texforce_hub.hub.catalog import read_catalog
+from texforce_hub.hub.catalog import CatalogEntry, read_catalog
 from texforce_hub.hub.filenames import SUFFIXES, choose_name, is_candidate, list_names
 from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
 from texforce_hub.hub.huggingface.repository import RemoteFile, Repository, open_repository
-from texforce_hub.hub.huggingface.store import find_cached
+from texforce_hub.hub.huggingface.store import catalogue_lock, find_cached
+from texforce_hub.hub.lock import Lock, Locked, is_locked, pin
 from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
 from texforce_hub.hub.sidecars import ENDINGS, Sidecar, read_sidecar
 
+_LOG = logging.getLogger("texforce_hub")
 _LONGEST_SIDECAR = 20_000_000  # bytes; previews can be short films
 
 
@@ -65,7 +68,9 @@ def find_remote(ref: str | Path | AdapterRef) -> RemotePath:
     entry = read_catalog().get(source)
     wanted = HubId.parse(source) if entry is None else HubId(entry.repo or "", entry.revision, entry.file)
     try:
-        repository = open_repository(wanted.repo, wanted.revision)
+        if entry is not None and wanted.revision is None and not is_locked():
+            wanted = replace(wanted, revision=_resolve(entry))
+        repository = open_repository(wanted.repo, pin(wanted.repo, wanted.revision))
     except HubError as error:
         if entry is not None or source.startswith("hf://"):
             raise
@@ -76,6 +81,25 @@ def find_remote(ref: str | Path | AdapterRef) -> RemotePath:
         held = list_names([name for name in names if is_candidate(name)] or names) or "nothing"
         raise RefError(f"{repository}: holds no file {remote.path!r}; it holds {held}")
     return remote
+
+
+def _resolve(entry: CatalogEntry) -> str:
+    """The commit of an entry that names none: looked up when it is first used, noted, and the same from then on.
+
+    Raises:
+        HubError: the Hub cannot be asked.
+        ConfigError: the note cannot be read or written.
+    """
+    path = catalogue_lock()
+    lock = Lock.read(path) if path.exists() else Lock(path)
+    known = lock.find(entry.repo or "", None)
+    if known is not None:
+        return known.commit
+    repository = open_repository(entry.repo or "")
+    digests = {name: blob.sha256 for name, blob in repository.blobs.items() if blob.sha256}
+    lock.with_entry(Locked(repository.repo, "main", repository.commit, digests)).write()
+    _LOG.info("%s: means %s from now on; %s says so", entry.name, repository, path)
+    return repository.commit
 
 
 def pick_remote_file(remote: RemotePath) -> RemoteFile:
@@ -195,14 +219,30 @@ def fetch_adapter(remote: RemotePath) -> Path:
         RefError: no adapter, or several of equal standing.
         HubError: a file of it cannot be fetched.
     """
-    if not remote.is_file and lies_in_pieces(remote.names) and not _are_shards_of_a_model(remote):
-        return fetch_all(remote)
+    files = list_adapter_files(remote)
+    paths = [fetch_remote_file(remote, file) for file in files]
+    if _lies_in_pieces(remote):
+        inside = files[0].path.removeprefix(remote.path).strip("/")
+        return paths[0].parents[inside.count("/")]
+    return paths[-1]
+
+
+def list_adapter_files(remote: RemotePath) -> list[RemoteFile]:
+    """The files of the one adapter at a path, all its pieces or shards; the one that was meant comes last.
+
+    Raises:
+        RefError: no adapter, or several of equal standing.
+    """
+    if _lies_in_pieces(remote):
+        return list_remote_files(remote)
     file = pick_remote_file(remote)
     folder, _, name = file.path.rpartition("/")
     beside = RemotePath(remote.repository, folder)
-    for other in shard_names(name, beside.names):
-        fetch_file(beside.file(other))
-    return fetch_remote_file(remote, file)
+    return [*(beside.file(other) for other in shard_names(name, beside.names) if other != name), file]
+
+
+def _lies_in_pieces(remote: RemotePath) -> bool:
+    return not remote.is_file and lies_in_pieces(remote.names) and not _are_shards_of_a_model(remote)
 
 
 def _are_shards_of_a_model(remote: RemotePath) -> bool:

@@ -18,6 +18,7 @@ from texforce_hub.hub.huggingface.faults import explained
 from texforce_hub.hub.huggingface.repository import RemoteFile
 from texforce_hub.hub.huggingface.store import Store, find_cached
 from texforce_hub.hub.huggingface.transport import httpx
+from texforce_hub.hub.lock import check_locked
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -34,9 +35,11 @@ def fetch_file(file: RemoteFile) -> Path:
     Raises:
         HubError: it cannot be fetched, or is not what the repository lists.
     """
-    if (config := file.config) is not None:
-        _fetch_one(config)
-    return _fetch_one(file)
+    for one in (file.config, file):
+        if one is not None:
+            path = _fetch_one(one)
+            check_locked(one.repository.repo, one.repository.commit, one.path, path)
+    return path
 
 
 def read_text(file: RemoteFile) -> str:

@@ -81,6 +81,11 @@ class Store:
                 write_whole(self.root / self.folder / "refs" / revision, repository.commit.encode())
 
 
+def catalogue_lock() -> Path:
+    """Where it is noted which commits the catalogue's entries mean that name none."""
+    return Path(constants.HF_HOME) / "texforce-hub" / "catalogue.lock"
+
+
 def find_cached(file: RemoteFile) -> Path | None:
     """Where a file lies in the cache; ``None`` if it was not fetched yet."""
     found = try_to_load_from_cache(file.repository.repo, file.path, revision=file.repository.commit)
