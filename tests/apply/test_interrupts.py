@@ -57,9 +57,9 @@ def is_whole(pipe, before):
     return same_bits(pipe, before) and not left and not getattr(pipe.text_encoder, "peft_config", None)
 
 
-def leave(handle):
+def leave(handle, arm=lambda: None):
     with handle:
-        pass
+        arm()
 
 
 ACTIONS = {
@@ -142,10 +142,17 @@ def interrupt_in_time(name, mode, dtype, draw, armed, left):
     (result or handle).remove()
     action, handle = ACTIONS[name](pipe, stack, mode)
     raised, result = False, None
-    try:
+
+    def arm():
         armed[0] = True
         signal.setitimer(signal.ITIMER_REAL, max(1e-5, draw.random() * duration))
-        result = action()
+
+    try:
+        if name == "exit":
+            leave(handle, arm)
+        else:
+            arm()
+            result = action()
         armed[0] = False
     except Boom:
         raised = True
