@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOMES: dict[str, str] = {
     "Adapter": "adapter.value",
     "AdapterRef": "hub.refs.adapter",
-    "Applied": "apply.applied",
+    "Applied": "apply.handle",
     "apply_adapter": "apply.applied",
     "check_adapter": "apply.fit",
     "compare_adapters": "merge.compare",
@@ -29,6 +29,7 @@ _HOMES: dict[str, str] = {
     "measure_words": "evaluate.words",
     "merge_adapters": "merge.merge",
     "Merged": "merge.merge",
+    "per_sample_adapters": "apply.per_sample",
     "push_adapter": "hub.push",
     "PushedAdapter": "hub.push",
     "read_adapter": "hub.read",

@@ -5,45 +5,30 @@ The result is ``W + Σ wᵢ·ΔWᵢ``. All layers are matched and all shapes che
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
-from types import TracebackType
-from typing import Any, Literal, Self
+from dataclasses import replace
+from typing import Any, Literal
 
 from torch import nn
 
-from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import LayerName
-from texforce_hub.adapter.zeros import is_zero
-from texforce_hub.apply.attach import Attachment, Pair, attach, detach, unwrap_moved
+from texforce_hub.apply.handle import Applied
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
-    Contribution,
-    Contributions,
     Decision,
-    Matched,
-    ParameterKey,
+    LiveShapes,
     Unmatched,
+    Unused,
     WrongShape,
     check_ready,
     match,
     matches,
     sort_contributions,
-    why_dead,
 )
-from texforce_hub.apply.model import parts_of, plain, unwrapped
-from texforce_hub.apply.patch import Owner, Write, begin_write, check_writable, keep, undo, write
-from texforce_hub.apply.placement import place
-from texforce_hub.apply.roster import activate, free_name, note_factors, register, unregister
-from texforce_hub.apply.rounding import Loss, Term, seed_for, total_loss
-from texforce_hub.apply.schedule import Timeline, check_schedulable, refuse_inside_call
-from texforce_hub.apply.undoing import do_all, insist
-from texforce_hub.apply.wrappers import Wrappers
+from texforce_hub.apply.model import parts_of, plain
+from texforce_hub.apply.roster import free_name
+from texforce_hub.apply.schedule import check_schedulable
 from texforce_hub.errors import ConfigError, MatchError
-from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.stack import Item, StackEntry, Weight, read_stack, reweighted
+from texforce_hub.hub.stack import Item, StackEntry, Weight, read_stack
 
 logger = logging.getLogger("texforce_hub")
 
@@ -58,7 +43,7 @@ def apply_adapter(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
     schedule: str = "",
-) -> "Applied":
+) -> Applied:
     """Put a stack on a pipeline, or on a bare text encoder or U-Net.
 
     Args:
@@ -106,10 +91,11 @@ def _apply(
     *,
     strict: bool,
     draws: int | None,
-) -> "Applied":
-    decisions = {e.label: match(e.adapter, pipe, attaching=mode == "attach") for e in entries}
+) -> Applied:
+    live = LiveShapes(pipe)
+    decisions = {e.label: match(e.adapter, live, attaching=mode == "attach") for e in entries}
     for entry in entries:
-        _check_fit(entry, decisions[entry.label], strict=strict)
+        check_fit(entry, decisions[entry.label], strict=strict)
     riding, written = sort_contributions(decisions[entry.label] for entry in entries)
     for part in dict.fromkeys(key[0] for key in (*riding, *written)):
         check_ready(part, parts_of(pipe)[part], attaching=any(key[0] == part for key in riding))
@@ -124,14 +110,16 @@ def _apply(
         raise
 
 
-def _check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
+def check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:
+    """Refuse an adapter that does not fit; say what is left out where that is wanted.
+
+    Raises:
+        MatchError: with the first reason, and how many layers fit.
+    """
     wrong = [decision for decision in decisions.values() if isinstance(decision, WrongShape)]
-    lacking = {name: decision for name, decision in decisions.items() if isinstance(decision, Unmatched)}
-    idle = [name for name in lacking if is_zero(entry.adapter.layers[name])]
-    for name in idle:
-        logger.warning("%s: %s is all zeros and left out: %s", entry.label, name, lacking.pop(name).reason)
-    unmatched = list(lacking.values())
-    matched = len(decisions) - len(wrong) - len(unmatched) - len(idle)
+    unmatched = [decision for decision in decisions.values() if isinstance(decision, Unmatched)]
+    unused = [decision for decision in decisions.values() if isinstance(decision, Unused)]
+    matched = len(decisions) - len(wrong) - len(unmatched) - len(unused)
     family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
     if wrong or not matched or (strict and unmatched):
         counts = f"{matched} of {len(decisions)} layers fit, {len(wrong)} have another shape"
@@ -140,6 +128,8 @@ def _check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, st
         raise MatchError(
             f"{entry.label}{family} does not fit: {refusals[0].reason} ({counts}); nothing was changed{way_out}"
         )
+    for decision in unused:
+        logger.warning("%s: %s", entry.label, decision.reason)
     if unmatched:
         left_out = f"{len(unmatched)} of {len(decisions)} layers left out"
         logger.warning("%s: %s, e.g. %s", entry.label, left_out, unmatched[0].reason)
@@ -152,7 +142,7 @@ def _say_notes(decisions: Mapping[str, Mapping[LayerName, Decision]]) -> None:
             logger.info("%s: %s", label, note)
 
 
-def _say_loss(applied: "Applied") -> None:
+def _say_loss(applied: Applied) -> None:
     loss = applied.rounding_loss
     if loss > 0.01:
         advice = (
@@ -161,246 +151,3 @@ def _say_loss(applied: "Applied") -> None:
             else "rounded at random, it is right on average; mode='attach' keeps all of it"
         )
         logger.warning("%.1f %% of the fused change was lost to rounding the weights; %s", 100 * loss, advice)
-
-
-@dataclass(eq=False)
-class Applied:
-    """A stack on a pipeline: what it did with every layer, and the way back.
-
-    ``decisions`` tells, by adapter label and layer name, where each layer went. ``name`` is the adapter name
-    under which the attached part shows up in the pipeline's own calls. ``rounding_losses`` tells what rounding
-    took from the change of each parameter that was written to and is narrower than float32. As a context
-    manager the stack is removed at the end of the block, whatever happens in it.
-    """
-
-    entries: list[StackEntry]
-    mode: str
-    decisions: Mapping[str, Mapping[LayerName, Decision]]
-    name: str
-    roots: Mapping[str, nn.Module] = field(repr=False)
-    _riding: Contributions = field(repr=False)
-    _written: Contributions = field(repr=False)
-    _seed: int | None = field(default=None, repr=False)
-    rounding_losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
-    _attachments: dict[ParameterKey, Attachment] = field(default_factory=dict, repr=False)
-    _writes: dict[ParameterKey, Write] = field(default_factory=dict, repr=False)
-    _on: bool = field(default=True, repr=False)
-    _gone: bool = field(default=False, repr=False)
-    _in_block: bool = field(default=False, repr=False)
-    _timeline: Timeline | None = field(default=None, repr=False)
-
-    @property
-    def weights(self) -> Mapping[str, AdapterRef]:
-        """Each adapter's weights, by label."""
-        return {entry.label: entry.weight for entry in self.entries}
-
-    @property
-    def rounding_loss(self) -> float:
-        """``‖(rounded − base) − change‖ / ‖change‖`` over all that was written into weights narrower than float32."""
-        return total_loss(self.rounding_losses.values()).relative
-
-    def set_weights(self, weights: Mapping[str, Weight] | Sequence[Weight]) -> None:
-        """New weights, by label or in the stack's order; nothing is read again.
-
-        Raises:
-            ConfigError: an unknown label, another number of weights, an impossible weight, a stack whose weights
-                follow a schedule, or a text adapter's while a pipeline draws with it.
-            MatchError: the stack was taken off.
-        """
-        if self._timeline is not None:
-            raise ConfigError("this stack's weights follow a schedule; apply it again with other weights")
-        refuse_inside_call(self.roots.values(), acts_on_text=self._acts_on_text)
-        alone_on(self.roots.values(), lambda: self._set_weights(reweighted(self.entries, weights)))
-
-    def remove(self) -> None:
-        """Take the stack off: every weight is what it was, to the bit. A second call does nothing.
-
-        Whatever happens on the way, an interrupt too, all is restored that can be; what came first is raised then.
-
-        Raises:
-            MatchError: weights that a fused stack was written to are no longer there.
-        """
-        if self._timeline is not None:
-            self._timeline.stop()
-            self._timeline = None
-        if not self._gone:
-            raised = alone_on(self.roots.values(), lambda: insist(self._take_off))
-            self._gone = not (self._attachments or self._writes)
-            if raised:
-                raise raised[0]
-
-    def keep(self) -> None:
-        """Make a fused stack permanent and forget the way back.
-
-        Raises:
-            MatchError: the stack is attached, or lies on another one.
-        """
-        if self._attachments:
-            raise MatchError("an attached stack rides beside the weights; use mode='fuse' to make it permanent")
-        alone_on(self.roots.values(), self._keep)
-
-    def disable(self) -> None:
-        """The base's outputs, the stack staying in place; other adapters are left as they are."""
-        alone_on(self.roots.values(), lambda: self._switch(on=False))
-
-    def enable(self) -> None:
-        """Undo :meth:`disable`."""
-        alone_on(self.roots.values(), lambda: self._switch(on=True))
-
-    def dead_layers(self, clip_skip: int = 0) -> dict[LayerName, str]:
-        """Layers that cannot reach the image when this many last layers of the CLIP encoders are skipped."""
-        return {
-            name: reason
-            for of_layers in self.decisions.values()
-            for name, decision in of_layers.items()
-            if isinstance(decision, Matched) and (reason := why_dead(decision, self.roots, clip_skip))
-        }
-
-    def __enter__(self) -> Self:
-        self._in_block = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            self.remove()
-        except BaseException:
-            with suppress(MatchError):  # of what was said already
-                self.remove()
-            raise
-
-    def __del__(self) -> None:
-        # An interrupt can come before the first line of __exit__; the block is left all the same.
-        if getattr(self, "_in_block", False) and not self._gone:
-            self.remove()
-
-    @property
-    def _acts_on_text(self) -> bool:
-        return any(part.startswith("text_encoder") for part in self._riding_parts())
-
-    def _follow(self, pipe: Any, refs: Sequence[AdapterRef]) -> None:
-        """Let the weights change over the steps of the pipeline's calls."""
-
-        def set_weights(now: Sequence[AdapterRef]) -> None:
-            entries = [replace(entry, weight=ref) for entry, ref in zip(self.entries, now)]
-            alone_on(self.roots.values(), lambda: self._set_weights(entries))
-
-        self._timeline = Timeline(pipe, refs, set_weights, acts_on_text=self._acts_on_text)
-
-    def _keep(self) -> None:
-        for entry in self._writes.values():
-            keep(entry)
-        self._writes.clear()
-
-    def _put_on(self) -> None:
-        for key in self._written:
-            seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
-            owner = self._owner(key)
-            entry = self._writes[key] = begin_write(unwrapped(self._module(key)), key[2], seed=seed, owner=owner)
-            write(entry, self._terms(key))
-        self._note_losses()
-        wrappers = Wrappers(self.name)
-        for key in self._riding:
-            owner = self._owner(key)
-            assert owner is not None
-            self._attachments[key] = attach(owner, wrappers, self._pairs(key))
-        for part in self._riding_parts():
-            register(self.roots[part], self.name, self._attached_to(part))
-
-    def _set_weights(self, entries: list[StackEntry]) -> None:
-        gone = [key for key, attachment in self._attachments.items() if not attachment.live]
-        if gone or not (self._attachments or self._writes):
-            raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
-        for key, attachment in self._attachments.items():
-            attachment.check_changeable(self._pairs(key))
-        for entry in self._writes.values():
-            check_writable(entry)
-        before, self.entries = self.entries, entries
-        try:
-            self._refill()
-        except BaseException:
-            self.entries = before
-            insist(lambda: do_all([self._refill]))
-            raise
-
-    def _refill(self) -> None:
-        for key, attachment in self._attachments.items():
-            attachment.fill(self._pairs(key))
-        for part in self._riding_parts():
-            note_factors(self.roots[part], self.name, self._attached_to(part))
-        self._rewrite()
-
-    def _rewrite(self) -> None:
-        for key, entry in self._writes.items():
-            write(entry, self._terms(key) if self._on else ())
-        self._note_losses()
-
-    def _switch(self, *, on: bool) -> None:
-        self._on = on
-        for part in self._riding_parts():
-            activate(self.roots[part], self.name, active=on)
-        self._rewrite()
-
-    def _take_off(self) -> list[BaseException]:
-        """Undo all that is left to undo; the errors, and the interrupts, in their order."""
-        parts = self._riding_parts()
-        raised = do_all(
-            [
-                *(partial(self._detach, key) for key in reversed(self._riding)),
-                *(partial(unwrap_moved, self.roots[part], self._attached_to(part).values()) for part in parts),
-                *(partial(unregister, self.roots[part], self.name) for part in parts),
-                *(partial(self._undo, key) for key in reversed(self._writes)),
-            ]
-        )
-        self._attachments = {key: here for key, here in self._attachments.items() if here.rides}
-        self._writes = {key: entry for key, entry in self._writes.items() if entry.on}
-        return raised
-
-    def _detach(self, key: ParameterKey) -> None:
-        attachment = self._attachments.get(key)
-        owner = self._owner(key) if attachment is None else (attachment.parent, attachment.child)
-        if owner is not None:
-            detach(owner, self.name, attachment)
-
-    def _undo(self, key: ParameterKey) -> None:
-        try:
-            undo(self._writes[key])
-        except MatchError as error:
-            raise MatchError(f"{'.'.join(key)}: {error}") from error
-
-    def _module(self, key: ParameterKey) -> nn.Module:
-        return self.roots[key[0]].get_submodule(key[1])
-
-    def _owner(self, key: ParameterKey) -> Owner | None:
-        """The module that the layer is a child of, and its name there; ``None`` for what is no child."""
-        above, _, child = key[1].rpartition(".")
-        try:
-            return (self.roots[key[0]].get_submodule(above), child) if child else None
-        except AttributeError:
-            return None
-
-    def _riding_parts(self) -> list[str]:
-        return list(dict.fromkeys(key[0] for key in self._riding))
-
-    def _attached_to(self, part: str) -> dict[str, Attachment]:
-        """The attachments in one part, by path."""
-        return {key[1]: attachment for key, attachment in self._attachments.items() if key[0] == part}
-
-    def _note_losses(self) -> None:
-        losses = {".".join(key): entry.loss for key, entry in self._writes.items()}
-        self.rounding_losses = {name: loss for name, loss in losses.items() if loss is not None}
-
-    def _terms(self, key: ParameterKey) -> list[Term]:
-        return [self._term(contribution) for contribution in self._written[key]]
-
-    def _pairs(self, key: ParameterKey) -> list[Pair]:
-        terms = [self._term(contribution) for contribution in self._riding[key]]
-        return [(layer, weight) for layer, weight in terms if isinstance(layer, LowRank)]
-
-    def _term(self, contribution: Contribution) -> Term:
-        index, name, rows, block = contribution
-        entry = self.entries[index]
-        layer = entry.adapter.layers[name]
-        layer = layer if rows is None else take_rows(layer, rows)
-        return (layer if block is None else place(layer, block)), entry.weight.weight_of(name)

@@ -35,6 +35,10 @@ class BaseShapes:
         """The shape of what a layer of this name changes; ``None`` if there is no such weight."""
         return self.weights.get(f"{layer}.weight", self.weights.get(layer))
 
+    def refusal(self, layer: str) -> str | None:  # noqa: ARG002  # a header does not tell how a library holds the weight
+        """Nothing: whatever a file holds can be changed once it is loaded."""
+        return None
+
 
 def read_base(base: str | Path) -> BaseShapes:
     """A base by a family's name, a pipeline's folder, a checkpoint file, or a Hub id that names its family.

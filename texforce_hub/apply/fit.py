@@ -1,15 +1,14 @@
 """Layer by layer: is there such a weight in the base, and has it the shape that the adapter changes?"""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from texforce_hub.apply.base import BaseShapes, Shape, read_base
-from texforce_hub.errors import DialectError, FamilyError
-from texforce_hub.families.names import part_of, path_of
-from texforce_hub.families.original_transformer import find_rows
+from texforce_hub.apply.base import BaseShapes, read_base
+from texforce_hub.apply.targets import Answer, Fitting, Idle, Misfit, Outline, fit
+from texforce_hub.errors import DialectError
 from texforce_hub.files.container import find_zeros
 from texforce_hub.formats.plan.idle import find_idle
 from texforce_hub.formats.plan.layers import LayerPlan
@@ -17,7 +16,6 @@ from texforce_hub.formats.plan.planning import Plan
 from texforce_hub.hub.bundles import Bundle, plan_bundle
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.refs.adapter import AdapterRef
-
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -47,7 +45,19 @@ class _Sorted:
     misshapen: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    idle: list[str] = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
+
+    def take(self, name: str, answer: Answer) -> None:
+        """Note the answer for one layer."""
+        if isinstance(answer, Misfit):
+            (self.misshapen if answer.kind == "shape" else self.unmatched)[name] = answer.reason
+            return
+        if answer.note:
+            self.notes.append(answer.note)
+        (self.idle if isinstance(answer, Idle) else self.matched).append(name)
+        if isinstance(answer, Fitting) and answer.renamed:
+            self.renamed.append(name)
 
 
 def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -> Fit:
@@ -67,98 +77,35 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
         raise DialectError(f"{bundle.path}: {error}") from error
     outcome = _Sorted(notes=[*planned.notes, *planned.faults])
     outcome.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
-    for part, layers in _by_part(planned.layers.values()).items():
-        _sort_part(part, layers, base, outcome)
+    readable = {name: layer for name, layer in planned.layers.items() if not layer.faults}
+    for name, answer in _fit_or_idle(readable, base, bundle).items():
+        outcome.take(name, answer)
     if outcome.renamed:
         outcome.notes.append(
             f"{len(outcome.renamed)} layers have the names of the authors' own code, e.g. {outcome.renamed[0]}: "
             "applied under diffusers' names, fused ones divided by rows"
         )
-    _leave_out_idle(bundle, planned, outcome)
     fits = bool(outcome.matched) and not (outcome.unmatched or outcome.misshapen or planned.faults)
     verdict = _verdict(planned, base, outcome, fits=fits)
     wrong = (outcome.unmatched, outcome.misshapen, outcome.unreadable)
-    return Fit(fits, verdict, tuple(outcome.matched), *wrong, tuple(outcome.notes))
+    return Fit(fits, verdict, tuple(outcome.matched), *wrong, tuple(dict.fromkeys(outcome.notes)))
 
 
-def _leave_out_idle(bundle: Bundle, planned: Plan, outcome: _Sorted) -> None:
-    """Layers of zeros stand in nobody's way: a base that lacks them lacks nothing."""
-    files = [path for path in bundle.files if outcome.unmatched]
-    idle = find_idle((planned.layers[name] for name in outcome.unmatched), partial(find_zeros, files))
-    for name in sorted(idle):
-        outcome.notes.append(f"{name} is all zeros and left out: {outcome.unmatched.pop(name)}")
-
-
-def _by_part(layers: Iterable[LayerPlan]) -> dict[str, dict[str, LayerPlan]]:
-    """The layers that can be read."""
-    parts: dict[str, dict[str, LayerPlan]] = {}
-    for layer in layers:
-        if not layer.faults:
-            parts.setdefault(part_of(layer.name), {})[layer.name] = layer
-    return parts
-
-
-def _sort_part(part: str, layers: Mapping[str, LayerPlan], base: BaseShapes, outcome: _Sorted) -> None:
-    target = _target_part(part, {name: layer.shape for name, layer in layers.items()}, base)
-    if target != part:
-        outcome.notes.append(f"named {part} in the adapter, fits only {target}")
-    lacks_part = target not in base.parts
-    for name in layers:
-        weight = target + name.removeprefix(part)
-        if lacks_part:
-            outcome.unmatched[name] = f"the base has no {part}"
-        elif base.shape_of(weight) is None:
-            _sort_original(name, layers[name], base, outcome)
-        elif misfit := _misfit(weight, layers[name].shape, base):
-            outcome.misshapen[name] = misfit
-        else:
-            outcome.matched.append(name)
-
-
-def _misfit(weight: str, shape: Shape, base: BaseShapes) -> str | None:
-    have = base.shape_of(weight)
-    return None if have == shape else f"the adapter changes {shape}, the base's layer is {have}"
-
-
-def _sort_original(name: str, layer: LayerPlan, base: BaseShapes, outcome: _Sorted) -> None:
-    """A layer that the base does not have, unless it is one of the authors' own names for what it has."""
-    part, path = part_of(name), path_of(name)
-    try:
-        rows = find_rows(path, layer.shape) if part == "transformer" else ()
-    except FamilyError as error:
-        outcome.unmatched[name] = str(error)
-        return
-    targets = [(f"{part}.{row.path}", (row.count, *layer.shape[1:])) for row in rows]
-    missing = [target for target, _ in targets if base.shape_of(target) is None]
-    misfits = [misfit for target, shape in targets if (misfit := _misfit(target, shape, base))]
-    if missing or not targets:
-        outcome.unmatched[name] = f"the base has no layer {(missing or [name])[0]}"
-    elif misfits:
-        outcome.misshapen[name] = misfits[0]
-    elif layer.decomposed == "in" and len(targets) > 1:
-        outcome.unmatched[name] = "DoRA normed along its inputs cannot be divided between the base's layers"
-    else:
-        outcome.matched.append(name)
-        outcome.renamed.append(name)
-
-
-def _target_part(part: str, layers: Mapping[str, Shape], base: BaseShapes) -> str:
-    """The part itself, or the one other text encoder into which all its layers fit when none fits its own."""
-
-    def fitting(target: str) -> int:
-        return sum(base.shape_of(target + name.removeprefix(part)) == shape for name, shape in layers.items())
-
-    if fitting(part) or not part.startswith("text_encoder"):
-        return part
-    others = [p for p in base.parts if p.startswith("text_encoder") and p != part and fitting(p) == len(layers)]
-    return others[0] if len(others) == 1 else part
+def _fit_or_idle(layers: Mapping[str, LayerPlan], base: BaseShapes, bundle: Bundle) -> dict[str, Answer]:
+    """The answer for every layer; the tensors of those that the base lacks are looked at: zeros decide nothing."""
+    outlines = {name: Outline(layer.shape, layer.decomposed == "in") for name, layer in layers.items()}
+    answers = fit(outlines, base)
+    missing = [name for name, answer in answers.items() if isinstance(answer, Misfit) and answer.kind == "missing"]
+    idle = find_idle((layers[name] for name in missing), partial(find_zeros, bundle.files if missing else ()))
+    return fit(outlines, base, idle.__contains__) if idle else answers
 
 
 def _verdict(planned: Plan, base: BaseShapes, outcome: _Sorted, *, fits: bool) -> str:
     total = len(planned.layers)
     made_for = planned.family.summary
     if fits:
-        return f"fits: all {total} layers match {base.title}"
+        matching = f"{len(outcome.matched)} of {total} layers match" if outcome.idle else f"all {total} layers match"
+        return f"fits: {matching} {base.title}" + (", the others change nothing" if outcome.idle else "")
     own = {fault for layer in planned.layers.values() for fault in layer.faults}
     reasons = [
         f"{count} {what}"

@@ -1,26 +1,30 @@
 """Which layer of a model each layer of an adapter changes; nothing is touched here.
 
-Every layer gets a decision: :class:`Matched`, :class:`Divided`, :class:`Unmatched` or :class:`WrongShape`.
+Every layer gets a decision: :class:`Matched`, :class:`Divided`, :class:`Unmatched`, :class:`WrongShape` or
+:class:`Unused`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from texforce_hub.adapter.dense import Vector
+from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
-from texforce_hub.apply.model import is_tuner, parts_of, plain, unwrapped
+from texforce_hub.adapter.zeros import is_zero
+from texforce_hub.apply.model import is_tuner, parts_of, plain, unwrapped, walk
 from texforce_hub.apply.placement import Block
+from texforce_hub.apply.projections import calls_joined, find_joined
+from texforce_hub.apply.targets import Answer, Idle, Misfit, Outline, Target, fit
 from texforce_hub.apply.wrappers import can_attach
-from texforce_hub.errors import AdapterError, FamilyError, MatchError
+from texforce_hub.errors import AdapterError, MatchError
 from texforce_hub.families import live_name
 from texforce_hub.families.names import part_of, path_of
-from texforce_hub.families.original_transformer import Ranges, Rows, find_rows
+from texforce_hub.families.original_transformer import Ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,14 @@ class WrongShape:
     reason: str
 
 
-Decision = Matched | Divided | Unmatched | WrongShape
+@dataclass(frozen=True, slots=True)
+class Unused:
+    """The model has no such layer, and the layer changes nothing: it decides nothing."""
+
+    reason: str
+
+
+Decision = Matched | Divided | Unmatched | WrongShape | Unused
 ParameterKey = tuple[str, str, str]
 """Part, path of the module in it, parameter."""
 Contribution = tuple[int, LayerName, Ranges | None, Block | None]
@@ -110,110 +121,115 @@ def check_ready(part: str, module: nn.Module, *, attaching: bool) -> None:
         raise MatchError(f"{part} holds adapters fused by PEFT: unfuse them first, or use mode='fuse'")
 
 
-def match(adapter: Adapter, target: Any, *, attaching: bool) -> dict[LayerName, Decision]:
+class LiveModel:
+    """One part of a live model: its modules by path, found once, and the names that its weights go by."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.modules = dict(walk(root))
+        self._prefix: str | None = None
+
+    def find(self, name: str) -> tuple[str, str, Tensor | Any]:
+        """Path of the module, name of the parameter in it, and the parameter that a layer of this name changes.
+
+        The parameter is ``None`` if there is no such module, or nothing of that name in it.
+        """
+        path = self._live(name)
+        module = self.modules.get(path)
+        if module is not None and (weight := getattr(unwrapped(module), "weight", None)) is not None:
+            return path, "weight", weight
+        above, _, parameter = path.rpartition(".")
+        owner = self.modules.get(above)
+        return above, parameter, None if owner is None else getattr(unwrapped(owner), parameter, None)
+
+    def _live(self, name: str) -> str:
+        """The path of a layer, by its name inside the part; the encoder may lie inside somebody else's module."""
+        if self._prefix is None:
+            self._prefix = self._find_prefix(name)
+        prefix = self._prefix or ""
+        encoder = self.modules.get(prefix.rstrip("."), self.root)
+        return prefix + live_name(name, hasattr(encoder, "text_model"))
+
+    def _find_prefix(self, name: str) -> str | None:
+        """Where the encoder with this layer lies; ``None`` if no layer, or more than one encoder has it."""
+        endings = {live_name(name, has) for has in (True, False)}
+        if endings & self.modules.keys():
+            return ""
+        nested = [(path, end) for path in self.modules for end in endings if path.endswith(f".{end}")]
+        starts = {path.removesuffix(end).removesuffix("text_model.") for path, end in nested}
+        return starts.pop() if len(starts) == 1 else None
+
+
+class LiveShapes:
+    """A live pipeline's weights by the adapter's names."""
+
+    def __init__(self, target: Any) -> None:
+        modules = parts_of(target)
+        models = {id(module): LiveModel(plain(module)) for module in modules.values()}
+        self.models = {part: models[id(module)] for part, module in modules.items()}
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts it has."""
+        return tuple(self.models)
+
+    def shape_of(self, layer: str) -> tuple[int, ...] | None:
+        """The shape of what a layer of this name changes; ``None`` if there is no such weight."""
+        tensor = self.models[part_of(layer)].find(path_of(layer))[2]
+        return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+    def refusal(self, layer: str) -> str | None:
+        """Why the weight of this layer cannot be changed: it is quantised."""
+        model = self.models[part_of(layer)]
+        path, parameter, tensor = model.find(path_of(layer))
+        reason = None if tensor is None else _unusable(unwrapped(model.modules[path]), parameter, tensor)
+        return None if reason is None else f"{part_of(layer)}.{path}: {reason}"
+
+
+def match(adapter: Adapter, live: LiveShapes, *, attaching: bool) -> dict[LayerName, Decision]:
     """A decision for every layer of the adapter; a part that only fits elsewhere goes there, and says so."""
-    modules = parts_of(target)
-    decisions: dict[LayerName, Decision] = {}
-    for part in adapter.parts:
-        layers = {name: layer for name, layer in adapter.layers.items() if part_of(name) == part}
-        decisions |= _match_part(part, layers, modules, attaching=attaching)
-    return decisions
+    layers = adapter.layers
+    outlines = {name: Outline(layer.shape, _is_undivided(layer)) for name, layer in layers.items()}
+    answers = fit(outlines, live, lambda name: is_zero(layers[name]))
+    return {name: _decide(answers[name], layers[name], live, attaching=attaching) for name in layers}
 
 
-def _match_part(
-    part: str, layers: Mapping[LayerName, Layer], modules: Mapping[str, nn.Module], *, attaching: bool
-) -> dict[LayerName, Decision]:
-    own = _match_in(part, layers, modules[part], attaching=attaching) if part in modules else {}
-    if any(matches(decision) for decision in own.values()):
-        return own
-    others = [other for other in modules if other != part and other[:4] == part[:4] == "text"]
-    fits = []
-    for other in others:
-        elsewhere = _match_in(other, layers, modules[other], attaching=attaching)
-        if all(isinstance(decision, Matched) for decision in elsewhere.values()):
-            fits.append(elsewhere)
-    if len(fits) == 1:
-        return {name: _moved(decision, part) for name, decision in fits[0].items()}
-    missing = Unmatched(f"the pipeline has no {part}, only {', '.join(modules)}")
-    return own or dict.fromkeys(layers, missing)
+def _is_undivided(layer: Layer) -> bool:
+    return isinstance(layer, Decomposed) and layer.axis == "in"
 
 
-def _moved(decision: Decision, part: str) -> Decision:
-    assert isinstance(decision, Matched)
-    return replace(decision, note=f"named {part} in the adapter, fits only {decision.part}")
-
-
-def _match_in(
-    part: str, layers: Mapping[LayerName, Layer], module: nn.Module, *, attaching: bool
-) -> dict[LayerName, Decision]:
-    root = plain(module)
-    prefix = _prefix(root, layers)
-    return {name: _decide(part, root, prefix, name, layer, attaching=attaching) for name, layer in layers.items()}
-
-
-def _prefix(root: nn.Module, layers: Iterable[LayerName]) -> str:
-    """Where inside somebody else's module the encoder lies (``transformer.`` …); empty if at the top."""
-    first = path_of(next(iter(layers)))
-    endings = {live_name(first, has) for has in (True, False)}
-    if any(_child(root, ending) is not None for ending in endings):
-        return ""
-    names = [(name, ending) for name, _ in root.named_modules() for ending in endings if name.endswith(f".{ending}")]
-    starts = {name.removesuffix(ending).removesuffix("text_model.") for name, ending in names}
-    return starts.pop() if len(starts) == 1 else ""
-
-
-def _child(root: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return root.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _decide(part: str, root: nn.Module, prefix: str, name: LayerName, layer: Layer, *, attaching: bool) -> Decision:
-    encoder = _child(root, prefix.rstrip(".")) if prefix else root
-    inside = path_of(name)
-    path = prefix + live_name(inside, hasattr(encoder, "text_model"))
-    whole = _find(part, root, path, layer, attaching=attaching)
-    if whole is not None:
-        return whole
-    try:
-        rows = find_rows(inside, layer.shape) if part == "transformer" else ()
-        return _divide(part, root, layer, rows, attaching=attaching) or Unmatched(f"{part} has no layer {path}")
-    except (FamilyError, AdapterError) as error:
-        return Unmatched(f"{part}.{path}: {error}")
-
-
-def _divide(part: str, root: nn.Module, layer: Layer, rows: Sequence[Rows], *, attaching: bool) -> Decision | None:
-    """The decision for a layer named as the authors' code does, each of whose pieces must fit."""
-    outline = layer.map(lambda tensor: tensor.detach().to("meta"))
+def _decide(answer: Answer, layer: Layer, live: LiveShapes, *, attaching: bool) -> Decision:
+    if isinstance(answer, Misfit):
+        return WrongShape(answer.reason) if answer.kind == "shape" else Unmatched(answer.reason)
+    if isinstance(answer, Idle):
+        return Unused(answer.note)
     pieces: list[Matched] = []
-    for target in rows:
-        piece = take_rows(outline, target.ranges)
-        decision = _find(part, root, target.path, piece, attaching=attaching)
-        if not isinstance(decision, Matched):
-            return decision or Unmatched(f"{part} has no layer {target.path}")
-        pieces.append(replace(decision, rows=target.ranges))
-    return pieces[0] if len(pieces) == 1 else Divided(tuple(pieces)) if pieces else None
+    for target in answer.targets:
+        try:
+            pieces += _place(target, layer, answer.note, live.models[part_of(target.layer)], attaching=attaching)
+        except AdapterError as error:
+            return Unmatched(f"{target.layer}: {error}")
+    return pieces[0] if len(pieces) == 1 else Divided(tuple(pieces))
 
 
-def _find(
-    part: str, root: nn.Module, path: str, layer: Layer, *, attaching: bool
-) -> Matched | Unmatched | WrongShape | None:
-    """The decision for a layer that is named as the model's is; ``None`` if the model has no such layer."""
-    path, parameter = path.rpartition(".")[::2] if isinstance(layer, Vector) else (path, "weight")
-    wrapped = _child(root, path)
-    if wrapped is None:
-        return None
-    module = unwrapped(wrapped)
-    tensor = getattr(module, parameter, None)
-    if (refusal := _unusable(module, parameter, tensor)) is not None:
-        return Unmatched(f"{part}.{path}: {refusal}")
-    assert isinstance(tensor, Tensor)
-    if tuple(tensor.shape) != layer.shape:
-        return WrongShape(f"the adapter changes {layer.shape}, {part}.{path} is {tuple(tensor.shape)}")
-    attached = attaching and isinstance(layer, LowRank) and can_attach(wrapped)
-    note = "" if attached or not attaching else _why_written(layer, module)
-    return Matched(part, path, parameter, "attached" if attached else "written", note)
+def _place(target: Target, layer: Layer, note: str, model: LiveModel, *, attaching: bool) -> list[Matched]:
+    """Where in the live model a target lies: in a projection, and in the joined one that is called in its place."""
+    if target.rows is not None and not isinstance(layer, LowRank):
+        layer = take_rows(layer.map(lambda tensor: tensor.detach().to("meta")), target.rows)
+    part, (path, parameter, _) = part_of(target.layer), model.find(path_of(target.layer))
+    wrapped = model.modules[path]
+    attached = attaching and isinstance(layer, LowRank) and parameter == "weight" and can_attach(wrapped)
+    why = "" if attached or not attaching else _why_written(layer, unwrapped(wrapped))
+    how = "attached" if attached else "written"
+    block = None if target.padded is None else Block(target.padded)
+    own = Matched(part, path, parameter, how, "; ".join(filter(None, (note, why))), target.rows, block)
+    above, _, child = path.rpartition(".")
+    attention = model.modules.get(above, model.root)
+    joined = find_joined(attention, child) if calls_joined(attention) else None
+    if joined is None:
+        return [own]
+    whole = getattr(joined.layer, parameter).shape
+    return [own, replace(own, path=f"{above}.{joined.name}", block=Block(tuple(whole), joined.start))]
 
 
 def _why_written(layer: Layer, module: nn.Module) -> str:
@@ -223,8 +239,6 @@ def _why_written(layer: Layer, module: nn.Module) -> str:
 
 
 def _unusable(module: nn.Module, parameter: str, tensor: Any) -> str | None:
-    if tensor is None:
-        return f"{type(module).__name__} has no {parameter}"
     quantised = not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.element_size() < 2
     if quantised or type(tensor.data) is not torch.Tensor:
         return f"its {parameter} is quantised ({type(module).__name__}); load the model in float16, bfloat16 or float32"

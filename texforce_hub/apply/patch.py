@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from texforce_hub.apply.model import tuner_layers as tuner_layers
 from texforce_hub.apply.projections import find_joined
-from texforce_hub.apply.rounding import Loss, Term, rounded_sum, summed
+from texforce_hub.apply.rounding import Term, rounded_sum, summed
 from texforce_hub.errors import MatchError
 
 Owner = tuple[nn.Module, str]
@@ -46,7 +46,7 @@ class Write:
     on: bool = False  # whether there is anything to undo
     terms: Sequence[Term] = field(default_factory=tuple)
     seed: int | None = None  # of stochastic rounding; None: to the nearest
-    loss: Loss | None = None  # of the last writing; None for parameters of float32 and wider
+    loss: Tensor | None = None  # of the last writing, as rounded_sum gives it; None for float32 and wider
     fused: tuple[str, ...] = ()  # the adapters that PEFT had fused into the parameter before
     fused_since: tuple[str, ...] | None = None  # those to be fused again; None: undoing has not begun
     copies: list["Copy"] = field(default_factory=list)  # what joined projections took from the parameter
@@ -178,8 +178,9 @@ def _add(entry: Write, out: Tensor | None) -> Tensor:
     """An entry's sum on what it saved, into ``out`` if there is one; its loss is noted."""
     if entry.saved.dtype.itemsize >= 4:
         return summed(entry.saved, entry.terms, out=out)
-    result, entry.loss = rounded_sum(entry.saved, entry.terms, entry.seed)
-    return result if out is None else out.copy_(result)
+    target = out if out is not None and out.is_contiguous() and out.dtype == entry.saved.dtype else None
+    result, entry.loss = rounded_sum(entry.saved, entry.terms, entry.seed, target)
+    return result if out is None or out is target else out.copy_(result)
 
 
 def _owner(entry: Write) -> Owner | None:

@@ -17,6 +17,9 @@ from texforce_hub.apply.placement import Placed
 Term = tuple[Layer | Placed, float]
 """A change and its weight."""
 
+_BLOCK = 1 << 18
+"""Bytes of float32 that are worked on at once: several such blocks fit into a processor's cache."""
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -102,14 +105,63 @@ def _sorted_terms(base: Tensor, terms: Sequence[Term]) -> tuple[LowRank | None, 
     return pair, [(layer, weight) for layer, weight in moved if not isinstance(layer, LowRank)]
 
 
-def rounded_sum(base: Tensor, terms: Sequence[Term], seed: int | None) -> tuple[Tensor, Loss]:
+def rounded_sum(
+    base: Tensor, terms: Sequence[Term], seed: int | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As :func:`summed` for a ``base`` narrower than float32, and what the rounding lost of the change.
 
-    The change is summed by itself first: it is never read back out of a sum that has swallowed it.
+    The change is summed by itself first: it is never read back out of a sum that has swallowed it. The loss, errors
+    over all numbers, is measured while a block of rows is still in the processor's cache.
+
+    Returns:
+        the sum, and ``(2,)`` squared norms of the error and of the change, float64, on the device of ``base``.
     """
     pair, others = _sorted_terms(base, terms)
-    change = torch.zeros(base.shape, device=base.device) if pair is None else wide(pair.delta())
+    change = torch.zeros(base.shape, device=base.device) if pair is None else _delta(pair)
     for layer, weight in others:
         change = change + weight * layer.delta(base)
-    result = round_to(wide(base) + change, base.dtype, seed)
-    return result, measure_loss(base, result, change)
+    result = torch.empty_like(base) if out is None else out
+    squares = torch.zeros(2, dtype=torch.float64, device=base.device)
+    squares[1] = _squared_norm(change) if pair is None or others else _gram_norm(pair)
+    if seed is not None:
+        result.copy_(round_to(wide(base) + change, base.dtype, seed))
+        squares[0] = _squared_norm((wide(result) - wide(base)).sub_(change))
+        return result, squares
+    rows, flat = _rows_in_cache(base), (base.shape[0], -1)
+    before, work = change.new_empty(2, rows, change[0].numel())
+    old, added, new = base.reshape(flat), change.reshape(flat), result.view(flat)
+    for start in range(0, len(base), rows):
+        block = slice(start, start + rows)
+        count = len(old[block])
+        base_rows, total = before[:count].copy_(old[block]), work[:count]
+        new[block].copy_(torch.add(base_rows, added[block], out=total))
+        squares[0] += _squared_norm(total.copy_(new[block]).sub_(base_rows).sub_(added[block]))
+    return result, squares
+
+
+def to_loss(squares: Sequence[float]) -> Loss:
+    """The loss from the squared norms of error and change."""
+    return Loss(*(math.sqrt(max(0.0, square)) for square in squares))
+
+
+def _delta(pair: LowRank) -> Tensor:
+    """The change of a pair that has its scale in its halves."""
+    return (wide(pair.up) @ wide(pair.down).flatten(1)).view(pair.shape)
+
+
+def _squared_norm(values: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm.double().square()
+
+
+def _gram_norm(pair: LowRank) -> Tensor:
+    """The squared norm of a low-rank change, from products of rank × rank."""
+    up, down = pair.up.double(), pair.down.double().flatten(1)
+    return ((up.T @ up) * (down @ down.T)).sum()
+
+
+def _rows_in_cache(base: Tensor) -> int:
+    """How many rows of a weight are worked on at once: on a processor what its cache holds, elsewhere all."""
+    if base.device.type != "cpu":
+        return base.shape[0]
+    return max(1, _BLOCK // max(1, 4 * base[0].numel()))

@@ -61,6 +61,9 @@ def apply(
     rounding: Annotated[
         str, option("--rounding", metavar="HOW", help="Of fused half floats: nearest or stochastic.", group=_STACK)
     ] = "nearest",
+    strict: Annotated[
+        bool, option("--strict/--no-strict", help="Refuse an adapter with a layer that the base lacks.", group=_STACK)
+    ] = True,
     prompt: Annotated[
         list[str] | None,
         option("--prompt", metavar="TEXT", help="What to draw, with <lora:NAME:WEIGHT> too.", group=_PROMPTS),
@@ -189,7 +192,7 @@ def _make_run(given: dict[str, Any]) -> "DrawRun":
         unet=given["unet"] or "",
         sweeps=tuple(given["sweep"] or ()),
         tags=AdapterIndex(given["adapter_dir"]).find_all(prompts),
-        **{name: given[name] for name in ("mode", "rounding", "scheduler", "each")},
+        **{name: given[name] for name in ("mode", "rounding", "strict", "scheduler", "each")},
     )
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from texforce_hub.apply.per_sample import Stack
 from texforce_hub.errors import FamilyError, PromptError
-from texforce_hub.generate.prompts.encode import Stack, encode_prompts
+from texforce_hub.generate.prompts.encode import encode_prompts
 
 END = "(end)"
 """The token after the last word: it has seen the whole prompt, and SDXL's pooled output is made from it."""

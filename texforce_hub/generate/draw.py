@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from texforce_hub.apply.per_sample import Stack
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate.prompts.emphasis import check_way
-from texforce_hub.generate.prompts.encode import Stack, encode_prompts, final_norms_named, read_prompts
+from texforce_hub.generate.prompts.encode import encode_prompts, final_norms_named, read_prompts
 from texforce_hub.generate.prompts.tags import refuse_tags
 
 logger = logging.getLogger("texforce_hub")
@@ -93,9 +94,16 @@ def generate_images(
 
 
 def generate_cells(
-    pipe: Any, settings: DrawSettings, cells: Sequence[Cell], *, on_step: Callable[[int], None] | None = None
+    pipe: Any,
+    settings: DrawSettings,
+    cells: Sequence[Cell],
+    *,
+    on_step: Callable[[int], None] | None = None,
+    strict: bool = True,
 ) -> list[Image.Image]:
     """One image a cell, each prompt encoded under its own stack; a batch holds prompts of equal length only.
+
+    ``strict`` is as in :func:`~texforce_hub.apply.applied.apply_adapter`.
 
     Raises:
         ConfigError: a stack that changes the U-Net, which all images of a batch share.
@@ -106,7 +114,7 @@ def generate_cells(
     for members in _batches(pipe, settings, [prompt for prompt, _, _ in cells]):
         prompts, seeds, stacks = zip(*(cells[i] for i in members))
         guided = settings.guidance > 1
-        given = encode_prompts(pipe, prompts, stacks, guided=guided, **_reading(settings), **options)
+        given = encode_prompts(pipe, prompts, stacks, guided=guided, strict=strict, **_reading(settings), **options)
         images |= zip(members, sample(pipe, settings, seeds, given, on_step=on_step))
     return [images[i] for i in range(len(cells))]
 

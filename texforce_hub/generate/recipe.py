@@ -26,7 +26,7 @@ class DrawRun:
 
     The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
     nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweeps``: the axes of a grid,
-    each ``NAME=FROM:TO:COUNT`` or ``NAME=A,B,C`` (:mod:`texforce_hub.generate.axes`).
+    each ``NAME=FROM:TO:COUNT`` or ``NAME=A,B,C`` (:mod:`texforce_hub.generate.axes`). ``strict``: refuse an adapter with a layer that the base lacks.
     """
 
     base: str
@@ -35,6 +35,7 @@ class DrawRun:
     unet: str = ""
     mode: str = "attach"
     rounding: str = "nearest"
+    strict: bool = True
     scheduler: str = ""
     each: bool = False
     sweeps: tuple[str, ...] = ()
@@ -65,6 +66,7 @@ def record_run(run: DrawRun, path: Path) -> None:
     prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
     table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
+    table |= {} if run.strict else {"strict": False}
     table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
     table |= {name: getattr(run, name) for name in ("scheduler", "each") if getattr(run, name)}
     table |= {"sweeps": {str(i): text for i, text in enumerate(run.sweeps)}} if run.sweeps else {}
@@ -122,7 +124,7 @@ def replay_run(path: Path) -> DrawRun:
         refs.setdefault(s.prompt, []).append(_reference(s, path))
     shared = tuple(refs.pop(None, ()))
     outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
-    each = table.pop("each", False) is True
+    each, strict = table.pop("each", False) is True, table.pop("strict", True) is not False
     sweeps = _read_sweeps(table, path)
     settings = _read_settings(table, recipe.seed, path)
     tags = tuple(tuple(refs.pop(number, ())) for number in range(len(settings.prompts))) if refs else ()
@@ -131,7 +133,7 @@ def replay_run(path: Path) -> DrawRun:
             f"{path}: an adapter for prompt {max(map(str, refs))}; it has {len(settings.prompts)} prompts"
         )
     try:
-        return DrawRun(adapters=shared, settings=settings, each=each, sweeps=sweeps, tags=tags, **outer)
+        return DrawRun(adapters=shared, settings=settings, each=each, strict=strict, sweeps=sweeps, tags=tags, **outer)
     except RecipeError as error:
         raise RecipeError(f"{path}: {error}") from error
 

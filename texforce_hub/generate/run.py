@@ -8,7 +8,8 @@ from typing import Any, cast
 from PIL import Image
 
 from texforce_hub.adapter.value import Adapter
-from texforce_hub.apply.applied import Applied, apply_adapter
+from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.apply.handle import Applied
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate.axes import read_axes
 from texforce_hub.generate.columns import Column, plan_columns
@@ -169,7 +170,7 @@ class Drawing:
 
     def _apply(self, entries: Sequence[StackEntry], mode: str) -> Applied:
         rounding = self.run.rounding if mode == "fuse" else "nearest"
-        how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed}
+        how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed, "strict": self.run.strict}
         return apply_adapter(self.pipe, [entry.item for entry in entries], **cast(Any, how))
 
     def _try_on(self) -> None:
@@ -219,7 +220,7 @@ class Drawing:
             for number, text in enumerate(column.settings.prompts):
                 stack = [entry.item for entry in self._stack(column, number)] or None
                 cells += [(text, column.settings.seed + i, stack) for i in range(column.settings.num_images)]
-        images = generate_cells(self.pipe, columns[0].settings, cells, on_step=on_step)
+        images = generate_cells(self.pipe, columns[0].settings, cells, on_step=on_step, strict=self.run.strict)
         size = len(columns[0].settings.jobs())
         return [images[i * size : (i + 1) * size] for i in range(len(columns))]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.apply.per_sample import Stack, are_low_rank, per_sample_adapters, read_entries
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.generate.prompts.emphasis import Emphasis, may_be_weighted, read_emphasis
 from texforce_hub.generate.prompts.tags import refuse_tags
@@ -27,11 +28,9 @@ from texforce_hub.generate.prompts.weighting import (
     lengths_unsaid,
     say_cut,
 )
-from texforce_hub.hub.stack import Item, StackEntry, read_stack
+from texforce_hub.hub.stack import StackEntry
 
 logger = logging.getLogger("texforce_hub")
-
-Stack = Item | Sequence[Item] | None
 
 UNUSUAL = 2.0
 """A weight above it may be none: ``(16:9)``."""
@@ -130,6 +129,7 @@ def encode_prompts(
     guided: bool = True,
     prompt_weights: str = "auto",
     long_prompts: bool = False,
+    strict: bool = True,
     **options: Any,
 ) -> dict[str, Tensor]:
     """Embeddings of each prompt under its own stack, as keyword arguments for one call of the pipeline.
@@ -147,6 +147,7 @@ def encode_prompts(
             ``off``: parentheses are text; ``auto``: ``on`` for a prompt with a number or an escape in it.
         long_prompts: read prompts beyond the encoder's length in several chunks; all rows get as many as the
             longest prompt takes.
+        strict: as in :func:`~texforce_hub.apply.applied.apply_adapter`.
         options: for the pipeline's own ``encode_prompt`` (``clip_skip``, ``max_sequence_length``).
 
     Returns:
@@ -169,15 +170,40 @@ def encode_prompts(
     }
     read = read_prompts(pipe, prompts, **how, longest=options.get("max_sequence_length"))
     rows: list[dict[str, Tensor]] = [{}] * len(prompts)
-    for stack, members in _grouped(stacks):
-        embeddings = _encode_under(pipe, stack, read.only(members), guided=guided, **options)
+    for entries, members in _batches(pipe, read, stacks):
+        embeddings = _encode_under(pipe, entries, read.only(members), guided=guided, strict=strict, **options)
         for position, member in enumerate(members):
             rows[member] = {name: tensor[position] for name, tensor in embeddings.items()}
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
+def _batches(
+    pipe: Any, read: ReadPrompts, stacks: Sequence[Stack]
+) -> Iterator[tuple[list[list[StackEntry]], list[int]]]:
+    """Prompts to be encoded in one call, and the stack of each, or one stack for all of them.
+
+    Low-rank stacks ride beside the encoder together. Equal stacks of other layers are put on once; so are all where
+    words have weights or a prompt takes several chunks, whose fragments are encoded one by one.
+    """
+    groups = _grouped(stacks)
+    together: list[tuple[list[StackEntry], int]] = []
+    in_turn: list[tuple[list[list[StackEntry]], list[int]]] = []
+    plain = read.chunks == 1 and all(prompt.is_plain for prompt in (*read.prompts, read.negative))
+    for stack, members in groups:
+        entries = read_entries(stack)
+        for entry in entries:
+            _check_text_only(entry)
+        if plain and len(groups) > 1 and are_low_rank(pipe, entries):
+            together += [(entries, member) for member in members]
+        else:
+            in_turn.append(([entries], members))
+    if together:
+        yield [entries for entries, _ in together], [member for _, member in together]
+    yield from in_turn
+
+
 def _grouped(stacks: Sequence[Stack]) -> list[tuple[Stack, list[int]]]:
-    """Equal stacks together, so that each is put on once."""
+    """Equal stacks together, so that each is read and put on once."""
     groups: list[tuple[Stack, list[int]]] = []
     for index, stack in enumerate(stacks):
         group = next((members for other, members in groups if other is stack or other == stack), None)
@@ -188,13 +214,16 @@ def _grouped(stacks: Sequence[Stack]) -> list[tuple[Stack, list[int]]]:
     return groups
 
 
-def _encode_under(pipe: Any, stack: Stack, read: ReadPrompts, *, guided: bool, **options: Any) -> dict[str, Tensor]:
-    if stack is None or (isinstance(stack, list | tuple) and not stack):
+def _encode_under(
+    pipe: Any, stacks: Sequence[list[StackEntry]], read: ReadPrompts, *, guided: bool, strict: bool, **options: Any
+) -> dict[str, Tensor]:
+    items = [[entry.item for entry in entries] for entries in stacks]
+    if not any(items):
         return _encode(pipe, read, guided=guided, **options)
-    entries = read_stack(stack)
-    for entry in entries:
-        _check_text_only(entry)
-    with apply_adapter(pipe, [entry.item for entry in entries]):
+    if len(items) > 1:
+        with per_sample_adapters(pipe, items, strict=strict):
+            return _encode(pipe, read, guided=guided, **options)
+    with apply_adapter(pipe, items[0], strict=strict):
         return _encode(pipe, read, guided=guided, **options)
 
 

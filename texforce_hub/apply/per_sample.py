@@ -1,0 +1,185 @@
+"""Every picture or prompt of a batch under a stack of its own, in one call of the model.
+
+For each layer the stacks' low-rank pairs are gathered, padded to one rank, and multiplied beside the layer for all
+samples at once (``baddbmm``). No weight is touched.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from texforce_hub.adapter.algebra import concat
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.rows import take_rows
+from texforce_hub.apply.applied import check_fit
+from texforce_hub.apply.locks import alone_on
+from texforce_hub.apply.matching import (
+    LiveShapes,
+    ParameterKey,
+    check_ready,
+    match,
+    matches,
+    sort_contributions,
+)
+from texforce_hub.apply.model import parts_of, unwrapped
+from texforce_hub.apply.placement import Block, place
+from texforce_hub.apply.undoing import do_all
+from texforce_hub.errors import ConfigError, MatchError
+from texforce_hub.families.original_transformer import Ranges
+from texforce_hub.hub.stack import Item, StackEntry, read_stack
+
+Stack = Item | Sequence[Item] | None
+"""As :func:`~texforce_hub.apply.applied.apply_adapter` takes it; ``None`` or empty: the model as it is."""
+
+_BUSY: "WeakSet[nn.Module]" = WeakSet()
+
+
+@contextmanager
+def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = True) -> Iterator[None]:
+    """Let every sample of a batch have its own stack, in all parts of a pipeline, or in a bare model.
+
+    Inside the block the models are called with one sample for each stack, in their order, or with several halves of
+    such a batch one behind the other, as guidance does it: all of a picture's halves are under its stack. With
+    ``num_images_per_prompt`` there is a stack for every picture. At the end of the block the model is as it was.
+
+    Args:
+        pipe: a pipeline, or a bare text encoder, U-Net or transformer.
+        stacks: ``b`` of them, one for each picture.
+        strict: refuse an adapter with a layer that the pipeline lacks; otherwise the layer is left out.
+
+    Raises:
+        MatchError: a stack does not fit, or the model has per-sample stacks already.
+        ConfigError: no stacks, or one with a layer that is not low rank (DoRA, LoHa, a norm); in the block: a call
+            with a number of samples that is no multiple of the stacks'.
+    """
+    if not stacks:
+        raise ConfigError("no stacks; expected one for each sample of the batch")
+    modules = parts_of(pipe)
+    live = LiveShapes(pipe)
+    pairs = _gather(live, [read_entries(stack) for stack in stacks], strict=strict)
+    parts = list(dict.fromkeys(part for part, _, _ in pairs))
+    for part in parts:
+        check_ready(part, modules[part], attaching=True)
+    roots = {id(root): root for root in (live.models[part].root for part in parts)}.values()
+    alone_on(roots, partial(_claim, list(roots)))
+    hooks: list[Any] = []
+    try:
+        for (part, path, _), of_samples in pairs.items():
+            layer = live.models[part].modules[path]
+            hooks.append(layer.register_forward_hook(_Beside(f"{part}.{path}", unwrapped(layer), of_samples)))
+        yield
+    finally:
+        raised = do_all([*(hook.remove for hook in hooks), *(partial(_BUSY.discard, root) for root in roots)])
+        if raised:
+            raise raised[0]
+
+
+def read_entries(stack: Stack) -> list[StackEntry]:
+    """A stack's entries; none for ``None`` or an empty list."""
+    return [] if stack is None or (isinstance(stack, list | tuple) and not stack) else read_stack(stack)
+
+
+def are_low_rank(pipe: Any, entries: Sequence[StackEntry]) -> bool:
+    """Whether all layers of a stack can ride beside a batch, those that do not fit apart."""
+    live = LiveShapes(pipe)
+    decisions = [match(entry.adapter, live, attaching=True) for entry in entries]
+    return all(m.how == "attached" for of in decisions for decision in of.values() for m in matches(decision))
+
+
+def _claim(roots: Sequence[nn.Module]) -> None:
+    if any(root in _BUSY for root in roots):
+        raise MatchError("the model has a stack for each sample already: leave that block first")
+    _BUSY.update(roots)
+
+
+Gathered = dict[ParameterKey, list[LowRank | None]]
+"""For each parameter, what each sample adds to it."""
+
+
+def _gather(live: LiveShapes, stacks: Sequence[Sequence[StackEntry]], *, strict: bool) -> Gathered:
+    gathered: Gathered = {}
+    for index, entries in enumerate(stacks):
+        decisions = [match(entry.adapter, live, attaching=True) for entry in entries]
+        for entry, of_entry in zip(entries, decisions):
+            check_fit(entry, of_entry, strict=strict)
+        riding, written = sort_contributions(decisions)
+        if written:
+            position, name, *_ = next(iter(written.values()))[0]
+            kind = type(entries[position].adapter.layers[name]).__name__
+            raise ConfigError(
+                f"{entries[position].label}: {name} is a {kind}, which cannot act on single samples of a batch; "
+                "use apply_adapter, one stack after the other"
+            )
+        for key, contributions in riding.items():
+            pairs = [_pair(entries[position], name, rows, block) for position, name, rows, block in contributions]
+            weights = [entries[position].weight.weight_of(name) for position, name, *_ in contributions]
+            gathered.setdefault(key, [None] * len(stacks))[index] = concat(pairs, weights)
+    return gathered
+
+
+def _pair(entry: StackEntry, name: str, rows: Ranges | None, block: Block | None) -> LowRank:
+    layer: Any = entry.adapter.layers[name]
+    layer = layer if rows is None else take_rows(layer, rows)
+    pair: LowRank = layer if block is None else place(layer, block)  # type: ignore[assignment]
+    return pair
+
+
+class _Beside:
+    """Adds each sample's change to what a layer gives: a forward hook.
+
+    Shapes:
+        down: ``(b, rank, in, *kernel)``, padded with zeros to the largest rank
+        up: ``(b, out, rank)``
+    """
+
+    def __init__(self, name: str, layer: nn.Module, pairs: Sequence[LowRank | None]) -> None:
+        self.name = name
+        present = [pair for pair in pairs if pair is not None]
+        rank, first = max(pair.rank for pair in present), present[0]
+        weight = layer.get_parameter("weight")
+        with torch.inference_mode(mode=False):
+            down = torch.zeros(len(pairs), rank, *first.down.shape[1:])
+            up = torch.zeros(len(pairs), first.up.shape[0], rank)
+            for index, pair in enumerate(pairs):
+                if pair is not None:
+                    down[index].narrow(0, 0, pair.rank)[...] = pair.down
+                    up[index].narrow(1, 0, pair.rank)[...] = pair.up
+            self.down, self.up = down.to(weight.device, weight.dtype), up.to(weight.device, weight.dtype)
+        self.add: Callable[..., Tensor] = (
+            _add_to_linear if isinstance(layer, nn.Linear) else partial(_add_to_conv, layer)
+        )
+
+    def __call__(self, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> Tensor:
+        """The output with every sample's own change."""
+        values: Tensor = given[0]
+        halves, rest = divmod(values.shape[0], len(self.down))
+        if rest or not halves:
+            raise ConfigError(
+                f"{self.name} was called with {values.shape[0]} samples, and there are {len(self.down)} stacks; "
+                "expected one stack for each sample of the batch"
+            )
+        down, up = self.down.to(values), self.up.to(values)
+        if halves > 1:
+            down, up = down.repeat(halves, *[1] * (down.dim() - 1)), up.repeat(halves, 1, 1)
+        return self.add(values, output, down, up)
+
+
+def _add_to_linear(values: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    count = len(down)
+    inner = torch.bmm(values.reshape(count, -1, values.shape[-1]), down.mT)
+    return torch.baddbmm(output.reshape(count, -1, output.shape[-1]), inner, up.mT).view(output.shape)
+
+
+def _add_to_conv(layer: Any, values: Tensor, output: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Grouped convolution: each sample is a group of its own."""
+    count, rank = down.shape[:2]
+    side_by_side = values.reshape(1, -1, *values.shape[2:])
+    settings: Mapping[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    inner = functional.conv2d(side_by_side, down.flatten(0, 1), groups=count, **settings).view(count, rank, -1)
+    return torch.baddbmm(output.flatten(2), up, inner).view(output.shape)
