@@ -26,7 +26,8 @@ class DrawRun:
 
     The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
     nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweeps``: the axes of a grid,
-    each ``NAME=FROM:TO:COUNT`` or ``NAME=A,B,C`` (:mod:`texforce_hub.generate.axes`). ``strict``: refuse an adapter with a layer that the base lacks.
+    each ``NAME=FROM:TO:COUNT`` or ``NAME=A,B,C`` (:mod:`texforce_hub.generate.axes`). ``strict``: refuse an adapter
+    with a layer that the base lacks.
     """
 
     base: str
