@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -31,7 +31,7 @@ from texforce_hub.apply.rounding import Loss, Term, seed_for, to_loss, total_los
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
 from texforce_hub.apply.undoing import do_all, insist
 from texforce_hub.apply.wrappers import Wrappers
-from texforce_hub.errors import MatchError
+from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import StackEntry, Weight, reweighted
 
