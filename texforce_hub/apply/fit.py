@@ -17,6 +17,7 @@ from texforce_hub.hub.bundles import Bundle, plan_bundle
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.refs.adapter import AdapterRef
 
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """The answer. ``notes`` say what is out of the ordinary.
