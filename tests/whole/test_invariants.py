@@ -46,6 +46,11 @@ def attach(pipe, adapter, folder):
         generate_images(pipe, DRAW)
 
 
+def per_sample(pipe, adapter, folder):
+    with texforce_hub.per_sample_adapters(pipe, [adapter] * len(DRAW.prompts)):
+        generate_images(pipe, DRAW)
+
+
 def evaluate(pipe, adapter, folder):
     variants = {"base": Variant(), "stack": Variant(stack=[(adapter, 0.5)])}
     sampling = Sampling((0,), inference_steps=1, batch_size=2)
@@ -61,6 +66,7 @@ CALLS = {
     "extract_adapter": lambda pipe, a, _: texforce_hub.extract_adapter(tiny_pipeline("sd1", seed=1), pipe, rank=2),
     "measure_fold": lambda pipe, a, _: texforce_hub.measure_fold(a, pipe),
     "measure_words": lambda pipe, a, _: texforce_hub.measure_words(pipe, a, ["a cat"]),
+    "per_sample_adapters": per_sample,
     "merge_adapters": lambda pipe, a, _: texforce_hub.merge_adapters([(a, 0.5), (a, 0.2)], rank=2, base=pipe),
     "compare_adapters": lambda pipe, a, _: texforce_hub.compare_adapters(a, a, base=pipe),
     "resize_adapter": lambda pipe, a, _: texforce_hub.resize_adapter(a, rank=2, base=pipe),
