@@ -56,7 +56,14 @@ def whole(tmp_path_factory):
 
 
 def test_a_run_writes_everything_it_promises(whole):
-    assert {p.name for p in whole.iterdir()} >= {ADAPTER, "config.toml", "metrics.jsonl", "reward.png", "samples"}
+    assert {p.name for p in whole.iterdir()} >= {
+        ADAPTER,
+        "config.toml",
+        "metrics.jsonl",
+        "reward.png",
+        "signal.png",
+        "samples",
+    }
     assert [p.name for p in list_checkpoints(whole)] == ["checkpoint-2", "checkpoint-3"]
     metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == [1, 2, 3]
@@ -461,6 +468,58 @@ def test_the_batch_is_found_by_a_probe_and_kept_for_the_rest_of_the_run(tmp_path
     monkeypatch.setattr(memory, "_free_bytes", lambda device: 1)
     run(tmp_path, batch_size=0, steps=2)
     assert saved(tmp_path).facts["batch_size"] == 5
+
+
+def test_offload_and_tiling_leave_the_vae_as_it_was_and_change_no_bit(whole, tmp_path, monkeypatch):
+    vae, moves = tiny_pipeline().vae, []
+    move = vae.to
+
+    def note(device):
+        moves.append(str(device))
+        return move(device)
+
+    monkeypatch.setattr(vae, "to", note)
+    run(tmp_path, offload=True, tiling=True)
+    assert moves.count("cpu") > 3  # after every decoding
+    assert not vae.use_tiling
+    assert bits(tmp_path) == bits(whole)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_a_tracker_that_is_not_there_is_named(tmp_path, name, monkeypatch):
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: False)
+    with pytest.raises(TrainingError, match=f"track = '{name}'; expected one of tensorboard, wandb, trackio"):
+        run(tmp_path, track=(name,))
+
+
+def test_a_tracker_gets_every_steps_numbers(tmp_path, monkeypatch):
+    from accelerate import tracking
+
+    lines = []
+
+    class Tracker:
+        requires_logging_directory = True
+
+        def __init__(self, name, logging_dir):
+            lines.append(logging_dir)
+
+        def start(self):
+            lines.append("start")
+
+        def log(self, values, step):
+            lines.append((step, values["reward"], values["reward/brightness"]))
+
+        def finish(self):
+            lines.append("finish")
+
+    monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: True)
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Tracker)
+    run(tmp_path, track=("tensorboard",), steps=2)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [(m["step"], m["reward"], m["rewards"]["brightness"]) for m in metrics]
+    assert lines == [str(tmp_path), "start", *steps, "finish"]
 
 
 def test_a_killed_run_draws_the_sheet_that_it_owes(tmp_path):

@@ -77,7 +77,7 @@ class TrainConfig(Settings):
     ema: Share = 0.0  # decay of a running average of the LoRA, a step; what is then kept is the average
 
     validate_every: Natural = 20  # steps between validations, 0 = none
-    validation_prompts: Count = 32  # prompts of a validation, none of them trained on; the noise is always the same
+    validation_prompts: Count = 48  # prompts of a validation, none of them trained on; the noise is always the same
     validation_images: Count = 1  # pictures of each
     validation_steps: Count = 10  # denoising steps of a validation picture, without noise (eta 0)
     keep: Literal["best", "last"] = "best"  # the weights in the finished file: best in validation, or the last

@@ -9,10 +9,11 @@ from texforce_hub.train.judge import Judge
 
 
 def describe_scores(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
-    """Signal-to-noise of the gradient, each step's share of its variance, and cosines between rewards' gradients.
+    """Squared signal and noise of the gradient, by denoising step and in all, and cosines between rewards' gradients.
 
     Every group is halved; each half is judged by itself, so the halves' gradients are independent: their product is
-    the squared signal, and what is left of their size is noise. A single step's figure is rough: average over steps.
+    the squared signal, and what is left of their size is noise. One rollout's figures are rough and may be negative;
+    sums over many tell.
 
     Shapes:
         scores: by denoising step ``(b, length, width)``
@@ -30,11 +31,10 @@ def describe_scores(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, flo
         return facts
     halves = torch.arange(size, device=judge.scores.device).view(-1, images)[:, : images // 2 * 2].chunk(2, 1)
     pairs = {k: [_half(score, judge, half.flatten()) for half in halves] for k, score in scores.items()}
-    variances = {k: (a - b).square().sum().item() / 4 for k, (a, b) in pairs.items()}
     for k, (a, b) in pairs.items():
-        facts[f"snr2/{k}"] = _snr2(a, b)
-        facts[f"noise/{k}"] = variances[k] / (sum(variances.values()) or 1.0)
-    facts["snr2"] = _snr2(*(torch.stack(half).sum(0) for half in zip(*pairs.values(), strict=True)))
+        facts[f"signal/{k}"], facts[f"noise/{k}"] = _signal_and_noise(a, b)
+    whole = (torch.stack(half).sum(0) for half in zip(*pairs.values(), strict=True))
+    facts["signal"], facts["noise"] = _signal_and_noise(*whole)
     return facts
 
 
@@ -48,9 +48,9 @@ def _weigh(score: Tensor, advantages: Tensor, images: int) -> Tensor:
     return (advantages.view(-1, 1, 1) * score).reshape(-1, images, *score.shape[1:]).mean(1)
 
 
-def _snr2(a: Tensor, b: Tensor) -> float:
-    """|signal|² over the variance of the mean of the halves."""
-    return ((a * b).sum() / ((a - b).square().sum() / 4).clamp(min=1e-30)).item()
+def _signal_and_noise(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Of the mean of two independent estimates: the square of what is common to both, and its variance."""
+    return (a * b).sum().item(), (a - b).square().sum().item() / 4
 
 
 def _cosine(a: Tensor, b: Tensor) -> float:

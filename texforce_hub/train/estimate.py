@@ -67,7 +67,7 @@ def estimate(config: TrainConfig, *, pipeline: Any = None) -> Estimate:
         run = make_run(quiet, pipeline, RunFolder(Path(folder)))
         policy = run.policy
         kept = saved_bytes(policy)
-        with frozen(policy.pipeline, checkpointing=config.checkpointing):
+        with frozen(policy.pipeline, checkpointing=config.checkpointing, tiling=config.tiling):
             began = monotonic()
             run.take_step()
             seconds = monotonic() - began

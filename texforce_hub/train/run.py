@@ -207,7 +207,7 @@ def train_adapter(
     # A reward may draw from torch's own random numbers: the caller's state of them is put back.
     with own_folder(config.output) as folder, no_denormals(), torch.random.fork_rng(devices=[]):
         run = make_run(config, pipeline, RunFolder(folder))
-        with frozen(run.policy.pipeline, checkpointing=config.checkpointing):
+        with frozen(run.policy.pipeline, checkpointing=config.checkpointing, tiling=config.tiling):
             _start(run)
             _train(run, on_step or (lambda _: None))
         if not run.learner.beaten:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from texforce_hub.errors import ConfigError
 from texforce_hub.files.writing import writing
-from texforce_hub.generate.images.curve import plot_curve
+from texforce_hub.generate.images.curve import plot_curve, plot_signal
 from texforce_hub.generate.images.sheet import column_sheet
 from texforce_hub.settings import write_settings
 from texforce_hub.train.config import TrainConfig
@@ -41,8 +41,14 @@ class RunFolder:
         self._write_text("metrics.jsonl", "".join(kept))
 
     def write_curve(self, validations: Sequence[tuple[int, float]]) -> None:
-        """``reward.png``, from the metrics."""
+        """``reward.png``, and ``signal.png`` if the algorithm measures it, from the metrics."""
         if metrics := self._read_metrics():
+            if names := [name.removeprefix("signal/") for name in metrics[0] if name.startswith("signal/")]:
+                signal, noise = (
+                    [sum(m[f"{kind}/{k}"] for m in metrics) for k in names] for kind in ("signal", "noise")
+                )
+                with writing(self.path / "signal.png") as aside:
+                    plot_signal(signal, noise, names).save(aside, format="png")
             points = [m["step"] for m in metrics], [m["reward"] for m in metrics]
             with writing(self.path / "reward.png") as aside:
                 plot_curve(*points, validation=validations, title=self.path.name).save(aside, format="png")

@@ -47,6 +47,20 @@ def curve_figure(
     return figure
 
 
+def plot_signal(signal: Sequence[float], noise: Sequence[float], names: Sequence[str]) -> Image.Image:
+    """Squared signal-to-noise of what every denoising step teaches, and its share of all noise, as bars."""
+    figure = new_figure(7, 4)
+    ratios = [s / n if n > 0 else 0.0 for s, n in zip(signal, noise, strict=True)]
+    shares = [n / (sum(noise) or 1.0) for n in noise]
+    panels = (("signal² / noise² of a rollout", ratios, "tab:blue"), ("share of the noise", shares, "tab:orange"))
+    for axes, (label, values, colour) in zip(figure.subplots(2, 1, sharex=True), panels, strict=True):
+        axes.bar(names, values, color=colour)
+        axes.set_ylabel(label)
+        axes.grid(axis="y", alpha=0.25)
+    axes.set_xlabel("denoising step")
+    return render(figure)
+
+
 def running_mean(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """An exponential mean that starts unbiased: the first values count fully."""
     means: list[float] = []

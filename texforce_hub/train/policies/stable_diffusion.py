@@ -114,13 +114,16 @@ class StableDiffusion:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures ``(b, 3, h, w)`` in [0, 1], float32; a saturated pixel has a gradient, so that it can come back."""
-        vae = self.pipeline.vae
+        vae = self.pipeline.vae.to(self.device)
 
         def decode_some(some: Tensor) -> Tensor:
             pixels: Tensor = vae.decode(some.to(vae.dtype) / vae.config.scaling_factor).sample.float() / 2 + 0.5
             return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
 
-        return in_slices(decode_some, self.config.batch_size, latents)
+        images = in_slices(decode_some, self.config.batch_size, latents)
+        if self.config.offload:
+            vae.to("cpu")
+        return images
 
 
 @torch.no_grad()
@@ -143,10 +146,11 @@ def sample_images(policy: StableDiffusion, prompts: Sequence[str], *, images: in
 
 
 @contextmanager
-def frozen(pipeline: Any, *, checkpointing: bool = False) -> Iterator[None]:
-    """No gradient for the pipeline's weights and no dropout; afterwards both as before.
+def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) -> Iterator[None]:
+    """No gradient for the pipeline's weights and no dropout; afterwards all as before, the VAE where it was.
 
-    ``checkpointing`` recomputes the U-Net's activations in the backward pass instead of keeping them.
+    ``checkpointing`` recomputes the U-Net's activations in the backward pass instead of keeping them; with
+    ``tiling`` the VAE decodes large pictures in tiles.
 
     Raises:
         TrainingError: ``checkpointing`` with a U-Net that has dropout: its training mode would change pictures.
@@ -155,6 +159,7 @@ def frozen(pipeline: Any, *, checkpointing: bool = False) -> Iterator[None]:
     wanted = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     modes = [(module, module.training) for module in modules]
     unet, was = pipeline.unet, getattr(pipeline.unet, "is_gradient_checkpointing", False)
+    vae, device, tiled = pipeline.vae, pipeline.vae.device, getattr(pipeline.vae, "use_tiling", False)
     try:
         for module in modules:
             module.requires_grad_(requires_grad=False).eval()
@@ -163,8 +168,13 @@ def frozen(pipeline: Any, *, checkpointing: bool = False) -> Iterator[None]:
                 raise TrainingError("the U-Net has dropout, which gradient checkpointing would switch on; leave it out")
             unet.enable_gradient_checkpointing()
             unet.train()
+        if tiling:
+            vae.enable_tiling()
         yield
     finally:
+        vae.to(device)
+        if tiling and not tiled:
+            vae.disable_tiling()
         if checkpointing and not was:
             unet.disable_gradient_checkpointing()
         for parameter, before in wanted:
