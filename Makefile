@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Threads that wait for each other sleep: where they spin, another busy process makes them many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 QUICK := tests/adapter tests/families tests/files tests/formats tests/merge tests/apply tests/rewards tests/whole
 
 .PHONY: help setup demo test quick check fix docs gpu bench campaign fuzz cube mutants old build clean

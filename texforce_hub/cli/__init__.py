@@ -16,6 +16,7 @@ import typer
 from texforce_hub import __version__
 from texforce_hub.cli.command import App
 from texforce_hub.cli.console import accept_any_text, printable_logs, say
+from texforce_hub.cli.threads import wait_asleep
 from texforce_hub.errors import TexForceHubError
 
 COMMANDS: tuple[str, ...] = (
@@ -75,6 +76,7 @@ for _command in COMMANDS:
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 130 interrupted."""
+    wait_asleep()
     accept_any_text()
     with printable_logs():
         try:

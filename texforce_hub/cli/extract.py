@@ -84,9 +84,12 @@ def extract(
 def _open(model: str, unet: str | None) -> Any:
     """A folder's parameters as they are asked for; anything else as a pipeline."""
     from texforce_hub.pipelines.folder import stream_parameters
-    from texforce_hub.pipelines.load import load_pipeline
     from texforce_hub.shapes import WEIGHTS
 
     folder = WEIGHTS if model == "shapes" else Path(model)
     streamed = stream_parameters(folder) if unet is None and folder.is_dir() else None
-    return load_pipeline(model, unet=unet, device="cpu") if streamed is None else streamed
+    if streamed is not None:
+        return streamed
+    from texforce_hub.pipelines.load import load_pipeline  # brings diffusers
+
+    return load_pipeline(model, unet=unet, device="cpu")

@@ -1,0 +1,90 @@
+"""A busy machine: ``shapes`` drawing on two threads while one core is taken by other work.
+
+``python -m benchmarks.busy`` prints the Markdown section of BENCHMARKS.md. Wall seconds, since that is what a busy
+machine costs; medians of ROUNDS runs with the least and the most, each run in a process of its own, by turns.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+ROUNDS = 5
+IMAGES = 16
+STEPS = 20
+
+SPIN = "while True: pass"
+SETTINGS = {
+    "two threads that sleep while they wait (what the command line sets)": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "two threads that spin (what OpenMP does by itself)": {},
+}
+
+
+def draw() -> float:
+    """Wall seconds of drawing, the base loaded and one small batch drawn before."""
+    import torch
+
+    from texforce_hub.pipelines.load import load_pipeline
+
+    pipe = load_pipeline("shapes", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    for count in (2, IMAGES):
+        start = time.perf_counter()
+        with torch.no_grad():
+            pipe(["a red circle"] * count, num_inference_steps=STEPS, output_type="pt")
+    return time.perf_counter() - start
+
+
+def in_process(threads: int, setting: dict[str, str]) -> float:
+    """One run, in a process that sees only what it is given of OpenMP."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "KMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.busy", "draw"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**clean, **setting, "OMP_NUM_THREADS": str(threads)},
+    )
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure(rows: dict[str, tuple[int, dict[str, str]]]) -> dict[str, list[float]]:
+    """Every row ROUNDS times, by turns, so that what else the machine does falls on all alike."""
+    seconds: dict[str, list[float]] = {label: [] for label in rows}
+    for _ in range(ROUNDS):
+        for label, (threads, setting) in rows.items():
+            seconds[label].append(in_process(threads, setting))
+    return seconds
+
+
+def main() -> None:
+    """Print the section."""
+    if sys.argv[1:] == ["draw"]:
+        print(json.dumps(draw()))
+        return
+    rows = {label: (2, setting) for label, setting in SETTINGS.items()} | {"one thread": (1, {})}
+    print("## A busy machine\n")
+    print(f"`python -m benchmarks.busy`: {IMAGES} pictures of `shapes`, {STEPS} steps, {os.cpu_count()} cores; wall")
+    print(
+        f"seconds, medians of {ROUNDS} (least – most), the rows by turns. The other work is one process that spins.\n"
+    )
+    print("| | quiet | beside other work | ratio |\n|---|---|---|---|")
+    quiet = measure(rows)
+    with subprocess.Popen([sys.executable, "-c", SPIN]) as other:
+        try:
+            busy = measure(rows)
+        finally:
+            other.kill()
+    for label in rows:
+        calm, rushed = (statistics.median(times[label]) for times in (quiet, busy))
+        print(f"| {label} | {_show(quiet[label])} | {_show(busy[label])} | {rushed / calm:.1f}× |", flush=True)
+
+
+def _show(times: list[float]) -> str:
+    return f"{statistics.median(times):.2f} ({min(times):.2f} – {max(times):.2f})"
+
+
+if __name__ == "__main__":
+    main()
