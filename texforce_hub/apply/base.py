@@ -14,6 +14,7 @@ from texforce_hub.families.names import PARTS, part_of
 from texforce_hub.families.recognition import claims_family
 from texforce_hub.families.text import ClipEncoder
 from texforce_hub.files.container import open_header
+from texforce_hub.hub.filenames import check_name
 
 Shape = tuple[int, ...]
 
@@ -51,6 +52,7 @@ def read_base(base: str | Path) -> BaseShapes:
     path = Path(base)
     if str(base) in FAMILIES:
         return _from_family(find_family(str(base)), "by its name")
+    check_name(path)
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():

@@ -74,6 +74,7 @@ def convert(
     Example: texforce-hub convert old/adapter_model.bin --for a1111 -o new.safetensors
     """
     from texforce_hub.hub.convert import convert_all
+    from texforce_hub.hub.filenames import check_name
 
     if list_dialects:
         _print_dialects(json=json)
@@ -81,10 +82,12 @@ def convert(
     if not refs or output is None:
         raise ConfigError(f"no {'--output' if refs else 'REF'}; expected e.g. convert lora.safetensors --output new/")
     dialect = _choose_dialect(dialect, reader)
+    check_name(output)
     jobs, alone = _plan(refs, output, dialect)
     if alone:
         refuse_existing(output, force=force)
     options: dict[str, Any] = {"reader": reader, "family": family, "dtype": dtype, "alpha": alpha}
+    options["force"] = force or alone
     conversions = convert_all(jobs, dialect=dialect, **options, allow_pickle=allow_pickle, sidecars=not no_sidecars)
     done = list(track(conversions, total=len(jobs), what="converting"))
     if alone and done[0].error is not None:
@@ -115,12 +118,23 @@ def _plan(refs: list[str], output: Path, dialect: str) -> "tuple[list[Job], bool
     """What to convert, and whether it is one adapter into one file or folder."""
     from texforce_hub.hub.convert import Job, parse_weights, plan_conversions
     from texforce_hub.hub.filenames import is_safetensors
-    from texforce_hub.hub.find import find_bundle, find_bundles
+    from texforce_hub.hub.find import find_bundle
 
-    alone = len(refs) == 1 and (is_safetensors(output.name) or len(find_bundles(refs[0])) == 1)
-    if alone:
+    if len(refs) == 1 and (is_safetensors(output.name) or _is_one(refs[0], dialect)):
         return [Job(find_bundle(refs[0]), output, parse_weights(refs[0]))], True
     return plan_conversions(refs, output, dialect), False
+
+
+def _is_one(ref: str, dialect: str) -> bool:
+    """Whether a reference means one file, or a folder that is one adapter and becomes PEFT's folder of that name."""
+    from texforce_hub.hub.convert import is_usual
+    from texforce_hub.hub.find import find_bundles, find_path
+
+    path = find_path(ref)
+    if not path.is_dir():
+        return True
+    bundles = find_bundles(ref) if dialect == "peft" else []
+    return len(bundles) == 1 and is_usual(bundles[0], path)
 
 
 def _print(done: "list[Conversion]") -> None:

@@ -2,11 +2,12 @@
 
 import filecmp
 import logging
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from texforce_hub.formats.codec.spelling import find_writable
 from texforce_hub.formats.readers import find_reader
 from texforce_hub.hub.bundles import Bundle
 from texforce_hub.hub.cache import hub_id_of
-from texforce_hub.hub.filenames import SUFFIXES, is_safetensors
+from texforce_hub.hub.filenames import PICKLED, PREFERRED, SUFFIXES, check_name, is_safetensors
 from texforce_hub.hub.find import find_bundle, find_bundles, find_path
 from texforce_hub.hub.read import naming, open_adapter
 from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
@@ -122,6 +123,7 @@ def convert_bundle(
         ConfigError, FileError, DialectError, AdapterError: as :func:`convert_adapter`.
     """
     chosen = _dtype(dtype)
+    check_name(output)
     adapter = open_adapter(bundle, alpha=alpha, allow_pickle=allow_pickle)
     if family is not None:
         adapter = _meant_for(adapter, family)
@@ -252,10 +254,13 @@ def _as_one(target: Path) -> str:
     return str(target).casefold()
 
 
-def convert_all(jobs: Sequence[Job], *, dtype: str | None = None, **options: Any) -> Iterator[Conversion]:
+def convert_all(
+    jobs: Sequence[Job], *, force: bool = True, dtype: str | None = None, **options: Any
+) -> Iterator[Conversion]:
     """Convert one by one, with the options of :func:`convert_bundle`; an error stops one, and the others go on.
 
-    Adapters that would become one file are errors, each of them: none is written.
+    Adapters that would become one file are errors, each of them: none is written. Without ``force`` nothing is
+    written over what is there.
     """
     _dtype(dtype)
     taken: dict[Path, list[Path]] = {}
@@ -265,6 +270,10 @@ def convert_all(jobs: Sequence[Job], *, dtype: str | None = None, **options: Any
         if len(taken[job.target]) > 1:
             names = " and ".join(map(str, taken[job.target]))
             error = f"{names} would become one file, {job.target}; convert them apart"
+            yield Conversion(job.source.path, job.target, error)
+            continue
+        if not force and os.path.lexists(job.target):
+            error = f"{job.target} exists; name another folder, or give --force to write over it"
             yield Conversion(job.source.path, job.target, error)
             continue
         yield _convert_safely(job, dtype=dtype, **options)
@@ -285,8 +294,21 @@ def _jobs(ref: str | Path, output: Path, dialect: str) -> Iterator[Job]:
     weights, root = parse_weights(ref), find_path(ref)
     for source in find_bundles(ref):
         inside = source.path.relative_to(root).parent if root.is_dir() else Path()
-        name = source.stem if dialect == "peft" else f"{source.stem}.safetensors"
-        yield Job(source, output / inside / name, weights)
+        stem = _folder_name(root) if root.is_dir() and is_usual(source, root) else source.stem
+        yield Job(source, output / inside / (stem if dialect == "peft" else f"{stem}.safetensors"), weights)
+
+
+def is_usual(source: Bundle, root: Path) -> bool:
+    """Whether an adapter in a folder is the folder's own: its files have the usual names, which say nothing of it."""
+    return source.path == root or (source.path.parent == root and source.path.name in (*PREFERRED, *PICKLED))
+
+
+def _folder_name(root: Path) -> str:
+    """What a folder is called: in a Hub cache by its repository."""
+    origin = hub_id_of(root)
+    if origin is None:
+        return root.absolute().name
+    return PurePosixPath(origin.file or origin.repo).name
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

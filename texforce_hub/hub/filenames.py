@@ -1,15 +1,17 @@
 """Which of a folder's files is the adapter, by their names: the same order here and on the Hub."""
 
+import os
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
-from texforce_hub.errors import RefError
+from texforce_hub.errors import FileError, RefError
 
 PREFERRED = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLED = ("pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")
 """Files with these endings, in capitals or not, can hold an adapter."""
 
+_LONGEST_NAME = 255  # bytes
 _COMPANIONS = ("optimizer", "scheduler", "random_states", "scaler", "training_args", "rng_state")
 
 
@@ -46,6 +48,18 @@ def is_candidate(name: str) -> bool:
 def is_safetensors(name: str) -> bool:
     """Whether a file of this name should be a safetensors file; some systems write endings in capitals."""
     return name.lower().endswith(".safetensors")
+
+
+def check_name(path: Path) -> None:
+    """Refuse a path of which no file system takes a part: 255 bytes are the most, and a letter can have four.
+
+    Raises:
+        FileError: names it.
+    """
+    for name in path.parts:
+        size = len(os.fsencode(name))
+        if size > _LONGEST_NAME:
+            raise FileError(f"{name[:40]}…: a name of {size} bytes; file systems take {_LONGEST_NAME}, shorten it")
 
 
 def list_names(names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -114,8 +115,19 @@ def pick_file(folder: Path) -> Path:
     Raises:
         RefError: no file, or several of equal standing.
     """
-    names = [path.name + ("/" if path.is_dir() else "") for path in sorted(folder.iterdir())]
-    return folder / choose_name(names, lambda name: _holds_adapter(folder / name), str(folder))
+    return folder / choose_name(list_folder(folder), lambda name: _holds_adapter(folder / name), str(folder))
+
+
+def list_folder(folder: Path) -> list[str]:
+    """The names in a folder, those of folders with a slash at the end.
+
+    Raises:
+        FileError: it cannot be looked into.
+    """
+    try:
+        return [path.name + ("/" if path.is_dir() else "") for path in sorted(folder.iterdir())]
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be looked into: {error.strerror or error}") from error
 
 
 def pick_bundle(folder: Path) -> Bundle:
@@ -124,15 +136,18 @@ def pick_bundle(folder: Path) -> Bundle:
     Raises:
         RefError: no adapter, or several of equal standing.
     """
-    bundles = [] if any((folder / name).is_file() for name in PREFERRED) else bundle_folder(folder)
+    names = list_folder(folder)
+    bundles = [] if any(name in names for name in PREFERRED) else bundle_folder(folder)
     several = [bundle for bundle in bundles if not bundle.is_one_file and not _is_model(bundle)]
     if not several:
         return bundle_file(pick_file(folder))
     single = [bundle for bundle in bundles if bundle.is_one_file and is_safetensors(bundle.path.name)]
     rivals = [bundle.path for bundle in (*several, *(bundle for bundle in single if _holds_adapter(bundle.path)))]
     if len(rivals) > 1:
-        names = list_names([path.name for path in rivals])
-        raise RefError(f"{folder}: holds {len(rivals)} adapters, {names}; name the one you mean")
+        raise RefError(
+            f"{folder}: holds {len(rivals)} adapters, {list_names([path.name for path in rivals])}; "
+            "name the one you mean"
+        )
     return several[0]
 
 
@@ -183,19 +198,36 @@ def _find_here(path: Path) -> list[Bundle]:
         return [bundle_file(path)]
     found = sorted(_walk(path), key=lambda bundle: bundle.path)
     if not found:
-        seen = [inner.name + ("/" if inner.is_dir() else "") for inner in sorted(path.iterdir())]
-        raise RefError(
-            f"{path}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {list_names(seen) or 'nothing'}"
-        )
+        seen = list_names(list_folder(path)) or "nothing"
+        raise RefError(f"{path}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {seen}")
     return found
 
 
-def _walk(folder: Path) -> Iterator[Bundle]:
-    yield from bundle_folder(folder)
+def _walk(root: Path) -> Iterator[Bundle]:
+    """The adapters in a folder and all folders in it, each real folder once: those here first, then linked ones."""
+    list_folder(root)  # the root itself must be readable
+    seen: set[Path] = set()
+    here, linked = deque([root]), deque[Path]()
+    while here or linked:
+        folder = (here or linked).popleft()
+        real = folder.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            bundles, inner = bundle_folder(folder), [path for path in _subfolders(folder) if path.is_dir()]
+        except OSError as error:
+            _LOG.warning("%s: cannot be looked into, and is left out: %s", folder, error.strerror or error)
+            continue
+        yield from bundles
+        for path in inner:
+            (linked if path.is_symlink() else here).append(path)
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """What may be a folder to look into: nothing hidden, and no folder of an adapter that lies in several."""
     pieces = part_folders(folder)
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith(".") and path not in pieces:
-            yield from _walk(path)
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and path not in pieces]
 
 
 def pin_source(source: str, path: Path) -> tuple[str, str]:

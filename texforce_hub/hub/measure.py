@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from texforce_hub.hub.bundles import Bundle, bundle_file
 from texforce_hub.hub.inspect import Inspection, with_error
 from texforce_hub.hub.read import open_adapter
 
+_LinAlgError: type[Exception] = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # it is there
 _MOST_NUMBERS = 2**27  # that a change is expanded to: half a gigabyte, beyond the largest layers in use
 
 
@@ -82,14 +84,14 @@ def with_numbers(known: Inspection, measured: Sequence[LayerFacts]) -> Inspectio
 def _measure(layers: Mapping[LayerName, Layer]) -> list[LayerFacts]:
     broken = {name: _count_broken(layer) for name, layer in layers.items()}
     whole = {name: layer for name, layer in layers.items() if not broken[name]}
-    values = _spectra(whole)
+    values = _measured(whole)
     return [
         LayerFacts(
             name,
             type(layer).__name__,
             layer.shape,
             layer.rank,
-            float(values[name].norm()) if name in values else None,
+            _norm(values[name]) if name in values else None,
             _effective_rank(values[name]) if name in values else None,
             broken[name],
         )
@@ -99,6 +101,39 @@ def _measure(layers: Mapping[LayerName, Layer]) -> list[LayerFacts]:
 
 def _count_broken(layer: Layer) -> int:
     return sum(int((~torch.isfinite(tensor.float())).sum()) for tensor in layer.tensors())
+
+
+def _measured(layers: Mapping[LayerName, Layer]) -> Mapping[LayerName, Tensor]:
+    """The spectra of layers; where numbers overflow on the way, each alone and in float64.
+
+    Raises:
+        AdapterError: one is too large for that.
+    """
+    with suppress(_LinAlgError):
+        values = _spectra(layers)
+        if all(map(_is_finite, values.values())):
+            return values
+    return {name: _in_double(name, layer) for name, layer in layers.items()}
+
+
+def _in_double(name: LayerName, layer: Layer) -> Tensor:
+    bare = layer.inner if isinstance(layer, Decomposed) else layer
+    if math.prod(bare.shape) <= _MOST_NUMBERS:
+        with suppress(_LinAlgError):
+            values = _dense_values(bare.map(torch.Tensor.double).delta())
+            if _is_finite(values):
+                return values
+    raise AdapterError(f"{name}: its numbers are so large that its change overflows float64; it cannot be measured")
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all()) and math.isfinite(_norm(values))
+
+
+def _norm(values: Tensor) -> float:
+    """Their Frobenius norm, whose squares alone could overflow."""
+    largest = float(values.max()) if values.numel() else 0.0
+    return largest * float((values.double() / largest).norm()) if largest else 0.0
 
 
 def _spectra(layers: Mapping[str, Layer]) -> dict[str, Tensor]:

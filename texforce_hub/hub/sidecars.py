@@ -11,6 +11,7 @@ whoever packed a folder must not make us copy what is elsewhere on this machine.
 
 import html
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -100,7 +101,7 @@ def find_sidecars(path: str | Path) -> tuple[Sidecar, ...]:
     path = Path(path)
     stem = path.name.removesuffix(path.suffix) if path.suffix.lower() in SUFFIXES else path.name
     candidates = ((path.with_name(stem + ending), ending) for ending in ENDINGS)
-    return tuple(read_sidecar(candidate, ending) for candidate, ending in candidates if candidate.is_file())
+    return tuple(read_sidecar(candidate, ending) for candidate, ending in candidates if os.path.isfile(candidate))  # noqa: PTH113  # also of names too long to be
 
 
 def leads_away(path: Path) -> bool:

@@ -11,7 +11,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import FileError
 from texforce_hub.files.writing import write_stream, writing
 from texforce_hub.formats.codec.encoding import encode, encode_lazily
-from texforce_hub.hub.filenames import SUFFIXES, is_safetensors
+from texforce_hub.hub.filenames import SUFFIXES, check_name, is_safetensors
 from texforce_hub.hub.peft_folder import check_readable, write_folder
 
 _LOG = logging.getLogger("texforce_hub")
@@ -37,6 +37,7 @@ def write_adapter(
             parts lie in a folder that exists.
     """
     path = Path(path)
+    check_name(path)
     if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not path.is_dir():
         raise FileError(f"{path}: pickles are not written; name a .safetensors file, or a folder")
     if isinstance(adapter, Adapter):

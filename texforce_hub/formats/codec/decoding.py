@@ -115,8 +115,8 @@ def _is_finite(number: Any) -> bool:
 def _decode_low_rank(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float) -> LowRank:
     down, up = parts["down"], parts["up"].flatten(1)
     if "mid" in parts:  # Tucker: the middle kernel goes into down, exactly
-        mid = wide(parts["mid"])
-        down = torch.einsum("ij...,jk->ik...", mid, wide(down).flatten(1))
+        mid, inner = _alike(parts["mid"], down)
+        down = torch.einsum("ij...,jk->ik...", mid, inner.flatten(1))
     return LowRank(down.view(down.shape[0], *plan.shape[1:]), up, scale)
 
 
@@ -131,11 +131,18 @@ def _decode_product(parts: Mapping[str, Tensor], up: str, down: str, core: str) 
     """``(up, down)``; with Tucker's core LyCORIS stores up turned, and the core goes into down."""
     if core not in parts:
         return parts[up], parts[down]
-    return parts[up].T, torch.einsum("ij...,jk->ik...", wide(parts[core]), wide(parts[down]))
+    middle, inner = _alike(parts[core], parts[down])
+    return parts[up].T, torch.einsum("ij...,jk->ik...", middle, inner)
+
+
+def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the wider of their dtypes, float32 at least."""
+    dtype = torch.promote_types(wide(one).dtype, wide(other).dtype)
+    return one.to(dtype), other.to(dtype)
 
 
 def _decode_kronecker(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float) -> Kronecker:
-    left = parts["lokr_w1"] if "lokr_w1" in parts else wide(parts["lokr_w1_a"]) @ wide(parts["lokr_w1_b"])
+    left = parts["lokr_w1"] if "lokr_w1" in parts else torch.mm(*_alike(parts["lokr_w1_a"], parts["lokr_w1_b"]))
     kernel = plan.shape[2:]
     inner = plan.shape[1] // left.shape[1]
     if "lokr_w2" in parts:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from texforce_hub.grammar import fail
 
 _REPO_WORD = re.compile(r"\w[\w.-]*", re.ASCII)
+_LONGEST = 96  # characters of a repository's name, its owner's included
 _LONG_REVISION = re.compile(r"refs/(pr/\d+|convert/\w+)", re.ASCII)
 
 
@@ -33,6 +34,8 @@ class HubId:
         if found is None:
             fail(text, at, "not a Hub id; expected a repository's name after the owner")
         at += found.end()
+        if at - start > _LONGEST:
+            fail(text, start, f"not a Hub id; the Hub's have at most {_LONGEST} characters")
         revision, file = _parse_revision_and_file(text, at)
         return cls(f"{owner}/{found[0]}", revision, file)
 
