@@ -26,6 +26,7 @@ from texforce_hub.generate.images.sheet import column_sheet
 from texforce_hub.hub.catalog import read_catalog
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.pipelines.load import load_pipeline
+from texforce_hub.reading import is_folder, is_there
 from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 from texforce_hub.shapes.grammar import NOISY_COLOURS, sample_prompts
@@ -67,7 +68,7 @@ def run_demo(
         ConfigError: ``output`` is a file.
     """
     folder = Path(output)
-    if folder.exists() and not folder.is_dir():
+    if is_there(folder) and not is_folder(folder):
         raise ConfigError(f"--output {folder} is a file; give a folder")
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline("shapes", device=device)

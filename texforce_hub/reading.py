@@ -45,6 +45,21 @@ def open_regular(path: str | Path, *, error: Error = FileError) -> BinaryIO:
     raise error(f"{path}: changed while it was opened; do it again")
 
 
+def is_there(path: str | Path) -> bool:
+    """Whether anything has this name; ``False`` for what is too long for a name, or holds a null character."""
+    return "\0" not in str(path) and os.path.exists(path)  # noqa: PTH110  # Path raises where a name is too long
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether an ordinary file has this name, as :func:`is_there`."""
+    return is_there(path) and os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether a folder has this name, as :func:`is_there`."""
+    return is_there(path) and os.path.isdir(path)  # noqa: PTH112
+
+
 def file_size(path: str | Path) -> int:
     """Bytes of an ordinary file.
 
@@ -144,7 +159,7 @@ def parse_toml(text: str, name: str, *, error: Error = FileError) -> dict[str, A
     try:
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as cause:
-        raise error(f"{name}: is not TOML: {first_line(cause)}") from cause
+        raise error(f"{name} is not TOML: {first_line(cause)}") from cause
     for problem in _odd_values(table):
         raise error(f"{name}: {problem}")
     return table

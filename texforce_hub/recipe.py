@@ -6,13 +6,13 @@ A recipe names files and numbers, nothing that runs. It is written beside a resu
 import json
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from texforce_hub.errors import RecipeError
+from texforce_hub.reading import parse_toml
 
 #: The version of the layout below; a reader refuses what it does not know.
 FORMAT = 1
@@ -81,7 +81,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise RecipeError(f"recipe of kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
+            raise RecipeError(f"recipe of kind {self.kind!r:.80}; expected one of {', '.join(get_args(Kind))}")
         if not self.sources:
             raise RecipeError("a recipe without sources; expected at least one [[source]]")
         if self.kind == "merge" and any(source.schedule for source in self.sources):
@@ -96,12 +96,9 @@ class Recipe:
         Raises:
             RecipeError: not TOML, another format version, an unknown or missing key, a value of the wrong type.
         """
-        try:
-            table = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise RecipeError(f"the recipe is not TOML: {error}") from error
+        table = parse_toml(text, "the recipe", error=RecipeError)
         if table.get("format") != FORMAT:
-            raise RecipeError(f"recipe of format {table.get('format')!r}; this version reads format {FORMAT}")
+            raise RecipeError(f"recipe of format {table.get('format')!r:.80}; this version reads format {FORMAT}")
         _check_keys(table, _TOP_KEYS, "recipe")
         return cls(
             kind=_typed(table, "kind", str, ""),
@@ -127,23 +124,23 @@ class Recipe:
 def _check_keys(table: Mapping[str, Any], known: set[str], where: str) -> None:
     unknown = sorted(set(table) - known)
     if unknown:
-        raise RecipeError(f"{where}: unknown key {unknown[0]!r}; it may have {', '.join(sorted(known))}")
+        raise RecipeError(f"{where}: unknown key {unknown[0]!r:.80}; it may have {', '.join(sorted(known))}")
 
 
 def _typed(table: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = table.get(key, default)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise RecipeError(f"recipe: {key} = {value!r}; expected a {kind.__name__}")
+        raise RecipeError(f"recipe: {key} = {value!r:.80}; expected a {kind.__name__}")
     return value
 
 
 def _read_source(entry: Any) -> RecipeSource:
     if not isinstance(entry, dict):
-        raise RecipeError(f"recipe: source {entry!r}; expected a [[source]] table")
+        raise RecipeError(f"recipe: source {entry!r:.80}; expected a [[source]] table")
     _check_keys(entry, _SOURCE_KEYS, "[[source]]")
     numbers = [entry.get("weight", 1.0), *_typed(entry, "parts", dict, {}).values()]
     if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
-        raise RecipeError(f"recipe: weights {numbers} of {entry.get('source')!r}; expected numbers")
+        raise RecipeError(f"recipe: weights {numbers!s:.80} of {entry.get('source')!r:.80}; expected numbers")
     return RecipeSource(
         source=_typed(entry, "source", str, ""),
         weight=float(numbers[0]),

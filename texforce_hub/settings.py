@@ -5,7 +5,6 @@ A field's type is ``int``, ``float``, ``str``, ``tuple[str, ...]``, a ``Literal`
 """
 
 import json
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from texforce_hub.errors import ConfigError
+from texforce_hub.reading import read_toml
 
 
 @dataclass(frozen=True)
@@ -104,14 +104,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The table in a TOML file.
 
     Raises:
-        ConfigError: there is no such file, or it is no TOML.
+        ConfigError: there is no such file, or it is no TOML, or none of settings.
     """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
+    return read_toml(path, error=ConfigError)
 
 
 def write_settings(settings: Mapping[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """The shapes of a base's weights from its headers, its configs or its name alone. Torch-free."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from texforce_hub.errors import FamilyError, PipelineError
+from texforce_hub.errors import FamilyError, FileError, PipelineError
 from texforce_hub.families import FAMILIES, Family, find_family
 from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.families.checkpoint_weights import checkpoint_weights
@@ -15,6 +14,7 @@ from texforce_hub.families.recognition import claims_family
 from texforce_hub.families.text import ClipEncoder
 from texforce_hub.files.container import open_header
 from texforce_hub.hub.filenames import check_name
+from texforce_hub.reading import is_file, is_folder, read_json
 
 Shape = tuple[int, ...]
 
@@ -53,9 +53,9 @@ def read_base(base: str | Path) -> BaseShapes:
     if str(base) in FAMILIES:
         return _from_family(find_family(str(base)), "by its name")
     check_name(path)
-    if path.is_dir():
+    if is_folder(path):
         return _from_folder(path)
-    if path.is_file():
+    if is_file(path):
         return _from_checkpoint(path)
     for family in FAMILIES.values():
         if claims_family(str(base), family):
@@ -99,9 +99,9 @@ def _plain(name: str) -> str:
 def _from_config(folder: Path) -> dict[str, Shape]:
     """A part's weights from its config, where the weights themselves are not here."""
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise PipelineError(f"{folder}: holds neither weights nor a readable config.json") from error
+        config = read_json(folder / "config.json")
+    except FileError as error:
+        raise PipelineError(f"{folder}: holds neither weights nor a readable config.json: {error}") from error
     if "num_hidden_layers" in config and "hidden_size" in config:
         projection = "WithProjection" in str(config.get("architectures"))
         width = config["hidden_size"]

@@ -16,6 +16,7 @@ import typer
 from texforce_hub import __version__
 from texforce_hub.cli.command import App
 from texforce_hub.cli.console import accept_any_text, printable_logs, say
+from texforce_hub.cli.interrupts import interrupted_code, unwind_on_signals
 from texforce_hub.cli.threads import wait_asleep
 from texforce_hub.errors import TexForceHubError
 
@@ -75,15 +76,18 @@ for _command in COMMANDS:
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 130 interrupted."""
+    """Run the command line. Exit codes: 0 done, 1 the answer is no, 2 wrong usage or input, 128 + a signal's number."""
     wait_asleep()
     accept_any_text()
+    unwind_on_signals()
     with printable_logs():
         try:
             try:
                 app()
             finally:
                 sys.stdout.flush()
+        except SystemExit as end:
+            sys.exit(interrupted_code() if end.code == 130 else end.code)
         except TexForceHubError as error:
             _stop(f"error: {error}")
         except (MemoryError, RuntimeError) as error:
@@ -101,7 +105,7 @@ def main() -> None:
             what = error.filename or "the output"
             _stop(f"error: {what}: {error.strerror or error}")
         except KeyboardInterrupt:
-            _stop("interrupted", 130)
+            _stop("interrupted", interrupted_code())
 
 
 def _stop(line: str, status: int = 2) -> NoReturn:

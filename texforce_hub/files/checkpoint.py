@@ -19,6 +19,7 @@ from torch import Tensor
 from texforce_hub.errors import FileError
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.files.writing import write_tensors, writing
+from texforce_hub.reading import read_json
 
 _LOG = logging.getLogger("texforce_hub")
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -69,10 +70,10 @@ def read_checkpoint(folder: Path) -> State | None:
 
 def _read(path: Path) -> State | None:
     try:
-        facts = json.loads((path / "state.json").read_bytes())
+        facts = read_json(path / "state.json")
         _, tensors = read_tensors(path / "state.safetensors")
         return State(facts.pop("step"), tensors, facts)
-    except (OSError, ValueError, KeyError, AttributeError, FileError) as error:
+    except (KeyError, FileError) as error:
         _LOG.warning("cannot read %s (%s); passed over", path, error)
     return None
 

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 
 from texforce_hub.errors import TrainingError
 from texforce_hub.files.writing import writing
+from texforce_hub.reading import read_text
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def own_folder(path: str | Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0).acquire()
     except Timeout as error:
-        pid = owner.read_text().strip() if owner.exists() else "unknown"
+        pid = read_text(owner, most=100).strip() if owner.exists() else "unknown"
         raise TrainingError(f"process {pid} is training in {folder}; wait for it, or give another --output") from error
     except OSError as error:
         raise TrainingError(f"cannot train in {folder}: {error.strerror}; give another --output") from error

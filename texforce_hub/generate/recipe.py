@@ -15,6 +15,7 @@ from texforce_hub.generate.draw import DrawSettings
 from texforce_hub.generate.prompts.tags import TaggedPrompt
 from texforce_hub.hub.find import find_bundle, find_local, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.reading import is_there, read_text
 from texforce_hub.recipe import Recipe, RecipeSource
 
 _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
@@ -108,10 +109,7 @@ def replay_run(path: Path) -> DrawRun:
     Raises:
         RecipeError: no recipe of a drawing run, or a file that is not the one recorded.
     """
-    try:
-        recipe = Recipe.parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {error}") from error
+    recipe = Recipe.parse(read_text(path, error=RecipeError))
     if recipe.kind != "apply":
         raise RecipeError(f"{path}: a recipe of kind {recipe.kind!r}; expected 'apply'")
     table = {_RENAMED.get(name, name): value for name, value in recipe.settings.items()}
@@ -126,6 +124,9 @@ def replay_run(path: Path) -> DrawRun:
     shared = tuple(refs.pop(None, ()))
     outer = {name: str(table.pop(name)) for name in _OUTER if name in table}
     each, strict = table.pop("each", False) is True, table.pop("strict", True) is not False
+    too_long = next((name for name, value in outer.items() if len(value) > _LONGEST_NAME), None)
+    if too_long is not None:
+        raise RecipeError(f"{path}: {too_long} is {outer[too_long][:40]!r}…, {len(outer[too_long])} characters long")
     sweeps = _read_sweeps(table, path)
     settings = _read_settings(table, recipe.seed, path)
     tags = tuple(tuple(refs.pop(number, ())) for number in range(len(settings.prompts))) if refs else ()
@@ -149,6 +150,7 @@ def _reference(source: RecipeSource, path: Path) -> AdapterRef:
 
 
 _RENAMED = {"negative": "negative_prompt"}  # as recipes of version 0.1 have it
+_LONGEST_NAME = 4096  # characters; no path is longer
 _OUTER = ("base", "unet", "mode", "rounding", "scheduler")
 _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
@@ -192,7 +194,7 @@ def _hash_local(source: str) -> str:
         path = Path(AdapterRef.parse(source).source)
     except RefError:
         return ""
-    return hash_place(path) if path.exists() else ""
+    return hash_place(path) if is_there(path) else ""
 
 
 def hash_place(path: Path) -> str:

@@ -30,6 +30,7 @@ from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef
 from texforce_hub.hub.sidecars import Sidecar, find_sidecars, leads_away
 from texforce_hub.hub.stack import check_patterns
 from texforce_hub.hub.write import write_adapter
+from texforce_hub.reading import is_folder, is_there
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -134,7 +135,7 @@ def convert_bundle(
         with naming(bundle.path):
             adapter, dialect = fit_reader(adapter, find_reader(reader))
     filename = find_writable(dialect).filename
-    there = [path for path in (output, output / filename) if path.exists()]
+    there = [path for path in (output, output / filename) if is_there(path)]
     if any(path.samefile(file) for path in there for file in bundle.files):
         raise FileError(f"{output}: is the adapter that was read; write somewhere else")
     written = write_adapter(adapter, output, dialect=dialect, dtype=chosen)
@@ -234,7 +235,7 @@ def plan_conversions(refs: Sequence[str | Path], output: Path, dialect: str) -> 
         ConfigError: a reference has a window.
         FileError: ``output`` is named as a file is.
     """
-    if output.suffix.lower() in SUFFIXES and not output.is_dir():
+    if output.suffix.lower() in SUFFIXES and not is_folder(output):
         raise FileError(f"{output}: names a file; several adapters are written into a folder, name one")
     jobs = list(dict.fromkeys(job for ref in refs for job in _jobs(ref, output, dialect)))
     wanted = Counter(_as_one(job.target) for job in jobs)
@@ -293,8 +294,8 @@ def _convert_safely(job: Job, **options: Any) -> Conversion:
 def _jobs(ref: str | Path, output: Path, dialect: str) -> Iterator[Job]:
     weights, root = parse_weights(ref), find_path(ref)
     for source in find_bundles(ref):
-        inside = source.path.relative_to(root).parent if root.is_dir() else Path()
-        stem = _folder_name(root) if root.is_dir() and is_usual(source, root) else source.stem
+        inside = source.path.relative_to(root).parent if is_folder(root) else Path()
+        stem = _folder_name(root) if is_folder(root) and is_usual(source, root) else source.stem
         yield Job(source, output / inside / (stem if dialect == "peft" else f"{stem}.safetensors"), weights)
 
 

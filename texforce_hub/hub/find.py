@@ -17,6 +17,7 @@ from texforce_hub.hub.catalog import CatalogEntry, read_catalog
 from texforce_hub.hub.filenames import PREFERRED, SUFFIXES, choose_name, is_safetensors, list_names
 from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
+from texforce_hub.reading import is_folder, is_there
 
 if TYPE_CHECKING:
     from texforce_hub.hub.huggingface.repository import RemoteFile
@@ -36,7 +37,7 @@ def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
         from texforce_hub.hub.remote import fetch_adapter, find_remote
 
         path = fetch_adapter(find_remote(ref))
-    return pick_bundle(path) if path.is_dir() else bundle_file(path)
+    return pick_bundle(path) if is_folder(path) else bundle_file(path)
 
 
 def find_path(ref: str | Path | AdapterRef) -> Path:
@@ -75,7 +76,7 @@ def find_local(ref: str | Path | AdapterRef) -> Path | None:
 @cache
 def _say_shadow(source: str) -> None:
     """A folder here that is named as a repository could be: say once which of them is meant."""
-    if source.count("/") == 1 and _names_hub(source) and Path(source).is_dir():
+    if source.count("/") == 1 and _names_hub(source) and is_folder(source):
         _LOG.info(
             "%s: the folder here is used; for the Hub repository of that name write %s%s", source, _FORCED, source
         )
@@ -96,7 +97,7 @@ def _names_hub(source: str) -> bool:
 
 
 def _shipped_folder(entry: CatalogEntry, folder: Path) -> Path:
-    if folder.exists():
+    if is_there(folder):
         return folder
     raise RefError(f"catalogue entry {entry.name!r}: its weights are not in this installation ({folder})")
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -14,11 +13,13 @@ from torch import Tensor
 from texforce_hub.errors import DialectError, FileError
 from texforce_hub.files.container import open_header
 from texforce_hub.files.header import CONFIG_NAME
+from texforce_hub.files.leftovers import name_part, remove_leftovers
 from texforce_hub.files.writing import write_stream, writing
 from texforce_hub.formats.codec.decoding import check_plan
 from texforce_hub.formats.codec.encoding import Encoded
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.filenames import is_candidate, list_names
+from texforce_hub.reading import is_there
 
 _ASIDE = ".old"
 
@@ -34,10 +35,11 @@ def write_folder(encoded: Encoded, tensors: Iterable[tuple[str, Tensor]], path: 
             would seem to belong.
         DialectError: what would be written could not be read again.
     """
-    if not path.exists():
+    if not is_there(path):
         return _write_new_folder(encoded, tensors, path)
     _refuse_other_weights(path, encoded.filename)
-    staged = path / f".{secrets.token_hex(4)}.part"
+    remove_leftovers(path)
+    staged = path / name_part(path.name)
     try:
         _write_new_folder(encoded, tensors, staged)
         _replace_together(staged, path, (CONFIG_NAME, encoded.filename))

@@ -13,6 +13,7 @@ from texforce_hub.files.writing import write_stream, writing
 from texforce_hub.formats.codec.encoding import encode, encode_lazily
 from texforce_hub.hub.filenames import SUFFIXES, check_name, is_safetensors
 from texforce_hub.hub.peft_folder import check_readable, write_folder
+from texforce_hub.reading import is_folder, is_there
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -38,7 +39,7 @@ def write_adapter(
     """
     path = Path(path)
     check_name(path)
-    if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not path.is_dir():
+    if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not is_folder(path):
         raise FileError(f"{path}: pickles are not written; name a .safetensors file, or a folder")
     if isinstance(adapter, Adapter):
         check_finite(adapter)
@@ -49,7 +50,7 @@ def write_adapter(
     else:
         encoded = encode(adapter, dialect, dtype=dtype)
         tensors = iter(encoded.tensors.items())
-    names_file = is_safetensors(path.name) and not path.is_dir()
+    names_file = is_safetensors(path.name) and not is_folder(path)
     if encoded.config is not None:
         if names_file:
             raise FileError(f"{path}: PEFT's layout is a folder of two files; name a folder")
@@ -65,7 +66,7 @@ def _outline_of(adapter: Adapter | LazyAdapter) -> Adapter:
 def _write_parts(adapter: Adapter | LazyAdapter, path: Path, dtype: torch.dtype | None) -> Path:
     """A PEFT folder for each part, all of them or none."""
     parts = _outline_of(adapter).parts
-    if path.exists() or is_safetensors(path.name):
+    if is_there(path) or is_safetensors(path.name):
         raise FileError(
             f"{path}: in PEFT's layout, {', '.join(parts)} are a folder each; name a new folder for them to lie in"
         )

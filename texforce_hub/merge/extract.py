@@ -17,6 +17,7 @@ from texforce_hub.errors import MergeError
 from texforce_hub.families.names import part_of
 from texforce_hub.merge.methods.spaces import as_low_rank
 from texforce_hub.merge.resize import Limits, shrink
+from texforce_hub.reading import is_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def _parameters(model: Any) -> Mapping[str, Tensor]:
 def _streamed(folder: Path) -> Mapping[str, Tensor]:
     from texforce_hub.pipelines.folder import stream_parameters  # brings diffusers, which nothing else here needs
 
-    streamed = stream_parameters(folder) if folder.is_dir() else None
+    streamed = stream_parameters(folder) if is_folder(folder) else None
     if streamed is None:
         raise MergeError(f"{folder}: no pipeline folder with clean weights; load it, and give the pipeline")
     return streamed

@@ -20,6 +20,7 @@ from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.gather import IN_MEMORY
 from texforce_hub.merge.merge import Merged, run_request
 from texforce_hub.merge.request import MergeRequest
+from texforce_hub.reading import read_text
 from texforce_hub.recipe import METADATA_KEY, Recipe, RecipeSource
 
 _SETTINGS: dict[str, type | tuple[type, ...]] = {
@@ -99,10 +100,7 @@ def read_recipe(path: str | Path) -> Recipe:
         RecipeError: there is none, or it cannot be read.
     """
     if str(path).endswith(".toml"):
-        try:
-            return Recipe.parse(Path(path).read_text("utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: cannot be read as text: {error}") from error
+        return Recipe.parse(read_text(path, error=RecipeError))
     return recipe_of(open_adapter(path, checked=False).outline, str(path))
 
 

@@ -18,6 +18,7 @@ from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.single_file import load_single_file
 from texforce_hub.pipelines.spoilt import repaired_components
 from texforce_hub.pipelines.unet import put_unet
+from texforce_hub.reading import is_folder, is_there
 from texforce_hub.shapes import WEIGHTS
 
 logger = logging.getLogger("texforce_hub")
@@ -53,9 +54,9 @@ def load_pipeline(
 
 def _load_base(base: str, dtype: torch.dtype) -> Any:
     path = WEIGHTS if base == "shapes" else Path(base)
-    if path.is_dir():
+    if is_folder(path):
         return load_folder(path, dtype)
-    if path.exists():
+    if is_there(path):
         return load_single_file(path, dtype)
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return _load_from_hub(base, dtype)

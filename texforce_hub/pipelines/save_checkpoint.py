@@ -12,7 +12,7 @@ from torch import Tensor
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
 from texforce_hub.families.original_unet import to_ldm
-from texforce_hub.files.writing import write_tensors
+from texforce_hub.files.writing import check_tensor_name, write_tensors
 from texforce_hub.pipelines.save import refuse_live_adapters
 from texforce_hub.pipelines.scheduler_facts import describe_scheduler
 from texforce_hub.pipelines.single_file import usual_scheduler
@@ -33,8 +33,9 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype 
     Raises:
         FamilyError: another family.
         PipelineError: live adapters.
-        FileError: the file cannot be written.
+        FileError: the file cannot be written, or has a pickle's name.
     """
+    check_tensor_name(file)
     refuse_live_adapters(pipe)
     family = pipeline_family(pipe)
     tensors = dict(_unet_tensors(pipe.unet, family))
@@ -73,7 +74,9 @@ def save_text_encoder(pipe: Any, file: str | PathLike[str]) -> list[Path]:
 
     Raises:
         PipelineError: live adapters, or no CLIP encoder.
+        FileError: a file cannot be written, or has a pickle's name.
     """
+    check_tensor_name(file)
     refuse_live_adapters(pipe)
     named = {part: getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2")}
     encoders = {part: m for part, m in named.items() if m is not None and hasattr(m.config, "hidden_act")}

@@ -23,6 +23,7 @@ from texforce_hub.pipelines.build import build_unet
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files, weight_names
 from texforce_hub.pipelines.scheduler_facts import restore_scheduler, take_noise
 from texforce_hub.pipelines.spoilt import repair_state
+from texforce_hub.reading import is_folder
 
 logger = logging.getLogger("texforce_hub")
 
@@ -94,7 +95,7 @@ def _fetch_unet(remote: RemotePath, folder: str) -> Path:
 
 def _full_unet(path: Path) -> tuple[list[Path], dict[str, Any] | None]:
     """The files of a whole U-Net and its configuration, if it has one; no files if the path holds a LoRA."""
-    if not path.is_dir():
+    if not is_folder(path):
         return ([path] if _holds_unet([path]) else []), None
     for name in _IN_A_FOLDER:
         folder = path / name
@@ -167,7 +168,7 @@ def _renamed_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[in
 
 
 def _put_lora(pipe: Any, ref: AdapterRef, path: Path) -> None:
-    if path.is_dir():
+    if is_folder(path):
         path = latest_checkpoint(path) or path
     adapter = read_adapter(path)
     part = adapter.only("unet")

@@ -15,6 +15,7 @@ from texforce_hub import __version__
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import ConfigError, TrainingError
+from texforce_hub.reading import is_there
 from texforce_hub.train.config import TrainConfig
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]
@@ -116,7 +117,7 @@ def describe_run(config: TrainConfig, step: int) -> dict[str, str]:
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "device")}
     paths = ("base", "prompts", "unet", "init", "anchor_prompts", "samples")
-    settings |= {k: Path(settings[k]).name for k in paths if settings[k] and Path(settings[k]).exists()}
+    settings |= {k: Path(settings[k]).name for k in paths if settings[k] and is_there(settings[k])}
     facts = {"version": __version__, "reward": " ".join(config.reward), "steps": str(step)}
     facts |= {name: str(settings[name]) for name in ("base", "uncond", "seed")}
     facts["config"] = json.dumps(settings, sort_keys=True)

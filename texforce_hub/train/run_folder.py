@@ -13,9 +13,11 @@ from texforce_hub.errors import ConfigError
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.images.curve import plot_curve, plot_signal
 from texforce_hub.generate.images.sheet import column_sheet
+from texforce_hub.reading import read_text
 from texforce_hub.settings import write_settings
 from texforce_hub.train.config import TrainConfig
 
+_LONGEST_METRICS = 2_000_000_000  # bytes; a line a step has some hundred
 ADAPTER = "pytorch_lora_weights.safetensors"  # the name that pipelines look for
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -67,7 +69,7 @@ class RunFolder:
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = read_text(path, most=_LONGEST_METRICS) if path.exists() else ""
         return [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last line's end was cut off
 
     def _write_text(self, name: str, text: str) -> None:

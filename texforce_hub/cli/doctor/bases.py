@@ -6,7 +6,7 @@ from pathlib import Path
 from texforce_hub.cli.doctor.finding import Finding
 from texforce_hub.errors import FileError
 from texforce_hub.files.container import open_header, sniff
-from texforce_hub.reading import read_json
+from texforce_hub.reading import is_folder, is_there, read_json
 
 SHAPES = Path(__file__).parents[2] / "shapes" / "weights"
 _WEIGHTS = (".safetensors", ".bin")
@@ -20,9 +20,9 @@ def examine_base(base: str, *, obstacle: str = "") -> Finding:
     ``obstacle`` is what keeps the cache from being looked into.
     """
     name, path = f"base {base}", SHAPES if base == "shapes" else Path(base)
-    if path.is_dir():
+    if is_folder(path):
         return _examine_folder(name, path)
-    if path.exists():
+    if is_there(path):
         return _examine_file(name, path)
     if base == "shapes":
         return Finding(name, "problem", f"{path} is missing", "install the package again; its weights belong to it")

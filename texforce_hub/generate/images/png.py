@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from io import BytesIO
-from os import PathLike
+from os import PathLike, fspath
 from types import MappingProxyType
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from texforce_hub.reading import open_regular
 
 
 def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
@@ -21,7 +23,7 @@ def encode_png(image: Image.Image, text: Mapping[str, str]) -> bytes:
 
 def read_png_text(path: str | PathLike[str]) -> dict[str, str]:
     """The text entries of a PNG file."""
-    with Image.open(path) as image:
+    with open_regular(fspath(path)) as file, Image.open(file) as image:
         image.load()
         return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
 

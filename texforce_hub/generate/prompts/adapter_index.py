@@ -16,6 +16,7 @@ from texforce_hub.hub.catalog import read_catalog
 from texforce_hub.hub.filenames import PICKLED, PREFERRED
 from texforce_hub.hub.find import find_bundle, find_bundles
 from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.reading import is_folder
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -51,7 +52,7 @@ class AdapterIndex:
         self._folder = None if folder is None else Path(folder)
         self._bundles: tuple[Bundle, ...] = ()
         if self._folder is not None:
-            if not self._folder.is_dir():
+            if not is_folder(self._folder):
                 raise RefError(f"{self._folder}: no folder of adapters here; tags are looked up in it")
             self._bundles = tuple(find_bundles(self._folder))
         self._by_name = _gathered((name, bundle) for bundle in self._bundles for name in self._names(bundle))

@@ -14,6 +14,7 @@ from typing import Protocol
 from texforce_hub.errors import PromptError
 from texforce_hub.generate.prompts.emphasis import is_weighted
 from texforce_hub.generate.prompts.tags import refuse_tags
+from texforce_hub.reading import read_text
 from texforce_hub.shapes.grammar import KINDS, caption, sample_prompts, sample_scene
 
 _KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts: with two noisy words a pair is too much a matter of chance
@@ -207,10 +208,7 @@ def read_prompts(path: str | Path) -> tuple[str, ...]:
     Raises:
         PromptError: the file cannot be read, or holds no prompt.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"cannot read prompts from {path}: {error}") from error
+    lines = read_text(path, error=PromptError).splitlines()
     prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
     if not prompts:
         raise PromptError(f"{path} holds no prompt; expected one a line")

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import RevisionResolutionError
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 
 from texforce_hub.errors import HubError
@@ -186,7 +186,7 @@ def _is_inside(name: str) -> bool:
 def _find_cached(repo: str, revision: str | None, folder: Path) -> Repository | None:
     try:
         commit = HfApi().resolve_revision(repo, revision=revision, cache_dir=folder, local_files_only=True).resolved
-    except RevisionResolutionError:
+    except (RevisionResolutionError, HFValidationError):
         return None
     place = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
     files = {path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()}
