@@ -26,8 +26,9 @@ from texforce_hub.apply.matching import (
 from texforce_hub.apply.model import unwrapped
 from texforce_hub.apply.patch import Owner, Write, begin_write, check_writable, keep, undo, write
 from texforce_hub.apply.placement import place
+from texforce_hub.apply.projections import calls_joined, find_joined
 from texforce_hub.apply.roster import activate, note_factors, register, unregister
-from texforce_hub.apply.rounding import Loss, Term, seed_for, to_loss, total_loss
+from texforce_hub.apply.rounding import Loss, Term, reused_memory, seed_for, to_loss, total_loss
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
 from texforce_hub.apply.undoing import do_all, insist
 from texforce_hub.apply.wrappers import Wrappers
@@ -167,11 +168,8 @@ class Applied:
         self._writes.clear()
 
     def _put_on(self) -> None:
-        for key in self._written:
-            seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
-            owner = self._owner(key)
-            entry = self._writes[key] = begin_write(unwrapped(self._module(key)), key[2], seed=seed, owner=owner)
-            write(entry, self._terms(key))
+        with reused_memory():
+            self._write_all()
         self._note_losses()
         wrappers = Wrappers(self.name)
         for key in self._riding:
@@ -181,12 +179,23 @@ class Applied:
         for part in self._riding_parts():
             register(self.roots[part], self.name, self._attached_to(part))
 
+    def _write_all(self) -> None:
+        for key in self._written:
+            seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
+            owner = self._owner(key)
+            entry = self._writes[key] = begin_write(unwrapped(self._module(key)), key[2], seed=seed, owner=owner)
+            write(entry, self._terms(key))
+
     def _set_weights(self, entries: list[StackEntry]) -> None:
         gone = [key for key, attachment in self._attachments.items() if not attachment.live]
         if gone or not (self._attachments or self._writes):
             raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
         for key, attachment in self._attachments.items():
             attachment.check_changeable(self._pairs(key))
+        if uncalled := self._uncalled():
+            raise MatchError(
+                f"{uncalled[0]} is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
+            )
         for entry in self._writes.values():
             check_writable(entry)
         before, self.entries = self.entries, entries
@@ -205,8 +214,9 @@ class Applied:
         self._rewrite()
 
     def _rewrite(self) -> None:
-        for key, entry in self._writes.items():
-            write(entry, self._terms(key) if self._on else ())
+        with reused_memory():
+            for key, entry in self._writes.items():
+                write(entry, self._terms(key) if self._on else ())
         self._note_losses()
 
     def _switch(self, *, on: bool) -> None:
@@ -252,6 +262,16 @@ class Applied:
             return (self.roots[key[0]].get_submodule(above), child) if child else None
         except AttributeError:
             return None
+
+    def _uncalled(self) -> list[str]:
+        """Attached layers that the model has joined with others since, and calls no more."""
+        names = []
+        for (part, path, parameter), attachment in self._attachments.items():
+            joined = find_joined(attachment.parent, attachment.child) if calls_joined(attachment.parent) else None
+            above = path.removesuffix(attachment.child)
+            if joined is not None and (part, above + joined.name, parameter) not in self._attachments:
+                names.append(f"{part}.{path}")
+        return names
 
     def _riding_parts(self) -> list[str]:
         return list(dict.fromkeys(key[0] for key in self._riding))

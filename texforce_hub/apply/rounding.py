@@ -2,7 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +19,8 @@ from texforce_hub.apply.placement import Placed
 Term = tuple[Layer | Placed, float]
 """A change and its weight."""
 
-_BLOCK = 1 << 18
+_POOL = threading.local()
+_BLOCK = 1 << 19
 """Bytes of float32 that are worked on at once: several such blocks fit into a processor's cache."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -117,7 +120,7 @@ def rounded_sum(
         the sum, and ``(2,)`` squared norms of the error and of the change, float64, on the device of ``base``.
     """
     pair, others = _sorted_terms(base, terms)
-    change = torch.zeros(base.shape, device=base.device) if pair is None else _delta(pair)
+    change = torch.zeros(base.shape, device=base.device) if pair is None else _delta(pair, _borrow(base))
     for layer, weight in others:
         change = change + weight * layer.delta(base)
     result = torch.empty_like(base) if out is None else out
@@ -144,9 +147,32 @@ def to_loss(squares: Sequence[float]) -> Loss:
     return Loss(*(math.sqrt(max(0.0, square)) for square in squares))
 
 
-def _delta(pair: LowRank) -> Tensor:
-    """The change of a pair that has its scale in its halves."""
-    return (wide(pair.up) @ wide(pair.down).flatten(1)).view(pair.shape)
+@contextmanager
+def reused_memory() -> Iterator[None]:
+    """Let all sums in the block share one piece of memory for their changes; fresh memory costs more than the sums."""
+    _POOL.buffers = {}
+    try:
+        yield
+    finally:
+        del _POOL.buffers
+
+
+def _borrow(base: Tensor) -> Tensor | None:
+    """Float32 memory for a change of this weight; ``None`` where nothing is shared."""
+    buffers: dict[torch.device, Tensor] | None = getattr(_POOL, "buffers", None)
+    if buffers is None:
+        return None
+    if base.device not in buffers or buffers[base.device].numel() < base.numel():
+        buffers[base.device] = torch.empty(base.numel(), device=base.device)
+    return buffers[base.device][: base.numel()]
+
+
+def _delta(pair: LowRank, memory: Tensor | None) -> Tensor:
+    """The change of a pair that has its scale in its halves, in this memory if it is of its dtype."""
+    up, down = wide(pair.up), wide(pair.down).flatten(1)
+    if memory is None or up.dtype != memory.dtype:
+        return (up @ down).view(pair.shape)
+    return torch.mm(up, down, out=memory.view(up.shape[0], -1)).view(pair.shape)
 
 
 def _squared_norm(values: Tensor) -> Tensor:
