@@ -19,8 +19,9 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY) ## create .venv and install everything, pinned
 
-demo: $(READY) ## the whole story on the embedded pipeline: train, compose, table and pictures under demo/
+demo: $(READY) ## the whole story on the embedded pipeline: compose, table and pictures under demo/
 	$(BIN)/texforce-hub demo --output demo
+	@echo "Next: . .venv/bin/activate; then train your own adapter: texforce-hub demo --train"
 
 test: $(READY) ## the test suite (ARGS="-k name" for a part of it)
 	$(BIN)/pytest -n 2 $(ARGS)

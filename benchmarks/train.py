@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = []
     for seed in given.seeds:
         start = time.monotonic()
-        done = run_demo(given.output / str(seed), seed=seed)
+        done = run_demo(given.output / str(seed), train=True, prompts=PROMPTS, seed=seed)
         rows.append(render_row(seed, done, time.monotonic() - start))
     base, tuned = done.evaluation.mean("base").mean, done.evaluation.mean("unet").mean
     print("## Train\n")

@@ -112,10 +112,10 @@ def test_a_curve_has_whole_steps_and_its_legend_beside_it():
 @pytest.mark.parametrize("title", ["", "What one looks at, in a sentence that is longer than this sheet is wide"])
 def test_no_label_of_a_sheet_touches_another_a_picture_or_the_edge(size, title):
     columns = ["base", LONG, "d", "cat=0.25, seed=3"]
-    plan = plan_sheet(size, rows=ROWS, columns=columns, title=title, bars=True)
+    plan = plan_sheet(size, rows=ROWS, columns=columns, title=title, caption=title, bars=True)
     boxes = [(label.x, label.y, label.x + label.width, label.y + label.height) for label in plan.labels]
     cells = [(x, y, x + plan.cell[0], y + plan.cell[1]) for x, y in plan.corners]
-    assert len(boxes) == len(ROWS) + len(columns) + bool(title)
+    assert len(boxes) == len(ROWS) + len(columns) + 2 * bool(title)
     assert len(cells) == len(ROWS) * len(columns)
     for (ax0, ay0, ax1, ay1), (bx0, by0, bx1, by1) in itertools.combinations([*boxes, *cells], 2):
         assert min(ax1, bx1) <= max(ax0, bx0) or min(ay1, by1) <= max(ay0, by0)

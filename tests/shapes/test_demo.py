@@ -7,7 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from texforce_hub.cli import app
-from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, run_demo
+from texforce_hub.demo import CELL, PROMPT_SEED, SEEDS, SHORT_PROMPTS, run_demo
 from texforce_hub.errors import ConfigError
 from texforce_hub.evaluate.evaluation import Sampling
 from texforce_hub.evaluate.variants import Variant, evaluate_variants
@@ -19,7 +19,7 @@ from texforce_hub.shapes.grammar import sample_prompts
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    result = CliRunner().invoke(app, ["demo", "--quick", "--output", str(folder), "--device", "cpu"])
+    result = CliRunner().invoke(app, ["demo", "--output", str(folder), "--device", "cpu"])
     assert result.exit_code == 0, result.output
     return folder, result.output, json.loads((folder / "results.json").read_text())
 
@@ -49,19 +49,19 @@ def test_the_shipped_shape_words_help_and_leave_known_words_alone():
 
 def test_results_say_how_they_came_about(quick):
     _, _, results = quick
-    assert results["n"] == {"prompts": PROMPTS, "images_per_prompt": len(SEEDS)}
+    assert results["n"] == {"prompts": SHORT_PROMPTS, "images_per_prompt": len(SEEDS)}
     assert {len(digest) for digest in results["sha256"].values()} == {64}
-    assert results["quick"] is True
+    assert results["trained"] is False
 
 
 def test_the_table_and_the_pictures_are_there(quick):
     folder, printed, results = quick
     assert f"{results['rows']['both']['mean']:.3f}" in printed
-    assert Image.open(folder / "sheet.png").width > 4 * 96
+    assert Image.open(folder / "sheet.png").width > 4 * CELL
 
 
 def test_a_file_as_output_is_refused(tmp_path):
     (tmp_path / "demo").write_text("mine")
     with pytest.raises(ConfigError, match="is a file"):
-        run_demo(tmp_path / "demo", quick=True)
+        run_demo(tmp_path / "demo")
     assert (tmp_path / "demo").read_text() == "mine"

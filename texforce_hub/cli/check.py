@@ -44,7 +44,7 @@ def check(
             put_table(["layer", "why not"], [[name, reason] for name, reason in wrong.items()])
         for line in by_reason(wrong, most=5):
             put_detail(line)
-        if fit.matched:
+        if fit.matched and not fit.fits:
             put_detail(f"found in the base: {by_part(fit.matched)}")
         put(fit.verdict)
     raise typer.Exit(0 if fit.fits else 1)

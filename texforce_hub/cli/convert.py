@@ -85,7 +85,7 @@ def convert(
     check_name(output)
     jobs, alone = _plan(refs, output, dialect)
     if alone:
-        refuse_existing(output, force=force)
+        refuse_existing(output, force=force, inside=names.file_in(dialect))
     options: dict[str, Any] = {"reader": reader, "family": family, "dtype": dtype, "alpha": alpha}
     options["force"] = force or alone
     conversions = convert_all(jobs, dialect=dialect, **options, allow_pickle=allow_pickle, sidecars=not no_sidecars)

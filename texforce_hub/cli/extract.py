@@ -54,7 +54,7 @@ def extract(
     from texforce_hub.merge.extract import extract_adapter
 
     dialect = names.read_dialect(dialect)
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inside=names.file_in(dialect))
     extracted = extract_adapter(
         _open(tuned, unet),
         _open(base, None),

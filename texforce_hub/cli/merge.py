@@ -116,7 +116,7 @@ def merge(
     assert output is not None
     dialect = names.read_dialect(dialect)
     _check_apart(request.sources, output)
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inside=names.file_in(dialect))
     _write(run_request(request, base=model, device=choose_device(device)), output, dialect, json=json)
 
 

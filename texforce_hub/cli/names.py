@@ -43,6 +43,11 @@ def writable_dialects(incomplete: str) -> list[str]:
     return _begin([name for name, dialect in DIALECTS.items() if dialect.write_name is not None], incomplete)
 
 
+def file_in(dialect: str) -> str:
+    """The file that is written where an adapter's output is a folder."""
+    return DIALECTS[dialect].filename
+
+
 def dialect_rows() -> list[tuple[str, str, str]]:
     """Every layout, whether it is written or only read, and what else it is called here."""
     return [

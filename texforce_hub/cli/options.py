@@ -106,15 +106,20 @@ LockFile = Annotated[
 ]  # fmt: skip
 
 
-def refuse_existing(output: Path, *, force: bool) -> None:
+def refuse_existing(output: Path, *, force: bool, inside: str = "") -> None:
     """Refuse to write over a file, or into a folder that holds something, unless that is wished.
+
+    Args:
+        inside: the file that would be written into the folder; what else is in it does not matter then.
 
     Raises:
         FileError: there is something.
     """
     if force:
         return
-    if output.is_dir() and any(output.iterdir()):
+    if inside and output.is_dir():
+        refuse_existing(output / inside, force=False)
+    elif output.is_dir() and any(output.iterdir()):
         raise FileError(f"{output} is a folder that holds something; name another, or give --force to write into it")
     if output.is_file():
         raise FileError(f"{output} exists; name another file, or give --force to write over it")

@@ -57,7 +57,7 @@ def resize(
     from texforce_hub.merge.resize import resize_adapter
 
     dialect = names.read_dialect(dialect)
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inside=names.file_in(dialect))
     resized = resize_adapter(
         open_adapter(adapter, device=choose_device(device)),
         rank=rank,

@@ -71,13 +71,20 @@ def evaluate_variants(
     return Evaluation(tuple(prompts), sampling, scores)
 
 
-def draw_images(pipe: Any, prompts: Sequence[str], sampling: Sampling) -> Iterator[tuple[list[str], Tensor]]:
+def draw_images(
+    pipe: Any, prompts: Sequence[str], sampling: Sampling, *, numbers: Sequence[int] | None = None
+) -> Iterator[tuple[list[str], Tensor]]:
     """Batches of prompts and their pictures ``(b, 3, h, w)`` in [0, 1]: prompt by prompt, each at every seed.
 
     Each picture's noise comes from a generator of its own, seeded by the prompt's index and the seed, on the
-    CPU: it depends neither on the batch nor on the device.
+    CPU: it depends neither on the batch nor on the device. ``numbers``: the prompts' indices among those that were
+    drawn before, so that some of them are drawn again just so.
     """
-    jobs = [(text, seed * 1_000_003 + index) for index, text in enumerate(prompts) for seed in sampling.seeds]
+    jobs = [
+        (text, seed * 1_000_003 + index)
+        for index, text in zip(numbers or range(len(prompts)), prompts)
+        for seed in sampling.seeds
+    ]
     settings = DrawSettings(
         tuple(prompts) or ("",), inference_steps=sampling.inference_steps, guidance=sampling.guidance
     )

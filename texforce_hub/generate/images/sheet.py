@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -20,12 +21,13 @@ def column_sheet(
     rows: Sequence[str],
     names: Sequence[str],
     title: str = "",
+    caption: str = "",
     bars: Sequence[float] = (),
     smallest: int = 96,
 ) -> Image.Image:
     """A contact sheet from its columns, each ``(len(rows), 3, h, w)`` in [0, 1]."""
     pictures = [as_picture(column[i]) for i in range(len(rows)) for column in columns]
-    return contact_sheet(pictures, rows=rows, columns=names, title=title, bars=bars, smallest=smallest)
+    return contact_sheet(pictures, rows=rows, columns=names, title=title, caption=caption, bars=bars, smallest=smallest)
 
 
 _GAP = 6
@@ -63,6 +65,7 @@ def contact_sheet(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str = "",
+    caption: str = "",
     bars: Sequence[float] = (),
     smallest: int = 96,
 ) -> Image.Image:
@@ -71,7 +74,7 @@ def contact_sheet(
     Args:
         images: ``len(rows) · len(columns)`` of them, the first row first; all are drawn at the first one's size.
         rows, columns: their labels, wrapped where they are long.
-        title: what one looks at, above all.
+        title, caption: what one looks at, above all and below all.
         bars: for each image a number from 0 to 1, drawn as a bar under it.
         smallest: pixels of a cell's width at least; smaller pictures are enlarged by a whole number.
 
@@ -80,7 +83,8 @@ def contact_sheet(
     """
     if not images or len(images) != len(rows) * len(columns):
         raise ConfigError(f"{len(images)} images for a sheet of {len(rows)} rows and {len(columns)} columns")
-    plan = plan_sheet(images[0].size, rows=rows, columns=columns, title=title, bars=bool(bars), smallest=smallest)
+    texts: dict[str, Any] = {"rows": rows, "columns": columns, "title": title, "caption": caption}
+    plan = plan_sheet(images[0].size, **texts, bars=bool(bars), smallest=smallest)
     sheet = Image.new("RGB", plan.size, "white")
     draw = ImageDraw.Draw(sheet)
     for label in plan.labels:
@@ -106,6 +110,7 @@ def plan_sheet(
     rows: Sequence[str],
     columns: Sequence[str],
     title: str = "",
+    caption: str = "",
     bars: bool = False,
     smallest: int = 96,
 ) -> SheetPlan:
@@ -124,8 +129,11 @@ def plan_sheet(
         sides.append(side)
         corners += [(margin + i * (width + _GAP), y) for i in range(len(columns))]
         y += max(height + (_BAR + 2 if bars else 0), side.height) + _GAP
-    labels = tuple(label for label in (heading, *heads, *sides) if label.lines)
-    return SheetPlan((across, y), (width, height), tuple(corners), labels, font)
+    below = _label(caption, _GAP, y, across - 2 * _GAP, font)
+    labels = tuple(label for label in (heading, *heads, *sides, below) if label.lines)
+    return SheetPlan(
+        (across, y + (below.height + _GAP if caption else 0)), (width, height), tuple(corners), labels, font
+    )
 
 
 def _cell_size(image: tuple[int, int], rows: int, columns: int, smallest: int) -> tuple[int, int]:

@@ -41,7 +41,10 @@ def find_endpoint() -> str:
 
 def mask_secrets(text: str) -> str:
     """A text without tokens, and without the names and passwords of the addresses in it: ``http://***@host``."""
-    token = get_token()
+    try:
+        token = get_token()
+    except OSError:  # its file cannot be read, so it is in no text either
+        token = None
     return _TOKEN.sub("***", _USER.sub("***@", text.replace(token, "***") if token else text))
 
 
