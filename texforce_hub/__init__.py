@@ -43,6 +43,7 @@ _HOMES: dict[str, str] = {
     "save_text_encoder": "pipelines.save_checkpoint",
     "Stack": "hub.refs.stack",
     "TexForceHubError": "errors",
+    "tune_weights": "evaluate.tune",
     "Vector": "adapter.dense",
     "use_lock": "hub.lock",
     "verify_merge": "merge.replay",

@@ -57,6 +57,12 @@ def evaluate(pipe, adapter, folder):
     evaluate_variants(pipe, variants, DRAW.prompts, [resolve_reward("brightness")], sampling=sampling)
 
 
+def tune(pipe, adapter, folder):
+    sampling = Sampling((0,), inference_steps=1, batch_size=8)
+    prompts, reward = ("a cat", "a dog", "a red cat", "a red dog"), resolve_reward("brightness")
+    texforce_hub.tune_weights(pipe, adapter, prompts, [reward], generations=1, population=4, sampling=sampling)
+
+
 CALLS = {
     "apply_adapter": attach,
     "encode_prompts": lambda pipe, a, _: texforce_hub.encode_prompts(pipe, ["a cat", "a dog"], [a, None]),
@@ -70,6 +76,7 @@ CALLS = {
     "merge_adapters": lambda pipe, a, _: texforce_hub.merge_adapters([(a, 0.5), (a, 0.2)], rank=2, base=pipe),
     "compare_adapters": lambda pipe, a, _: texforce_hub.compare_adapters(a, a, base=pipe),
     "resize_adapter": lambda pipe, a, _: texforce_hub.resize_adapter(a, rank=2, base=pipe),
+    "tune_weights": tune,
     "save_pipeline": lambda pipe, a, folder: texforce_hub.save_pipeline(pipe, folder / "saved"),
     "save_checkpoint": lambda pipe, a, folder: texforce_hub.save_checkpoint(pipe, folder / "one.safetensors"),
     "save_text_encoder": lambda pipe, a, folder: texforce_hub.save_text_encoder(pipe, folder / "text.safetensors"),

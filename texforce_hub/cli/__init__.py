@@ -33,6 +33,7 @@ COMMANDS: tuple[str, ...] = (
     "extract",
     "compare",
     "words",
+    "tune",
     "verify",
     "hub",
     "demo",

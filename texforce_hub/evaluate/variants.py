@@ -88,7 +88,7 @@ def draw_images(
     settings = DrawSettings(
         tuple(prompts) or ("",), inference_steps=sampling.inference_steps, guidance=sampling.guidance
     )
-    with _quiet(pipe), torch.no_grad():
+    with quiet(pipe), torch.no_grad():
         for start in range(0, len(jobs), sampling.batch_size):
             texts, seeds = zip(*jobs[start : start + sampling.batch_size], strict=True)
             given = {"prompt": list(texts), "negative_prompt": [sampling.negative_prompt] * len(texts)}
@@ -109,7 +109,7 @@ def in_place(pipe: Any, variant: Variant) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
+def quiet(pipe: Any) -> Iterator[None]:
     """No progress bar from the pipeline, and afterwards what it had."""
     before = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**before, "disable": True})

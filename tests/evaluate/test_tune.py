@@ -1,0 +1,143 @@
+"""A reward chooses a stack's weights, on prompts that the report does not use."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tests.support.applying import bits, same_bits
+from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
+from texforce_hub.cli import app
+from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.evaluate import tune
+from texforce_hub.evaluate.evaluation import Sampling
+from texforce_hub.evaluate.tune import Genome, split_in_half, tune_weights
+from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.generate.recipe import replay_run
+from texforce_hub.hub.stack import read_stack
+from texforce_hub.rewards.reward import Reward
+
+PROMPTS = ["a cat", "a dog", "a red cat", "a big dog", "a red dog", "a big cat"]
+FAST = Sampling((0,), inference_steps=1, guidance=1.0, batch_size=16)
+
+
+def near(target, seen=None):
+    """A reward that is highest where the pictures' mean is that of the target's."""
+
+    def score(images, prompts):
+        if seen is not None:
+            seen.extend(prompts)
+        return -(images.mean((1, 2, 3)) - target).abs() * 100
+
+    return Reward("near", score)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_a_search_finds_the_weight_that_a_reward_was_made_from(part):
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe, parts=[part], size=0.3)
+    before = bits(pipe)
+    targets = {}
+
+    def remember(images, prompts):
+        targets.update(zip(prompts, images))
+        return images.mean((1, 2, 3))
+
+    searched, _ = split_in_half(PROMPTS)
+    at = Variant(stack=[(adapter, 0.9)])
+    evaluate_variants(pipe, {"at": at}, searched, [Reward("remember", remember)], sampling=FAST)
+
+    def score(images, prompts):
+        wanted = torch.stack([targets.get(prompt, images[0]) for prompt in prompts])
+        return -(images - wanted).square().mean((1, 2, 3)) * 1000
+
+    found = tune_weights(
+        pipe, [(adapter, 0.2)], PROMPTS, [Reward("score", score)], generations=14, population=8, sampling=FAST
+    )
+    assert found.refs[0].weight == pytest.approx(0.9, abs=0.06)
+    assert found.generations[-1].mean > found.generations[0].mean
+    assert same_bits(pipe, before)
+
+
+def test_the_report_is_on_prompts_that_the_search_did_not_see():
+    pipe = tiny_pipeline("sd1")
+    seen = []
+    found = tune_weights(
+        pipe,
+        [random_adapter(pipe, parts=["text_encoder"], seed=seed) for seed in (0, 1)],
+        PROMPTS,
+        [near(0.5, seen)],
+        generations=1,
+        population=4,
+        sampling=FAST,
+    )
+    assert set(found.searched).isdisjoint(found.evaluation.prompts)
+    assert {*found.searched, *found.evaluation.prompts} == set(PROMPTS)
+    assert seen[: 4 * len(found.searched)] == list(found.searched) * 4
+    assert found.evaluation.variants == ("base", "adapter", "adapter-2", "equal", "tuned")
+
+
+def test_every_candidate_has_the_same_noise_and_a_stack_is_drawn_as_it_is_put_on_by_hand():
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe, parts=["text_encoder"])
+    genome = Genome.of(read_stack([(adapter, 0.7)]), "adapter")
+    reward = Reward("mean", lambda images, prompts: images.mean((1, 2, 3)))
+    same = tune._score(pipe, genome, [np.array([0.7]), np.array([0.7])], PROMPTS, [reward], FAST)
+    assert np.array_equal(same[0], same[1])
+    by_hand = evaluate_variants(pipe, {"x": Variant(stack=[(adapter, 0.7)])}, PROMPTS, [reward], sampling=FAST)
+    assert same[0] == pytest.approx(by_hand.scores["mean"]["x"].ravel(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("per", "keys"), [("adapter", 1), ("part", 2), ("block", 3)])
+def test_an_adapter_a_part_or_a_block_has_a_weight_of_its_own(per, keys):
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe, parts=["text_encoder", "unet"])
+    block = next(name for name in adapter.layers if name.startswith("unet.down_blocks.0."))
+    kept = [name for name in adapter.layers if ".layers." in name or name == block]
+    adapter = type(adapter)({name: adapter.layers[name] for name in kept})
+    genome = Genome.of(read_stack(adapter), per)
+    assert len(genome.keys) == keys
+    (ref,) = genome.refs(np.linspace(0.1, 0.9, keys))
+    assert {round(ref.weight_of(name), 4) for name in kept} == {round(float(w), 4) for w in np.linspace(0.1, 0.9, keys)}
+
+
+def test_a_split_depends_on_the_text_of_the_prompts_alone():
+    assert split_in_half(PROMPTS) == split_in_half(PROMPTS[::-1])
+    with pytest.raises(PromptError, match="at least 4"):
+        split_in_half(["a", "b", "b", "a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "phrase"),
+    [
+        ({"per": "layer"}, "expected one of adapter, part, block"),
+        ({"generations": 0}, "at least one"),
+        ({"population": 2}, "at least 4"),
+        ({"bounds": (1.0, 0.0)}, "lower one first"),
+        ({"rewards": []}, "at least one reward"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_anything_is_drawn(wrong, phrase):
+    pipe = tiny_pipeline("sd1")
+    wanted = {"rewards": [near(0.5)]} | wrong
+    with pytest.raises(ConfigError, match=phrase):
+        tune_weights(pipe, random_adapter(pipe), PROMPTS, sampling=FAST, **wanted)
+
+
+def test_the_command_prints_a_stack_and_writes_a_recipe_that_replays(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a lime {shape}" for shape in ("circle", "square", "star", "ring")))
+    result = CliRunner().invoke(
+        app,
+        [
+            *("tune", "--adapter", "shapes-colour:0.5", "--adapter", "shapes-shape:0.5", "--prompts", str(prompts)),
+            *("--generations", "1", "--population", "4", "--inference-steps", "1", "--reward", "brightness"),
+            *("--device", "cpu", "--save-recipe", str(tmp_path / "r.toml"), "--json"),
+        ],
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [ref.partition(":")[0] for ref in found["stack"]] == ["shapes-colour", "shapes-shape"]
+    assert list(map(str, replay_run(tmp_path / "r.toml").adapters)) == found["stack"]

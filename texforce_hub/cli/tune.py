@@ -1,0 +1,150 @@
+"""``texforce-hub tune``: a reward chooses a stack's weights."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from texforce_hub.cli import names
+from texforce_hub.cli.console import put, put_detail, put_json
+from texforce_hub.cli.options import (
+    RESULT,
+    SAMPLING,
+    WORK,
+    AsJson,
+    Base,
+    BatchSize,
+    Device,
+    Dtype,
+    Guidance,
+    NegativePrompt,
+    Steps,
+    Unet,
+    option,
+)
+from texforce_hub.cli.progress import bars
+from texforce_hub.cli.table import put_table
+
+if TYPE_CHECKING:
+    from texforce_hub.evaluate.tune import Generation, Tuning
+
+SEARCH = "The search"
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``tune``."""
+    app.command("tune")(tune)
+
+
+def tune(
+    adapter: Annotated[
+        list[str],
+        option("--adapter", metavar="REF", help="Repeatable; its weight is where the search begins.", group=WORK,
+               autocompletion=names.refs),
+    ],
+    reward: Annotated[
+        list[str] | None,
+        option("--reward", metavar="NAME", help="NAME[=WEIGHT], repeatable; as in evaluate.", group=SEARCH,
+               autocompletion=names.rewards),
+    ] = None,
+    prompts: Annotated[
+        str, option("--prompts", metavar="FILE", help="Half for the search, half for the report.", group=SEARCH)
+    ] = "shapes:colour",
+    per: Annotated[str, option("--per", metavar="WHAT", help="A weight per adapter, part or block.", group=SEARCH)] = (
+        "adapter"
+    ),
+    generations: Annotated[int, option("--generations", metavar="N", min=1, help="At most: 12.", group=SEARCH)] = 12,
+    population: Annotated[int, option("--population", metavar="N", min=4, help="Candidates in each: 8.", group=SEARCH)]
+    = 8,
+    highest: Annotated[float, option("--highest", metavar="X", help="Largest weight: 1.5.", group=SEARCH)] = 1.5,
+    lowest: Annotated[float, option("--lowest", metavar="X", help="Smallest weight: 0.", group=SEARCH)] = 0.0,
+    seeds: Annotated[int, option("--seeds", metavar="N", min=1, help="Pictures of a prompt: 1.", group=SAMPLING)] = 1,
+    seed: Annotated[int, option("--seed", metavar="N", min=0, help="Of the search and noise.", group=SAMPLING)] = 0,
+    base: Base = "shapes",
+    unet: Unet = None,
+    inference_steps: Steps = None,
+    guidance: Guidance = None,
+    negative_prompt: NegativePrompt = None,
+    batch_size: BatchSize = 64,
+    device: Device = None,
+    dtype: Dtype = None,
+    save_recipe: Annotated[
+        Path | None, option("--save-recipe", metavar="FILE", help="The tuned stack, for apply --recipe.", group=RESULT)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Search the weights of a stack that a reward likes best; say what they are worth on prompts it did not see."""
+    from texforce_hub.evaluate.evaluation import Sampling
+    from texforce_hub.evaluate.tune import split_in_half, tune_weights
+    from texforce_hub.generate.prompts.sets import held_out_prompts
+    from texforce_hub.hub.refs.adapter import AdapterRef
+    from texforce_hub.hub.stack import read_stack
+    from texforce_hub.pipelines.load import load_pipeline
+    from texforce_hub.rewards.reward import resolve_rewards
+
+    sys.path.insert(0, "")  # python:module:function finds modules of the current folder
+    texts = held_out_prompts(prompts)
+    split_in_half(texts)
+    entries = read_stack([AdapterRef.parse(text) for text in adapter])
+    pipe = load_pipeline(base, unet=unet, device=device, dtype=dtype)
+    rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
+    steps, scale = inference_steps or 15, 5.0 if guidance is None else guidance
+    sampling = Sampling(tuple(range(seed, seed + seeds)), steps, scale, negative_prompt or "", batch_size)
+    with bars({"search": generations}) as advance:
+
+        def on_generation(_number: int, _generation: "Generation") -> None:
+            advance("search", 1)
+
+        found = tune_weights(
+            pipe, [entry.item for entry in entries], texts, rewards, per=per, generations=generations,  # type: ignore[arg-type]
+            population=population, bounds=(lowest, highest), sampling=sampling, seed=seed, on_generation=on_generation,
+        )  # fmt: skip
+    stack = [f"{entry.weight.source}{str(ref).removeprefix(ref.source)}" for entry, ref in zip(entries, found.refs)]
+    if save_recipe is not None:
+        _record(found, stack, save_recipe, base=base, unet=unet or "", steps=steps, guidance=scale)
+    if as_json:
+        put_json(_described(found, stack))
+    else:
+        _print(found, stack)
+
+
+def _record(
+    found: "Tuning", stack: list[str], path: Path, *, base: str, unet: str, steps: int, guidance: float
+) -> None:
+    from texforce_hub.generate.draw import DrawSettings
+    from texforce_hub.generate.recipe import DrawRun, record_run
+    from texforce_hub.hub.refs.adapter import AdapterRef
+
+    settings = DrawSettings(found.evaluation.prompts[:8], inference_steps=steps, guidance=guidance)
+    record_run(DrawRun(base, tuple(map(AdapterRef.parse, stack)), settings, unet=unet), path)
+
+
+def _described(found: "Tuning", stack: list[str]) -> dict[str, object]:
+    from texforce_hub.evaluate.evaluation import describe
+
+    generations = [asdict(generation) for generation in found.generations]
+    return {
+        "stack": stack,
+        "generations": generations,
+        "searched": found.searched,
+        "held_out": describe(found.evaluation),
+    }
+
+
+def _print(found: "Tuning", stack: list[str]) -> None:
+    result = found.evaluation
+    for reward in result.rewards:
+        rows = []
+        for name in result.variants:
+            against = "" if name == "tuned" else str(result.difference("tuned", name, reward=reward))
+            rows.append([name, f"{result.mean(name, reward=reward).mean:.3f}", against])
+        put_table(["stack", f"{reward}, held out", "tuned minus it, paired"], rows)
+    put_detail(
+        f"{len(found.generations)} generations on {len(found.searched)} prompts; reported on {len(result.prompts)} "
+        "others, 95 % bootstrap intervals over prompts"
+    )
+    gain = result.difference("tuned", "equal")
+    verdict = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not told apart from"
+    put(f"{' + '.join(stack)}: {verdict} the weights it began with ({gain})")
