@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide
+from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide_alike
 from texforce_hub.errors import AdapterError
 
 
@@ -51,14 +51,13 @@ class Hadamard:
 
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The dense change ``(out, in, *kernel)``, float32 (float64 if the halves are)."""
-        first = wide(self.up1) @ wide(self.down1).flatten(1)
-        second = wide(self.up2) @ wide(self.down2).flatten(1)
+        up1, down1, up2, down2 = wide_alike(self.up1, self.down1, self.up2, self.down2)
+        first, second = up1 @ down1.flatten(1), up2 @ down2.flatten(1)
         return (self.scale * first * second).view(self.shape)
 
     def low_rank(self) -> LowRank:
         """The same change as one low-rank pair of rank ``r1 · r2``, exactly (a face-splitting product)."""
-        up1, up2 = wide(self.up1), wide(self.up2)
-        down1, down2 = wide(self.down1).flatten(1), wide(self.down2).flatten(1)
+        up1, down1, up2, down2 = wide_alike(self.up1, self.down1.flatten(1), self.up2, self.down2.flatten(1))
         up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
         down = (down1[:, None, :] * down2[None, :, :]).flatten(0, 1)
         return LowRank(down.view(-1, *self.shape[1:]), up, self.scale)

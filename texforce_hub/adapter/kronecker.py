@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide
+from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide_alike
 from texforce_hub.errors import AdapterError
 
 
@@ -61,12 +61,13 @@ class Kronecker:
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002
         """The dense change ``(out, in, *kernel)``, float32 (float64 if the factors are)."""
         if self.right is not None:
-            right = wide(self.right)
+            left, right = wide_alike(self.left, self.right)
         else:
             assert self.up is not None
             assert self.down is not None
-            right = (wide(self.up) @ wide(self.down).flatten(1)).view(self._factored_shape())
-        left = wide(self.left).view(*self.left.shape, *[1] * (right.dim() - 2))
+            left, up, down = wide_alike(self.left, self.up, self.down.flatten(1))
+            right = (up @ down).view(self._factored_shape())
+        left = left.view(*left.shape, *[1] * (right.dim() - 2))
         return self.scale * torch.kron(left.contiguous(), right.contiguous())
 
     def low_rank(self) -> LowRank | None:
@@ -77,11 +78,7 @@ class Kronecker:
         """
         if self.up is None or self.down is None:
             return None
-        left, up, down = (
-            wide(self.left),
-            wide(self.up),
-            wide(self.down).flatten(2) if self.down.dim() > 2 else wide(self.down),
-        )
+        left, up, down = wide_alike(self.left, self.up, self.down.flatten(2) if self.down.dim() > 2 else self.down)
         rows, columns = left.shape
         kernel = self.down.shape[2:]
         identity = torch.eye(min(rows, columns), dtype=left.dtype, device=left.device)

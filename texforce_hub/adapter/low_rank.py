@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide
+from texforce_hub.adapter.tensors import check_tensors, show_shapes, wide_alike
 from texforce_hub.errors import AdapterError
 
 
@@ -45,7 +45,8 @@ class LowRank:
 
     def delta(self, base: Tensor | None = None) -> Tensor:  # noqa: ARG002  # the kinds share one signature
         """The dense change ``(out, in, *kernel)``, float32 (float64 if the halves are)."""
-        return (self.scale * (wide(self.up) @ wide(self.down).flatten(1))).view(self.shape)
+        up, down = wide_alike(self.up, self.down)
+        return (self.scale * (up @ down.flatten(1))).view(self.shape)
 
     def scaled(self, weight: float) -> "LowRank":
         """The same change times ``weight``."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.tensors import eigh
 
 #: Elements stacked for one batched call: enough to keep a device busy, little beside the layers themselves.
 CHUNK = 1 << 20
@@ -115,7 +116,7 @@ class _ByGram:
         self.halves = halves
         self.dtype = halves.up.dtype if steepness <= _GENTLE else torch.float64
         self.right = halves.triangle * (halves.lengths * halves.shares)[:, None, :]
-        squares, directions = torch.linalg.eigh(self.right @ halves.down_gram @ self.right.mT)
+        squares, directions = eigh(self.right @ halves.down_gram @ self.right.mT)
         self.values = squares.flip(-1).clamp_min(0).sqrt()
         self.noise = _noise(halves.up.dtype)
         self.directions = directions.flip(-1)
@@ -137,7 +138,7 @@ class _ByQr:
         self.dtype = dtype
         self.up, triangle = torch.linalg.qr(up)
         self.down = triangle @ down
-        squares, directions = torch.linalg.eigh(self.down @ self.down.mT)
+        squares, directions = eigh(self.down @ self.down.mT)
         self.values = squares.flip(-1).clamp_min(0).sqrt()
         self.noise = _noise(dtype)
         self.directions = directions.flip(-1)

@@ -14,6 +14,25 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def wide_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype that sums safely: float64 if any of them is, else float32."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, smallest first, and eigenvectors of symmetric matrices ``(…, k, k)``.
+
+    Raises:
+        AdapterError: the matrix holds infinity or NaN: the values that it was made of are too large to be multiplied.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # it is there
+        raise AdapterError("products of its values overflow; the training broke down or the file is damaged") from error
+    return values, vectors
+
+
 def narrow(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """The tensor in another dtype, rounded once; ``name`` is for the error.
 

@@ -11,6 +11,7 @@ from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.tensors import wide_alike
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import MergeError
@@ -116,12 +117,18 @@ def _interference(inner: float, first: float, second: float) -> float:
 
 def _spaces(pair: list[Mergeable]) -> tuple[float, float, float]:
     """Smallest principal angle of the right and the left singular spaces, and the left spaces' overlap."""
-    factors: list[LowRank] = matrices(pair)
+    factors = [_of_size_one(layer) for layer in matrices(pair)]
     (left_a, _, right_a), (left_b, _, right_b) = (singular_triplets(layer) for layer in factors)
-    written = torch.linalg.svdvals((left_a.mT @ left_b).double())
-    read = torch.linalg.svdvals((right_a @ right_b.mT).double())
+    written = torch.linalg.svdvals(left_a.double().mT @ left_b.double())
+    read = torch.linalg.svdvals(right_a.double() @ right_b.double().mT)
     overlap = float(written.square().sum()) / min(left_a.shape[1], left_b.shape[1])
     return _degrees(read[0]), _degrees(written[0]), min(1.0, overlap)
+
+
+def _of_size_one(layer: LowRank) -> LowRank:
+    """The same singular spaces, of numbers whose squares neither overflow nor vanish."""
+    down, up = wide_alike(layer.down, layer.up)
+    return LowRank(down / down.abs().max(), up / up.abs().max())
 
 
 def _degrees(cosine: Tensor) -> float:

@@ -14,7 +14,7 @@ from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.tensors import wide, wide_alike
 from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.errors import AdapterError, DialectError
 from texforce_hub.files.lazy_mapping import LazyMapping
@@ -115,7 +115,7 @@ def _is_finite(number: Any) -> bool:
 def _decode_low_rank(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float) -> LowRank:
     down, up = parts["down"], parts["up"].flatten(1)
     if "mid" in parts:  # Tucker: the middle kernel goes into down, exactly
-        mid, inner = _alike(parts["mid"], down)
+        mid, inner = wide_alike(parts["mid"], down)
         down = torch.einsum("ij...,jk->ik...", mid, inner.flatten(1))
     return LowRank(down.view(down.shape[0], *plan.shape[1:]), up, scale)
 
@@ -131,18 +131,12 @@ def _decode_product(parts: Mapping[str, Tensor], up: str, down: str, core: str) 
     """``(up, down)``; with Tucker's core LyCORIS stores up turned, and the core goes into down."""
     if core not in parts:
         return parts[up], parts[down]
-    middle, inner = _alike(parts[core], parts[down])
+    middle, inner = wide_alike(parts[core], parts[down])
     return parts[up].T, torch.einsum("ij...,jk->ik...", middle, inner)
 
 
-def _alike(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes, float32 at least."""
-    dtype = torch.promote_types(wide(one).dtype, wide(other).dtype)
-    return one.to(dtype), other.to(dtype)
-
-
 def _decode_kronecker(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float) -> Kronecker:
-    left = parts["lokr_w1"] if "lokr_w1" in parts else torch.mm(*_alike(parts["lokr_w1_a"], parts["lokr_w1_b"]))
+    left = parts["lokr_w1"] if "lokr_w1" in parts else torch.mm(*wide_alike(parts["lokr_w1_a"], parts["lokr_w1_b"]))
     kernel = plan.shape[2:]
     inner = plan.shape[1] // left.shape[1]
     if "lokr_w2" in parts:

@@ -8,7 +8,7 @@ from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.tensors import wide_alike
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
 from texforce_hub.families.names import path_of
@@ -48,7 +48,8 @@ def fit_product(layer: Hadamard | Kronecker) -> Hadamard | Kronecker:
         return Hadamard(first.up, first.down, second.up, second.down, layer.scale)
     if layer.up is None or layer.down is None or 0 < layer.down.shape[0] < _largest(layer) / 2:
         return layer
-    right = (wide(layer.up) @ wide(layer.down).flatten(1)).view(layer.up.shape[0], *layer.down.shape[1:])
+    up, down = wide_alike(layer.up, layer.down)
+    right = (up @ down.flatten(1)).view(layer.up.shape[0], *layer.down.shape[1:])
     return replace(layer, right=right, up=None, down=None)
 
 

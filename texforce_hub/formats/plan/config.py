@@ -57,9 +57,10 @@ def check_config(config: Mapping[str, Any]) -> None:
     """
     kind = config.get("peft_type")
     if kind is not None and kind not in tuple(_KINDS):  # it may be anything
-        title = _TITLES.get(kind, kind) if isinstance(kind, str) else kind
+        known = isinstance(kind, str) and kind.isprintable()
+        title = _TITLES.get(kind, kind) if known else "something else"
         raise DialectError(
-            f"this is {title!s:.80} (peft_type {kind!r:.80}), not one of PEFT's {', '.join(_KINDS)}; it cannot be read"
+            f"this is {title:.80} (peft_type {kind!r:.80}), not one of PEFT's {', '.join(_KINDS)}; it cannot be read"
         )
     for option, reason in _OPTIONS.items():
         if config.get(option):

@@ -18,6 +18,7 @@ from torch import Tensor
 from texforce_hub.adapter.algebra import recompress
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.tensors import eigh
 from texforce_hub.merge.methods.registry import Context, Mergeable, MergeFunction, Option
 
 Space = Literal["dense", "core"]
@@ -72,7 +73,7 @@ def orthonormal(halves: Tensor) -> tuple[Tensor, Tensor]:
 
 def leading_directions(squares: Tensor, dtype: torch.dtype) -> Tensor:
     """Eigenvectors ``(k, m)`` of a matrix of squares, largest first, without those of rounding noise."""
-    values, directions = torch.linalg.eigh(squares)
+    values, directions = eigh(squares)
     floor = max(8 * torch.finfo(dtype).eps, 1e-8) ** 2 * values[-1].clamp_min(0)
     count = max(1, int((values > floor).sum()))
     leading: Tensor = directions.flip(-1)[:, :count].to(dtype)
