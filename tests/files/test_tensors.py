@@ -5,9 +5,7 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 from collections import OrderedDict
-from io import IOBase
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save_file
 
+from tests.support.kills import die_at, ends_with, in_child
 from tests.support.steps import counted
 from texforce_hub.errors import FileError
 from texforce_hub.files.container import open_header
@@ -192,33 +191,6 @@ def tensors_of(value):
     return {f"t{i}": torch.full((1 << 10,), value) for i in range(3)}
 
 
-def touches_files(call):
-    return getattr(call, "__module__", None) in ("posix", "_io") or isinstance(getattr(call, "__self__", None), IOBase)
-
-
-def die_at(moment):
-    """End this process, as SIGKILL would, ahead of its n-th call that touches files; nothing is flushed."""
-    calls = itertools.count()
-
-    def count(frame, event, argument):
-        if event == "c_call" and touches_files(argument) and next(calls) == moment:
-            os._exit(9)
-
-    sys.setprofile(count)
-
-
-def in_child(work):
-    """The id of a process forked off to do this; whatever goes wrong there, it never comes back here."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
-
-
 def write_and_die(path, moment, rename):
     """Whether a writer in another process finished before it died."""
 
@@ -228,7 +200,7 @@ def write_and_die(path, moment, rename):
         die_at(moment)
         write_tensors(path, tensors)
 
-    code = os.waitstatus_to_exitcode(os.waitpid(in_child(write), 0)[1])
+    code = ends_with(in_child(write))
     assert code in (0, 9)
     return code == 0
 
