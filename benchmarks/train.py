@@ -1,54 +1,277 @@
-"""Training: what the default recipe learns on ``shapes``, from several seeds, and what it costs of what was known.
+"""Training: which denoising steps teach, what recipes learn on ``shapes``, and what a picture costs at SD1.5's size.
 
-``python -m benchmarks.train`` prints the Markdown section of BENCHMARKS.md: per seed, the demo's two-by-two on
-held-out prompts. About five minutes a seed on one core; the runs stay under ``--output`` and go on if stopped.
+``python -m benchmarks.train`` prints the Markdown section of BENCHMARKS.md and draws ``benchmarks/train.png``;
+``--parts`` chooses among ``signal``, ``recipes`` and ``size``. A recipe takes some three minutes a seed on one quiet
+core; its runs stay under ``--output`` and go on if stopped. A *unit* is one picture through the U-Net forwards;
+backwards counts 1.08.
 """
 
 import argparse
+import json
 import platform
+import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Generator, Tensor
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from texforce_hub.demo import PROMPTS, SEEDS, Demonstration, run_demo
-from texforce_hub.evaluate.statistics import Interval
+from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, TUNED_UNET
+from texforce_hub.errors import NotBetterError
+from texforce_hub.evaluate.evaluation import Evaluation, Sampling
+from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.generate.images.figure import new_figure, render
+from texforce_hub.pipelines.load import load_pipeline
+from texforce_hub.rewards.reward import resolve_rewards
+from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
+from texforce_hub.shapes.grammar import sample_prompts
+from texforce_hub.train.algorithms.streaming import sample_scored
+from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.estimate import count_flops, count_units
+from texforce_hub.train.judge import Judge
+from texforce_hub.train.lora import attach_lora
+from texforce_hub.train.memory import saved_bytes
+from texforce_hub.train.policies import ddim
+from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen
+from texforce_hub.train.run import train_adapter
 
-
-def render_row(seed: int, done: Demonstration, seconds: float) -> str:
-    """One seed's row of the table."""
-    noisy, known = done.evaluation, done.canonical
-    differences: Sequence[Interval] = (
-        noisy.difference("text", "base"),
-        noisy.difference("both", "text"),
-        noisy.difference("both", "unet"),
-        known.difference("text", "base"),
-    )
-    return f"| {seed} | {' | '.join(map(str, differences))} | {seconds:.0f} |"
+BACKWARD = 1.08
+RECIPES: dict[str, dict[str, Any]] = {
+    "streaming": {},
+    "ppo": {"algorithm": "ppo", "updates": 2},
+    "no anchor": {"anchor": 0.0, "canonical": 0.625},
+    "direct": {"algorithm": "direct", "learning_rate": 5e-4},
+}
+PARTS = ["signal", "recipes", "size"]
+PLOT = Path(__file__).with_name("train.png")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train and measure every seed, then print the section."""
+    """Measure what is asked for and print it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("benchmarks-train"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES], default=[*RECIPES])
+    parser.add_argument("--rounds", type=int, default=8, help="of 128 pictures, for the signal")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["signal", "recipes", "size"], default=["signal", "recipes", "size"]
+    )
     given = parser.parse_args(arguments)
-    rows = []
-    for seed in given.seeds:
-        start = time.monotonic()
-        done = run_demo(given.output / str(seed), train=True, prompts=PROMPTS, seed=seed)
-        rows.append(render_row(seed, done, time.monotonic() - start))
-    base, tuned = done.evaluation.mean("base").mean, done.evaluation.mean("unet").mean
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print("## Train\n")
-    print(f"`python -m benchmarks.train`; {platform.machine()}, torch {torch.__version__}, ", end="")
-    print(f"threads: {torch.get_num_threads()}.")
-    print(f"The default recipe on `shapes`, {PROMPTS} held-out prompts, {len(SEEDS)} images each; differences of the")
-    print(f"reward with 95 % intervals paired by prompt. Base {base:.3f}, tuned U-Net alone {tuned:.3f}.\n")
-    print("Not measured on a GPU yet.\n")
-    print("| seed | text − base | both − text | both − U-Net | known words, text − base | seconds |")
-    print("|---|---|---|---|---|---|")
-    print("\n".join(rows))
+    print(f"`python -m benchmarks.train` at commit {commit.stdout.strip()}; {platform.machine()}, torch ", end="")
+    print(f"{torch.__version__}, threads: {torch.get_num_threads()}. Not measured on a GPU yet.\n")
+    if "signal" in given.parts:
+        print_signal(given.rounds)
+    if "recipes" in given.parts:
+        print_recipes(given.output, given.recipes, given.seeds)
+    if "size" in given.parts:
+        print_size()
+
+
+def make_policy(pipeline: Any, config: TrainConfig) -> StableDiffusion:
+    """A policy on a pipeline, as a run makes it."""
+    encoder, _ = attach_lora(pipeline.text_encoder, config, seed=1)
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
+    return StableDiffusion(pipeline, encoder, scheduler, config)
+
+
+def print_signal(rounds: int) -> None:
+    """Squared signal-to-noise of a group of 16 pictures, by which steps are trained on."""
+    prompts = [
+        f"a {word} {shape}" for word in ("crimson", "cobalt", "lime", "golden") for shape in ("circle", "square")
+    ]
+    config = TrainConfig("unused", prompts_per_step=8, images_per_prompt=16, share=1.0, batch_size=32)
+    policy = make_policy(load_pipeline("shapes", device="cpu"), config)
+    judge = Judge(resolve_rewards(["alignment"]), config)
+    limit, ddim.SENSITIVE = ddim.SENSITIVE, float("inf")  # every step is scored here
+    gradients = []
+    with frozen(policy.pipeline):
+        for number in range(rounds):
+            rows = policy.rows(prompts, config.images_per_prompt)
+            latents, scores = sample_scored(policy, rows, Generator().manual_seed(number))
+            with torch.no_grad():
+                images = policy.decode(latents)
+            advantages = judge.advantages(images, [prompts[i] for i in rows.group]).view(-1, 1, 1)
+            steps = torch.stack([leaves[0] for leaves in scores.values()])
+            gradients.append((advantages * steps).reshape(len(steps), 8, 16, *steps.shape[2:]).mean(2))
+    ddim.SENSITIVE = limit
+    stack = torch.stack(gradients)  # rounds, denoising steps, prompts, length, width
+    w = ddim.sensitivity(policy.make_steps(config.inference_steps), config.eta)
+    choices = {"all but the last": range(9), "all but the last two": range(8), "the first half": range(5), "first": [0]}
+    print(
+        f"Signal of the gradient at the base's own policy, {rounds} independent groups of 16 pictures of 8 prompts.\n"
+    )
+    print("| steps trained on | share of all w² | SNR² of a group of 16 | units a picture | SNR² per 1,000 units |")
+    print("|---|---|---|---|---|")
+    for name, chosen in choices.items():
+        snr2, units = signal_to_noise(stack[:, list(chosen)].sum(1)), 20 + BACKWARD * len(chosen)
+        share = (w[list(chosen)].square().sum() / w.square().sum()).item()
+        print(f"| {name} | {share:.0%} | {snr2:.2f} | {units:.1f} | {snr2 / (16 * units) * 1000:.2f} |")
+    print()
+
+
+def signal_to_noise(groups: Tensor) -> float:
+    """Of independent estimates ``(groups, …)`` of one gradient: the square of their common part over their variance."""
+    flat = groups.flatten(1).double()
+    noise = flat.var(0).sum()
+    return float((flat.mean(0).square().sum() - noise / len(flat)) / noise)
+
+
+def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) -> None:
+    """Train, measure on test prompts, and plot the held-out reward against units."""
+    pipe = load_pipeline("shapes", device="cpu")
+    tuned = load_pipeline("shapes", unet=TUNED_UNET, device="cpu").unet
+    curves: dict[str, list[list[tuple[float, float]]]] = {}
+    print(
+        f"`shapes`, noisy colour words; {PROMPTS} test prompts, {len(SEEDS)} pictures each, differences from the base "
+    )
+    print("with 95 % intervals paired by prompt; units include validations.\n")
+    print(
+        "| recipe | seed | step | units | noisy words | minus base | known words, minus base | with the tuned U-Net |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name in recipes:
+        for seed in seeds:
+            config = TrainConfig(
+                str(folder / f"{name.replace(' ', '-')}-{seed}"), seed=seed, device="cpu", **RECIPES[name]
+            )
+            units = spent(config, config.steps)
+            try:
+                adapter = train_adapter(config)
+            except NotBetterError as error:
+                print(f"| {name} | {seed} | – | {units:,.0f} | {str(error).split(',')[0]} | | | |", flush=True)
+            else:
+                variants = {"base": Variant(), "text": Variant(adapter), "both": Variant(adapter, tuned)}
+                noisy, known = (measure(pipe, variants, words) for words in ({"colour"}, set[str]()))
+                print(
+                    f"| {name} | {seed} | {adapter.metadata['texforce_hub.steps']} | {units:,.0f} | "
+                    f"{noisy.mean('text').mean:.3f} | {noisy.difference('text', 'base')} | "
+                    f"{known.difference('text', 'base')} | {noisy.mean('both').mean:.3f} |",
+                    flush=True,
+                )
+            lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+            points = [(m["step"], m["validation"]) for m in map(json.loads, lines) if m["validation"] is not None]
+            curves.setdefault(name, []).append([(spent(config, step), value) for step, value in points])
+    plot(curves)
+    print("\n![held-out reward against units](benchmarks/train.png)\n")
+
+
+def measure(pipe: Any, variants: dict[str, Variant], noisy: set[str]) -> Evaluation:
+    """As the demo measures: test prompts, equal noise, the pipeline's ordinary call."""
+    prompts = sample_prompts(PROMPTS, PROMPT_SEED, split="test", noisy=noisy)
+    sampling = Sampling(SEEDS, INFERENCE_STEPS, GUIDANCE)
+    return evaluate_variants(pipe, variants, prompts, resolve_rewards(["alignment"]), sampling=sampling)
+
+
+def spent(config: TrainConfig, step: int) -> float:
+    """Units after so many steps, validations included."""
+    forwards, backwards = count_units(config, len(range(0, config.inference_steps, 2)))
+    validation = 2 * config.validation_prompts * config.validation_images * config.validation_steps
+    return step * (forwards + BACKWARD * backwards) + (1 + step // config.validate_every) * validation
+
+
+def plot(curves: dict[str, list[list[tuple[float, float]]]]) -> None:
+    """The held-out reward against units: a colour a recipe, a line a seed."""
+    figure = new_figure(8.5, 4.5)
+    axes = figure.add_subplot()
+    for colour, (name, runs) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False):
+        for number, points in enumerate(runs):
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=name if not number else None)
+    axes.set(xlabel="units: pictures through the U-Net", ylabel="held-out reward, half in known words")
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8)
+    render(figure).save(PLOT)
+
+
+def sd15(side: int) -> Any:
+    """Stable Diffusion 1.5 at its true size, random weights, for pictures of ``side`` pixels."""
+    unet = UNet2DConditionModel(sample_size=side // 8, cross_attention_dim=768, attention_head_dim=8)
+    text = CLIPTextModel(
+        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    tokenizer = load_pipeline("shapes", device="cpu").tokenizer
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def print_size(side: int = 128) -> None:
+    """FLOPs, memory kept and seconds of a unit at SD1.5's size, and of a picture under ours and the published loop."""
+    config = TrainConfig("unused", resolution=side, batch_size=1, prompts_per_step=1, images_per_prompt=2)
+    torch.manual_seed(0)
+    policy = make_policy(sd15(side), config)
+    kept = {}
+    for checkpointing in (False, True):
+        kept[checkpointing] = saved_bytes(replace(policy, config=replace(config, checkpointing=checkpointing))) / 2**20
+    with frozen(policy.pipeline):
+        forward, backward = count_flops(policy)
+        rows, leaves = policy.leaves(policy.rows([""], 1)._replace(negative=None))
+        both = policy.leaves(policy.rows([""], 1))[0]
+        latents, moment = policy.draw_noise(1, Generator().manual_seed(0)), torch.tensor(500)
+
+        def pull() -> None:
+            torch.autograd.grad(policy.predict(latents, moment, rows).sum(), leaves)
+
+        def pull_both() -> None:
+            # The published loop encodes twice and sends the gradient through both halves of guidance, each time.
+            texts = policy.encode(["", ""])
+            pair = both._replace(prompt=texts[:1], negative=texts[1:])
+            torch.autograd.backward(policy.predict(latents, moment, pair).sum())
+
+        seconds = {
+            "forward": clock(lambda: policy.predict(latents, moment, rows)),
+            "pull": clock(pull, grad=True),
+            "both": clock(pull_both, grad=True),
+        }
+    print(f"Stable Diffusion 1.5's true size, random weights, float32, {side} × {side}, one picture a call. A U-Net")
+    print(f"forward: {forward / 1e9:.0f} GFLOP, {seconds['forward']:.2f} CPU s; backwards to the text ", end="")
+    print(
+        f"{backward / 1e9:.0f} GFLOP; its graph keeps {kept[False]:.0f} MiB, {kept[True]:.0f} MiB with checkpointing.\n"
+    )
+    print("| a picture | GFLOP | CPU s | graph kept, MiB |")
+    print("|---|---|---|---|")
+    loops: dict[str, tuple[float, float, float]] = {
+        "published loop: 50 steps, 25 of them trained on, both halves of guidance": (
+            100 * forward + 50 * (forward + backward), 100 * seconds["forward"] + 25 * seconds["both"], 2 * kept[False],
+        ),
+        "ppo: 10 steps, 5 trained on": (
+            30 * forward + 5 * backward, 25 * seconds["forward"] + 5 * seconds["pull"], kept[False],
+        ),
+        "streaming: 10 steps, 5 trained on": (
+            20 * forward + 5 * backward, 15 * seconds["forward"] + 5 * seconds["pull"], kept[False],
+        ),
+        "streaming: 20 steps, 10 trained on": (
+            40 * forward + 10 * backward, 30 * seconds["forward"] + 10 * seconds["pull"], kept[False],
+        ),
+    }  # fmt: skip
+    for name, (flops, cpu, memory) in loops.items():
+        print(f"| {name} | {flops / 1e9:,.0f} | {cpu:.1f} | {memory:.0f} |")
+    print("\nComputed from the measured units; sampling, rewards and the decoder are the same for all.\n")
+
+
+def clock(call: Callable[[], Any], *, grad: bool = False) -> float:
+    """CPU seconds of a call, the least of three."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        with torch.set_grad_enabled(grad):
+            call()
+        times.append(time.process_time() - start)
+    return min(times)
 
 
 if __name__ == "__main__":

@@ -552,7 +552,7 @@ CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from tests.train.test_run import run
-steps, die_at = int(sys.argv[3]), int(sys.argv[4])
+steps, die_at, algorithm = int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
 if die_at:
     from texforce_hub.files import checkpoint
     write = checkpoint.write_tensors
@@ -562,14 +562,14 @@ if die_at:
             os.kill(os.getpid(), signal.SIGKILL)
     checkpoint.write_tensors = write_and_die
 print("ready", flush=True)
-run(sys.argv[1], steps=steps)
+run(sys.argv[1], steps=steps, algorithm=algorithm)
 """
 
 
-def start_child(folder, *, steps=3, die_at=0):
+def start_child(folder, *, steps=3, die_at=0, algorithm="streaming"):
     """A process that trains in ``folder``; returns once it begins. It kills itself while writing ``die_at``."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    arguments = [str(folder), str(ROOT), str(steps), str(die_at)]
+    arguments = [str(folder), str(ROOT), str(steps), str(die_at), algorithm]
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, *arguments], stdout=subprocess.PIPE, env=environment, cwd=ROOT
     )
@@ -578,17 +578,17 @@ def start_child(folder, *, steps=3, die_at=0):
     return child
 
 
-def finish_child(folder, *, steps=3):
+def finish_child(folder, *, steps=3, algorithm="streaming"):
     """Train in ``folder`` to the end; returns the seconds from the beginning of the run to its end."""
-    child = start_child(folder, steps=steps)
+    child = start_child(folder, steps=steps, algorithm=algorithm)
     began = time.monotonic()
     assert child.wait(timeout=600) == 0
     return time.monotonic() - began
 
 
-def kill_after(folder, seconds, *, steps=3):
+def kill_after(folder, seconds, *, steps=3, algorithm="streaming"):
     """``kill -9`` a training process so long after it began; returns whether it was still running."""
-    child = start_child(folder, steps=steps)
+    child = start_child(folder, steps=steps, algorithm=algorithm)
     time.sleep(seconds)
     running = child.poll() is None
     child.kill()

@@ -63,8 +63,8 @@ class TrainConfig(Settings):
     leave_one_out: bool = False  # compare a picture with the others of its group, not with all
     advantage_clip: NotNegative = 5.0  # advantages are cut at ± this
     advantage_floor: NotNegative = 0.1  # added to a group's deviation, that of a single reward being 1
-    anchor: NotNegative = 3.0  # pull of the anchor prompts' embeddings to where they were, against a gradient of 1
-    anchor_count: Count = 32  # anchor prompts in an update; they cost the text encoder alone
+    anchor: NotNegative = 5.0  # pull of the anchor prompts' embeddings to where they were, against a gradient of 1
+    anchor_count: Count = 64  # anchor prompts in an update; they cost the text encoder alone
 
     learning_rate: Positive = 2e-3  # of AdamW, after warm-up
     warmup: Natural = 3  # steps over which the learning rate rises to its value
@@ -74,7 +74,7 @@ class TrainConfig(Settings):
     beta1: Share = 0.9  # AdamW
     beta2: Share = 0.99  # AdamW
     weight_decay: NotNegative = 1e-4  # AdamW
-    ema: Share = 0.0  # decay of a running average of the LoRA, a step; what is then kept is the average
+    ema: Share = 0.9  # decay of a running average of the LoRA, a step; what is then kept is the average
 
     validate_every: Natural = 20  # steps between validations, 0 = none
     validation_prompts: Count = 48  # prompts of a validation, none of them trained on; the noise is always the same
@@ -110,7 +110,7 @@ RESUMABLE = frozenset(
 RENAMED = {"batch": "batch_size"}
 GONE = {
     "skip_last": "denoising steps are chosen by the signal they carry: share = 0.5 takes the first half of those",
-    "kl": "the anchor holds what the base knew: anchor = 3.0",
+    "kl": "the anchor holds what the base knew: anchor = 5.0",
     "max_grad_norm": "the gradient is brought to norm 1 before every update",
 }
 
