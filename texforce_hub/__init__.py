@@ -38,6 +38,7 @@ _HOMES: dict[str, str] = {
     "repair_pipeline": "pipelines.repair",
     "resize_adapter": "merge.resize",
     "RewardRef": "rewards.ref",
+    "search_adapters": "hub.search",
     "save_checkpoint": "pipelines.save_checkpoint",
     "save_pipeline": "pipelines.save",
     "save_text_encoder": "pipelines.save_checkpoint",

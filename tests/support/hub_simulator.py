@@ -72,6 +72,7 @@ class Fault:
     times: int
     headers: Mapping[str, str]
     wait: float
+    body: bytes
 
 
 @dataclass(frozen=True)
@@ -169,9 +170,9 @@ class HubSimulator:
         repo = self.repos[name]
         return {path: blob.content for path, blob in repo.commits[repo.refs[revision]].items()}
 
-    def fault(self, path, status, *, times=1_000, headers=None, wait=0.0):
+    def fault(self, path, status, *, times=1_000, headers=None, wait=0.0, body=b"{}"):
         """Answer requests whose path contains a match of ``path`` with a status, after ``wait`` seconds."""
-        self.faults.append(Fault(path, status, times, headers or {}, wait))
+        self.faults.append(Fault(path, status, times, headers or {}, wait, body))
 
     @property
     def sent(self):
@@ -218,7 +219,7 @@ class _Handler(WritingRoutes, BaseHTTPRequestHandler):
             if fault.times > 0 and re.search(fault.path, path):
                 fault.times -= 1
                 time.sleep(fault.wait)
-                return self._answer(fault.status, b"{}", fault.headers)
+                return self._answer(fault.status, fault.body, fault.headers)
         if path.startswith("/large/"):
             return self._send_blob(self._find_large(path.removeprefix("/large/")), {})
         if self.serve_writing(path):

@@ -13,8 +13,9 @@ from texforce_hub.cli.table import put_table
 if TYPE_CHECKING:
     from texforce_hub.hub.pull import FetchedAdapter
     from texforce_hub.hub.push import PushedAdapter
+    from texforce_hub.hub.search import FoundAdapter
 
-_CARD = "Card"
+_CARD, _WHICH = "Card", "Which"
 _LICENSE = "An id of the Hub's list; default: the card's there, the catalogue's, or the base's."
 
 DryRun = Annotated[bool, option("--dry-run", help="Show what would be done; change nothing.", group=RESULT)]
@@ -22,7 +23,7 @@ DryRun = Annotated[bool, option("--dry-run", help="Show what would be done; chan
 
 def register(app: typer.Typer) -> None:
     """Add ``push``, ``pull``, ``search`` and ``list``."""
-    for name, command in (("push", push), ("pull", pull)):
+    for name, command in (("push", push), ("pull", pull), ("search", search), ("list", list_here)):
         app.command(name)(command)
 
 
@@ -154,3 +155,96 @@ def _describe_fetched(one: "FetchedAdapter") -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(one) | {"missing": one.missing}
+
+
+def search(
+    words: Annotated[list[str] | None, typer.Argument(metavar="WORDS", help="What the names hold.")] = None,
+    base: Annotated[
+        str | None,
+        option("--base", metavar="ID|FAMILY", help="A Hub id, or sd1, sd2, sdxl, sd3, flux, pixart.", group=_WHICH),
+    ] = None,
+    author: Annotated[
+        str | None, option("--author", metavar="NAME", help="A user or an organisation.", group=_WHICH)
+    ] = None,
+    part: Annotated[
+        str | None,
+        option("--part", metavar="PART", help="Only those that change it, e.g. text_encoder.", group=_WHICH),
+    ] = None,
+    sort: Annotated[
+        str, option("--sort", metavar="KEY", help="downloads (default), likes or updated.", group=_WHICH)
+    ] = "downloads",
+    limit: Annotated[
+        int, option("--limit", metavar="N", min=1, max=1000, help="How many; 20 by default.", group=_WHICH)
+    ] = 20,
+    inspect: Annotated[
+        bool, option("--inspect", help="Look into the files' headers; nothing is downloaded.", group=RESULT)
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Find adapters on the Hub.
+
+    Example: texforce-hub search colour --base sd1 --part text_encoder
+    """
+    from texforce_hub.hub.search import search_adapters
+
+    found = search_adapters(
+        " ".join(words or []), base=base, author=author, part=part, sort=sort, limit=limit, inspect=inspect
+    )
+    if json:
+        put_json({"adapters": [one.as_dict() for one in found]})
+        return
+    looked = inspect or part is not None
+    columns = ["adapter", "base", "licence", "downloads", "likes", "updated"]
+    rows = [_describe_found(one) for one in found]
+    if looked:
+        columns += ["parts", "rank", "MB"]
+        rows = [[*row, *_describe_header(one)] for row, one in zip(rows, found)]
+    put_table(columns, rows, drop=("updated", "likes", "licence"))
+    say(f"{len(found)} found" if found else "nothing found; try fewer words, or another --base")
+
+
+def _describe_found(one: "FoundAdapter") -> list[str]:
+    listed = one.listed
+    name = f"{listed.repo} (gated)" if listed.gated else listed.repo
+    return [name, listed.base, listed.license, f"{listed.downloads:,}", f"{listed.likes:,}", listed.updated]
+
+
+def _describe_header(one: "FoundAdapter") -> list[str]:
+    found = one.inspection
+    if found is None or found.error is not None:
+        return ["unreadable", "", ""]
+    parts = ", ".join(f"{part} {count}" for part, count in found.parts.items())
+    return [parts, ", ".join("–" if rank is None else str(rank) for rank in found.ranks), f"{found.size / 1e6:.2f}"]
+
+
+def list_here(
+    adapter_dir: Annotated[
+        list[Path] | None,
+        option("--adapter-dir", metavar="DIR", help="A folder to list, too; repeatable.", group=_WHICH),
+    ] = None,
+    json: AsJson = False,
+) -> None:
+    """Show the adapters that are here: the catalogue, the shared cache, and your folders.
+
+    Example: texforce-hub list --adapter-dir loras
+    """
+    from texforce_hub.hub.shelf import list_shelf
+
+    shelf = list_shelf(adapter_dir or [])
+    if json:
+        put_json({"adapters": [one.as_dict() for one in shelf]})
+        return
+    columns = ["name", "family", "parts", "rank", "MB", "licence", "where"]
+    rows = [
+        [
+            one.name,
+            one.family,
+            ", ".join(one.parts),
+            ", ".join(map(str, one.ranks)),
+            f"{one.size / 1e6:.2f}" if one.size else "",
+            one.license,
+            one.source,
+        ]
+        for one in shelf
+    ]
+    put_table(columns, rows, drop=("licence", "where"))

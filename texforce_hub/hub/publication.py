@@ -27,7 +27,7 @@ from texforce_hub.hub.provenance import (
 )
 from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.refs.hub_id import HubId
+from texforce_hub.hub.refs.hub_id import is_repository
 from texforce_hub.hub.stack import check_patterns
 from texforce_hub.hub.write import write_adapter
 
@@ -101,14 +101,6 @@ def find_base(metadata: Mapping[str, str], given: str | None) -> str:
         "the adapter does not say which base on the Hub it is for; give it with --base-id owner/name, "
         "the Hub files adapters under their base"
     )
-
-
-def is_repository(text: str) -> bool:
-    """Whether a text is a repository's name and nothing more: ``owner/name``."""
-    try:
-        return str(HubId.parse(text)) == text and "@" not in text and text.count("/") == 1
-    except Exception:  # noqa: BLE001  # whatever it is, it is no name on the Hub
-        return False
 
 
 def _open(request: Request) -> LazyAdapter:

@@ -25,8 +25,9 @@ from texforce_hub.hub.huggingface.upload import (
     read_account,
 )
 from texforce_hub.hub.licenses import check_license, is_definite
-from texforce_hub.hub.publication import Publication, Request, is_repository, write_publication
+from texforce_hub.hub.publication import Publication, Request, write_publication
 from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.refs.hub_id import is_repository
 
 _LOG = logging.getLogger("texforce_hub")
 

@@ -150,7 +150,7 @@ def ask_page(url: str, params: Mapping[str, Any]) -> tuple[Any, str]:
         answer = http_backoff(
             "GET",
             url,
-            params=params,
+            params=params or None,  # {} would take the query from the address
             headers=make_headers(),
             timeout=constants.HF_HUB_ETAG_TIMEOUT,
             max_retries=_RETRIES,

@@ -90,3 +90,8 @@ def find_cached(file: RemoteFile) -> Path | None:
     """Where a file lies in the cache; ``None`` if it was not fetched yet."""
     found = try_to_load_from_cache(file.repository.repo, file.path, revision=file.repository.commit)
     return Path(found) if isinstance(found, str) else None
+
+
+def list_snapshots() -> list[Path]:
+    """The folder of every repository's every commit of which something is in the cache."""
+    return sorted(path for path in Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*") if path.is_dir())

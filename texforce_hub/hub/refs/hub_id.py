@@ -60,3 +60,9 @@ def _parse_revision_and_file(text: str, at: int) -> tuple[str | None, str | None
     if text[at] != "/" or not file or "\\" in file or not set(file.split("/")).isdisjoint({"", ".", ".."}):
         fail(text, at, "expected '/' and a file inside the repository")
     return revision, file
+
+
+def is_repository(text: str) -> bool:
+    """Whether a text is a repository's name and nothing more: ``owner/name``."""
+    owner, slash, name = text.partition("/")
+    return bool(slash) and all(_REPO_WORD.fullmatch(word) for word in (owner, name))
