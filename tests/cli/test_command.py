@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -27,7 +28,7 @@ def run(*arguments, **settings):
     return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], **settings)
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", typer.main.get_command(cli.app).commands)
 def test_the_help_of_a_command_fits_a_screen_and_names_what_all_have(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     result = run(command, "-h")
@@ -45,7 +46,9 @@ def test_help_and_completion_import_no_torch():
     code = (
         "import sys, runpy\n"
         "from typer.testing import CliRunner\n"
-        "from texforce_hub.cli import COMMANDS, app\n"
+        "import typer\n"
+        "from texforce_hub.cli import app\n"
+        "COMMANDS = typer.main.get_command(app).commands\n"
         "from texforce_hub.cli import names\n"
         "assert all(CliRunner().invoke(app, [c, '-h']).exit_code == 0 for c in COMMANDS)\n"
         "assert names.rewards('al') == ['alignment'] and names.schedulers('ddi') == ['ddim']\n"

@@ -104,6 +104,7 @@ def test_every_public_function_of_a_pipeline_is_watched():
         "load_pipeline",
         "push_adapter",
         "repair_pipeline",
+        "search_adapters",
         "verify_merge",
     }  # their base is a name or a recipe's
     assert takes_one - by_name - set(CALLS) == set()

@@ -129,7 +129,7 @@ def apply(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Draw prompts with and without a stack of adapters, at the same seeds; or bake the stack in and save it."""
+    """Draw prompts with and without a stack, at equal seeds; or save it baked in."""
     del lock  # in use since it was read
     given = dict(locals())
     if list_schedulers:

@@ -101,7 +101,7 @@ def _take_lock(context: typer.Context, path: Path | None) -> Path | None:
 
 LockFile = Annotated[
     Path | None,
-    option("--lock", metavar="FILE", help="What 'pull --lock' noted: read these bytes, no others.", group=WORK,
+    option("--lock", metavar="FILE", help="Read what 'pull --lock' noted.", group=WORK,
            callback=_take_lock),
 ]  # fmt: skip
 
