@@ -28,7 +28,7 @@ from texforce_hub.cli.options import (
     refuse_existing,
 )
 from texforce_hub.cli.progress import bars
-from texforce_hub.cli.summary import count_of
+from texforce_hub.cli.summary import MOST, count_of
 from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError
 from texforce_hub.generate.schedulers import SCHEDULERS
@@ -243,6 +243,11 @@ def print_files(files: Sequence[Path], *, as_json: bool) -> None:
     folders: dict[Path, list[Path]] = {}
     for path in files:
         folders.setdefault(path.parent if path.name[:4].isdigit() else path, []).append(path)
+    many = len(folders) > MOST and not LOUDNESS.verbose
+    if many:
+        pictures = [path for path in files if path.name[:4].isdigit()]
+        put(f"{pictures[0].parents[1]}: {count_of(len(pictures), 'picture')} in {count_of(len(folders) - 1, 'folder')}")
+        folders = {folder: paths for folder, paths in folders.items() if folder in files}
     for folder, paths in folders.items():
         if len(paths) > 1 and not LOUDNESS.verbose:
             put(f"{folder}: {count_of(len(paths), 'picture')}")

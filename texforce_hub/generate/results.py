@@ -101,18 +101,21 @@ def write_sheets(
     for number in range(sheets):
         start = number * across * down
         grid = [columns[start + y * across : start + (y + 1) * across] for y in range(down)]
-        names = (
-            [_join(row, axes[1].label(value)) for row in rows for value in axes[1].values] if down > 1 else list(rows)
-        )
         cells = [column[row] for row in range(len(rows)) for line in grid for column in line]
         heads = [axes[0].label(value) for value in axes[0].values] if len(axes) > 1 else list(labels)
+        one_prompt = rows[0] if len(axes) > 1 and len(rows) == 1 else ""
         last = axes[2].label(axes[2].values[number]) if len(axes) > 2 else ""
+        title = " · ".join(text for text in (one_prompt, last) if text)
         path = folder / (f"sheet-{folder_name(last)}.png" if last else "sheet.png")
         with writing(path) as part:
-            contact_sheet(cells, rows=names, columns=heads, title=last).save(part, format="PNG")
+            contact_sheet(cells, rows=_rows(rows, axes), columns=heads, title=title).save(part, format="PNG")
         paths.append(path)
     return paths
 
 
-def _join(row: str, value: str) -> str:
-    return f"{row} · {value}"
+def _rows(rows: Sequence[str], axes: Sequence[Axis]) -> list[str]:
+    """The rows' labels: of a grid the second axis' values, with the prompt where there are several."""
+    if len(axes) < 2:
+        return list(rows)
+    values = [axes[1].label(value) for value in axes[1].values]
+    return values if len(rows) == 1 else [f"{row} · {value}" for row in rows for value in values]

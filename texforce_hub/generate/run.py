@@ -147,10 +147,9 @@ class Drawing:
             texts = origin.texts(column, images, sampler=sampler)
             pictures = [Picture(image, text) for image, text in zip(images, texts)]
             paths += write_column(output / self._folder(column, used), pictures)
-        rows = [f"{prompt} · seed {seed}" for prompt, seed in self.run.settings.jobs()]
         axes, labels = read_axes(self.run.sweeps), [column.label for column in self.columns]
-        if any(axis.name in ("seed", "prompt") for axis in axes):
-            rows = [f"{i + 1}" for i in range(len(rows))] if len(rows) > 1 else [""]
+        swept = any(axis.name == "seed" for axis in axes)
+        rows = [prompt if swept else f"{prompt} · seed {seed}" for prompt, seed in self.run.settings.jobs()]
         paths += write_sheets(output, drawn, rows=rows, labels=labels, axes=axes)
         write_list(output, paths)
         return paths
