@@ -1,15 +1,11 @@
-"""Applying: load and apply beside diffusers, N adapters beside PEFT, a batch of many stacks beside one of none.
+"""Applying: load, apply and new weights beside diffusers, fusing beside one pass, N adapters beside PEFT, many stacks.
 
-``python -m benchmarks.apply`` prints the Markdown section of BENCHMARKS.md. SD1.5's text encoder with random
-weights, adapters of rank 16 on q, k, v and out; CPU seconds of one thread, the least of several calls, the two
-sides taking turns.
+``python -m benchmarks.apply`` prints the Markdown section of BENCHMARKS.md, row by row. Models and files have true
+sizes and random weights. Sides take turns in one process of one thread.
 """
 
-import platform
-import subprocess
+import argparse
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +13,38 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline
+from benchmarks.timing import commit, head, processor, ratio, row, take_turns
+from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline, per_sample_adapters
 from texforce_hub.families import FAMILIES
 from texforce_hub.hub.write import write_adapter
 
 RANK = 16
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT = (*PROJECTIONS, "fc1", "fc2")
+UNET = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 
 
-def make_adapter(family: str, seed: int) -> Adapter:
-    """A random adapter on the attention of a family's text encoder."""
+def make_adapter(
+    family: str,
+    seed: int,
+    parts: tuple[str, ...] = ("text_encoder",),
+    *,
+    rank: int = RANK,
+    endings: tuple[str, ...] = PROJECTIONS,
+) -> Adapter:
+    """A random adapter on those layers of a family's parts whose names end so."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for name, shape in FAMILIES[family].parts["text_encoder"].weights().items():
-        path = name.removesuffix(".weight")
-        if path.endswith(PROJECTIONS):
-            down = torch.randn(RANK, shape[1], generator=generator) * 0.02
-            layers[f"text_encoder.{path}"] = LowRank(down, torch.randn(shape[0], RANK, generator=generator) * 0.02)
+    for part in parts:
+        for name, shape in FAMILIES[family].parts[part].weights().items():
+            path = name.removesuffix(".weight")
+            if path.endswith(endings) and len(shape) > 1:
+                down = torch.randn(rank, *shape[1:], generator=generator) * 0.02
+                up = torch.randn(shape[0], rank, generator=generator) * 0.02
+                layers[f"{part}.{path}"] = LowRank(down, up)
     return Adapter(layers)
 
 
@@ -47,15 +56,29 @@ def make_encoder() -> Any:
     return CLIPTextModel(config).eval()
 
 
-def make_pipeline() -> Any:
-    """A pipeline around that encoder; its U-Net and VAE are tiny, a text adapter never touches them."""
+def make_unet(*, real: bool) -> Any:
+    """SD1.5's U-Net; unless it shall compute, its weights are one number each, seen in their true shapes."""
+    sizes = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
+    if real:
+        return UNet2DConditionModel(sample_size=64, **sizes).eval()
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, **sizes)
+    for module in unet.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
+    return unet.eval()
+
+
+def make_pipeline(*, whole: bool) -> Any:
+    """A pipeline around the encoder; its U-Net has true shapes if it is to be changed too, else it is tiny."""
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-    unet = UNet2DConditionModel(**blocks, block_out_channels=(32,), cross_attention_dim=768, layers_per_block=1)
+    tiny = {"block_out_channels": (32,), "cross_attention_dim": 768, "layers_per_block": 1}
     return StableDiffusionPipeline(
         vae=AutoencoderKL(block_out_channels=(32,)),
         text_encoder=make_encoder(),
         tokenizer=None,
-        unet=unet,
+        unet=make_unet(real=False) if whole else UNet2DConditionModel(**blocks, **tiny),
         scheduler=DDIMScheduler(),
         safety_checker=None,
         feature_extractor=None,
@@ -63,82 +86,55 @@ def make_pipeline() -> Any:
     )
 
 
-def least(calls: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
-    """CPU seconds of each call, the least of ``repeats``; the calls take turns."""
-    found = dict.fromkeys(calls, float("inf"))
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            found[name] = min(found[name], time.process_time() - start)
-    return found
+def against_diffusers(title: str, file: Path, pipe: Any, repeats: int) -> None:
+    """Load a file and put it on, take it off, give it another weight."""
+    held: list[Any] = []
 
-
-def against_diffusers(folder: Path) -> list[str]:
-    """Load a file and put it on: diffusers' two ways, ours, and one pass over the touched weights."""
-    file = write_adapter(make_adapter("sd1", 0), folder / "a.safetensors")
-    pipe = make_pipeline()
-    touched = [m.weight for n, m in pipe.text_encoder.named_modules() if n.endswith(PROJECTIONS)]
-
-    def stock_attach() -> None:
+    def theirs() -> None:
         pipe.load_lora_weights(file, adapter_name="a")
         pipe.set_adapters(["a"], [0.8])
 
-    def stock_fuse() -> None:
-        stock_attach()
-        pipe.fuse_lora(components=["text_encoder"])
+    calls = {"theirs": theirs, "ours": lambda: held.append(apply_adapter(pipe, f"{file}:0.8"))}
+    off = {"theirs": pipe.unload_lora_weights, "ours": lambda: held.pop().remove()}
+    on = take_turns(calls, repeats, after=off)
+    for name, title_of in (("", "load + attach"), (" off", "take off")):
+        a, b = on[f"theirs{name}"], on[f"ours{name}"]
+        row(title, title_of, a, b, f"{ratio(a, b):.1f} ×")
+    with apply_adapter(pipe, f"{file}:0.8") as applied:
+        ours = take_turns({"ours": lambda: applied.set_weights([0.5])}, repeats)["ours"]
+    theirs()
+    stock = take_turns({"theirs": lambda: pipe.set_adapters(["a"], [0.5])}, repeats)["theirs"]
+    pipe.unload_lora_weights()
+    row(title, "another weight", stock, ours, f"{ratio(stock, ours):.1f} ×")
 
-    def one_pass() -> None:
-        copies = [weight.detach().clone() for weight in touched]
-        for weight, saved in zip(touched, copies):
-            weight.detach().copy_(saved)
 
+def fusing(repeats: int) -> None:
+    """Fuse an adapter that is read already, beside a copy of the touched weights into fresh memory and back."""
     adapter = make_adapter("sd1", 0)
-    seconds = least({"one pass": one_pass})
-    rounds: dict[str, list[float]] = {}
-    for _ in range(5):
-        for name, on, off in (
-            ("diffusers attach", stock_attach, pipe.unload_lora_weights),
-            ("ours attach", lambda: keep(apply_adapter(pipe, f"{file}:0.8")), lambda: HELD.pop().remove()),
-            ("diffusers fuse", stock_fuse, lambda: (pipe.unfuse_lora(["text_encoder"]), pipe.unload_lora_weights())),
-            ("ours fuse", lambda: keep(apply_adapter(pipe, f"{file}:0.8", mode="fuse")), lambda: HELD.pop().remove()),
-            ("ours fuse, read", lambda: keep(apply_adapter(pipe, adapter, mode="fuse")), lambda: HELD.pop().remove()),
-        ):
-            start = time.process_time()
-            on()
-            rounds.setdefault(name, []).append(time.process_time() - start)
-            off()
-    seconds |= {name: min(values) for name, values in rounds.items()}
-    rows = [
-        ("load + attach", "diffusers attach", "ours attach"),
-        ("load + fuse", "diffusers fuse", "ours fuse"),
-    ]
-    lines = ["| | diffusers, s | ours, s | ratio |", "|---|---|---|---|"]
-    for title, theirs, ours in rows:
-        a, b = seconds[theirs], seconds[ours]
-        lines.append(f"| {title} | {a:.4f} | {b:.4f} | {a / b:.1f} × faster |")
-    fused, copied = seconds["ours fuse, read"], seconds["one pass"]
-    lines += [
-        "",
-        "diffusers: `load_lora_weights` + `set_adapters` (+ `fuse_lora`); ours: `apply_adapter` of the same file. "
-        f"The yardstick of fusing is a copy of every touched weight into fresh memory and back, {1e3 * copied:.1f} ms; "
-        f"fusing an adapter that is already read takes {1e3 * fused:.1f} ms, {fused / copied:.1f} × as long.",
-    ]
-    return lines
+    head("SD1.5's text encoder in", "one pass, ms", "fuse, ms", "passes", "take off, ms")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        encoder = make_encoder().to(dtype)
+        touched = [module.weight for name, module in encoder.named_modules() if name.endswith(PROJECTIONS)]
+        held: list[Any] = []
+
+        def one_pass(touched: list[Any] = touched) -> None:
+            copies = [weight.detach().clone() for weight in touched]
+            for weight, saved in zip(touched, copies):
+                weight.detach().copy_(saved)
+
+        def fuse(encoder: Any = encoder, held: list[Any] = held) -> None:
+            held.append(apply_adapter(encoder, adapter, mode="fuse"))
+
+        off = {"fuse": lambda held=held: held.pop().remove()}
+        times = take_turns({"pass": one_pass, "fuse": fuse}, repeats, after=off)
+        passes = f"{ratio(times['fuse'], times['pass']):.1f}"
+        row(str(dtype).removeprefix("torch."), times["pass"], times["fuse"], passes, times["fuse off"])
 
 
-HELD: list[Any] = []
-
-
-def keep(applied: Any) -> None:
-    """Hold a handle so that what takes it off can find it."""
-    HELD.append(applied)
-
-
-def against_peft() -> list[str]:
-    """A forward pass with N adapters on: PEFT's N pairs a layer, our one."""
+def against_peft(repeats: int) -> None:
+    """A forward pass with N adapters on: PEFT's N pairs a layer, our single one."""
     ids = torch.randint(0, 49408, (2, 77), generator=torch.Generator().manual_seed(0))
-    lines = ["| N | PEFT, s | ours, s | ours, to N = 1 | ratio |", "|---|---|---|---|---|"]
+    head("N", "PEFT, ms", "ours, ms", "ours, to N = 1", "PEFT to ours")
     first = 0.0
     for count in (1, 2, 4, 8, 16):
         adapters = [make_adapter("sd1", seed) for seed in range(count)]
@@ -147,13 +143,11 @@ def against_peft() -> list[str]:
             put_with_peft(stock, adapter, f"adapter{number}")
         stock.set_adapter([f"adapter{number}" for number in range(count)])
         with apply_adapter(plain, adapters), torch.no_grad():
-            seconds = least({"peft": lambda: stock(ids), "ours": lambda: plain(ids)})  # noqa: B023
-        first = first or seconds["ours"]
-        lines.append(
-            f"| {count} | {seconds['peft']:.3f} | {seconds['ours']:.3f} | {seconds['ours'] / first:.2f} | "
-            f"{seconds['peft'] / seconds['ours']:.2f} × faster |"
-        )
-    return lines
+            calls = {"peft": lambda stock=stock: stock(ids), "ours": lambda plain=plain: plain(ids)}
+            times = take_turns(calls, repeats)
+        first = first or times["ours"].median
+        growth = f"{times['ours'].median / first:.2f}"
+        row(count, times["peft"], times["ours"], growth, f"{ratio(times['peft'], times['ours']):.2f} ×")
 
 
 def put_with_peft(encoder: Any, adapter: Adapter, name: str) -> None:
@@ -167,84 +161,85 @@ def put_with_peft(encoder: Any, adapter: Adapter, name: str) -> None:
     set_peft_model_state_dict(encoder, state, adapter_name=name)
 
 
-def many_stacks(count: int = 8, steps: int = 20) -> list[str]:
+def many_stacks(repeats: int, count: int = 8, steps: int = 20) -> None:
     """A whole batch under ``count`` stacks, encoding included, beside the same batch under none."""
     pipe = load_pipeline("shapes", device="cpu")
-    prompts = ["a red circle"] * count
+    pipe.set_progress_bar_config(disable=True)
     adapters = [make_adapter("shapes", seed) for seed in range(count)]
 
     def draw(stacks: list[Any]) -> None:
         generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
-        embeddings = encode_prompts(pipe, prompts, stacks)
+        embeddings = encode_prompts(pipe, ["a red circle"] * count, stacks)
         pipe(**embeddings, generator=generators, num_inference_steps=steps, guidance_scale=5.0)
 
-    seconds = least({"none": lambda: draw([None] * count), "many": lambda: draw([*adapters])}, repeats=3)
-    more = seconds["many"] / seconds["none"] - 1
-    return [
-        f"On `shapes`, {count} images, {steps} steps: {seconds['none']:.2f} s under no stack, {seconds['many']:.2f} s "
-        f"under {count} different stacks: {100 * more:.1f} % more. Its U-Net is 400 times smaller than SD1.5's.",
-        *sd15_share(steps),
-    ]
+    times = take_turns({"none": lambda: draw([None] * count), "many": lambda: draw([*adapters])}, repeats)
+    more = 100 * (ratio(times["many"], times["none"]) - 1)
+    row(f"`shapes`, {count} images, {steps} steps, a text stack each", times["none"], times["many"], f"{more:+.1f} %")
 
 
-def sd15_share(steps: int) -> list[str]:
-    """What one stack costs a prompt at SD1.5's size, against that prompt's share of the U-Net calls."""
-    encoder = make_encoder()
-    ids = torch.randint(0, 49408, (2, 77), generator=torch.Generator().manual_seed(0))
-    adapter = make_adapter("sd1", 0)
-    channels = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
-    unet = UNet2DConditionModel(sample_size=64, **channels).eval()
-    latents, text = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+def per_sample(repeats: int, *, size: int = 16) -> None:
+    """One call of SD1.5's U-Net for pictures with a stack each, beside one without stacks and one for each picture."""
+    unet = make_unet(real=True)
+    for count, rank in ((1, 16), (4, 4), (4, 16), (4, 64)):
+        stacks = [make_adapter("sd1", s, ("unet",), rank=rank, endings=UNET[:4]) for s in range(count)]
+        latents, words = torch.randn(count, 4, size, size), torch.randn(count, 77, 768)
 
-    def stacked() -> None:
-        with apply_adapter(encoder, adapter):
-            encoder(ids)
+        def one_by_one(latents: Any = latents, words: Any = words, stacks: Any = stacks) -> None:
+            for index, stack in enumerate(stacks):
+                with apply_adapter(unet, stack):
+                    unet(latents[index : index + 1], 300, words[index : index + 1])
 
-    with torch.no_grad():
-        seconds = least({"plain": lambda: encoder(ids), "stacked": stacked})
-        call = least({"unet": lambda: unet(latents, 10, text)}, repeats=1)["unet"]
-    extra = seconds["stacked"] - seconds["plain"]
-    return [
-        f"At SD1.5's size a stack of its own costs a prompt {extra:.3f} s more (put on, encode, take off), its guided "
-        f"U-Net call {call:.1f} s at 512 × 512: {100 * extra / (steps * call):.2f} % of {steps} steps (computed from "
-        "the two measurements).",
-    ]
+        def together(latents: Any = latents, words: Any = words) -> Any:
+            return unet(latents, 300, words)
 
-
-def commit() -> str:
-    """The commit that is measured."""
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    """The processor's name where the system tells it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        with torch.no_grad():
+            plain = take_turns({"none": together, "in turn": one_by_one}, repeats)
+            with per_sample_adapters(unet, stacks):
+                own = take_turns({"own": together}, repeats)["own"]
+        more = 100 * (own.median / plain["none"].median - 1)
+        name = f"SD1.5's U-Net, {count} × {8 * size}² pixels, rank {rank}, attention"
+        row(name, plain["none"], own, f"{more:+.1f} %; {plain['in turn'].median / own.median:.2f} × in turn")
 
 
 ABOUT = """\
-CPU seconds of the process, the least of several calls: the machine was shared, other work on all its cores.
-Random weights of true sizes. Not measured on a GPU yet.
+CPU milliseconds of one process and one thread: medians, in brackets the quarters around them; ratios are medians of
+the turns' own. The machine was shared, other work on all its cores. Random weights of true sizes. Not measured on a
+GPU yet.
 
-Aims: load and apply 5 × faster than diffusers; fuse within 2 × of one pass over the touched weights; a forward
-pass flat in N; a batch of many stacks at most 5 % longer at 20 steps or more. What misses its aim stands here as
-measured.
+Aims: load + attach 5 × faster than diffusers on a text encoder, 4 × on a U-Net and a text encoder; fuse within 3
+passes over the touched weights; a forward pass flat in N; a batch of many stacks at most 5 % longer. What misses its
+aim stands here as measured.
 """
 
 
 def main() -> None:
     """Print the section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="without the rows that take minutes")
+    given = parser.parse_args()
+    repeats = given.repeats
+    torch.set_num_threads(1)
     print("## Apply\n")
     print(f"`python -m benchmarks.apply` at commit {commit()}; {processor()}, torch {torch.__version__}, one thread.")
     print(ABOUT)
+    head("file", "", "diffusers, ms", "ours, ms", "diffusers to ours")
     with tempfile.TemporaryDirectory() as folder:
-        print("\n".join(against_diffusers(Path(folder))))
-    print("\nForward of SD1.5's text encoder, two prompts, N adapters of rank 16 on:\n")
-    print("\n".join(against_peft()))
+        file = write_adapter(make_adapter("sd1", 0, endings=TEXT), Path(folder, "text.safetensors"))
+        against_diffusers("SD1.5 text encoder, 72 layers, rank 16, float32", file, make_pipeline(whole=False), repeats)
+        both = make_adapter("sd1", 0, ("text_encoder", "unet"), rank=32, endings=(*TEXT, *UNET)).to(dtype=torch.float16)
+        file = write_adapter(both, Path(folder, "both.safetensors"), dialect="kohya")
+        title = f"SD1.5 U-Net and text encoder, {len(both.layers)} layers, rank 32, float16, kohya"
+        against_diffusers(title, file, make_pipeline(whole=True), repeats)
     print()
-    print("\n".join(many_stacks()))
+    fusing(repeats)
+    print("\nForward of SD1.5's text encoder, two prompts, N adapters of rank 16 on:\n")
+    against_peft(repeats)
+    print()
+    head("a batch", "no stacks, ms", "a stack each, ms", "longer by")
+    many_stacks(min(repeats, 5))
+    if not given.quick:
+        per_sample(2)
 
 
 if __name__ == "__main__":

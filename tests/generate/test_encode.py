@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.support.pipelines_tiny import random_adapter, text_parts, tiny_pipeline
+from texforce_hub.adapter.dense import Dense
+from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate.draw import DrawSettings, generate_images
@@ -96,3 +98,35 @@ def test_what_cannot_be_per_prompt_is_refused():
         encode_prompts(pipe, ["a cat"], [random_adapter(pipe, parts=["unet"])])
     with pytest.raises(PromptError, match="2 prompts and 1 stacks"):
         encode_prompts(pipe, ["a", "b"], [None])
+
+
+def count_calls(monkeypatch, encoder):
+    """How many rows each call of the encoder has, as they come."""
+    rows = []
+    forward = encoder.forward
+
+    def count(ids, *args, **kwargs):
+        rows.append(len(ids))
+        return forward(ids, *args, **kwargs)
+
+    monkeypatch.setattr(encoder, "forward", count)
+    return rows
+
+
+def test_low_rank_stacks_are_encoded_in_one_call_and_others_one_after_the_other(monkeypatch):
+    pipe = tiny_pipeline("sd1")
+    stacks = [random_adapter(pipe, seed=0), None, [(random_adapter(pipe, seed=1, rank=7), -0.5)]]
+    name = next(iter(random_adapter(pipe).layers))
+    dense = Adapter({name: Dense(torch.randn(32, 32) * 0.1)})
+    prompts = ["a red cat", "a dog", "a blue cat", "a cat"]
+    alone = [
+        encode_prompts(pipe, [prompt], [stack])["prompt_embeds"][0] for prompt, stack in zip(prompts, [*stacks, dense])
+    ]
+    rows = count_calls(monkeypatch, pipe.text_encoder)
+    together = encode_prompts(pipe, prompts[:3], stacks)["prompt_embeds"]
+    assert rows == [3, 3]  # the prompts, and their empty negative ones
+    rows.clear()
+    mixed = encode_prompts(pipe, prompts, [*stacks, dense])["prompt_embeds"]
+    assert rows == [3, 3, 1, 1]
+    for found, expected in zip([*together, *mixed], [*alone[:3], *alone], strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)

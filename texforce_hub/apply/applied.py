@@ -99,7 +99,9 @@ def _apply(
     riding, written = sort_contributions(decisions[entry.label] for entry in entries)
     for part in dict.fromkeys(key[0] for key in (*riding, *written)):
         check_ready(part, parts_of(pipe)[part], attaching=any(key[0] == part for key in riding))
-    applied = Applied(entries, mode, decisions, free_name(list(roots.values())), roots, riding, written, draws)
+    modules = {part: model.modules for part, model in live.models.items()}
+    name = free_name(list(roots.values()))
+    applied = Applied(entries, mode, decisions, name, roots, riding, written, modules, draws)
     try:
         applied._put_on()
         _say_notes(decisions)

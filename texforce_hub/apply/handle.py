@@ -54,6 +54,7 @@ class Applied:
     roots: Mapping[str, nn.Module] = field(repr=False)
     _riding: Contributions = field(repr=False)
     _written: Contributions = field(repr=False)
+    _modules: Mapping[str, Mapping[str, nn.Module]] = field(repr=False)
     _seed: int | None = field(default=None, repr=False)
     rounding_losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
     _attachments: dict[ParameterKey, Attachment] = field(default_factory=dict, repr=False)
@@ -172,10 +173,11 @@ class Applied:
             self._write_all()
         self._note_losses()
         wrappers = Wrappers(self.name)
-        for key in self._riding:
-            owner = self._owner(key)
-            assert owner is not None
-            self._attachments[key] = attach(owner, wrappers, self._pairs(key))
+        with torch.inference_mode(mode=False), torch.no_grad():
+            for key in self._riding:
+                owner = self._owner(key)
+                assert owner is not None
+                self._attachments[key] = attach(owner, wrappers, self._pairs(key))
         for part in self._riding_parts():
             register(self.roots[part], self.name, self._attached_to(part))
 
@@ -183,7 +185,8 @@ class Applied:
         for key in self._written:
             seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
             owner = self._owner(key)
-            entry = self._writes[key] = begin_write(unwrapped(self._module(key)), key[2], seed=seed, owner=owner)
+            module = unwrapped(self._modules[key[0]][key[1]])
+            entry = self._writes[key] = begin_write(module, key[2], seed=seed, owner=owner)
             write(entry, self._terms(key))
 
     def _set_weights(self, entries: list[StackEntry]) -> None:
@@ -252,16 +255,11 @@ class Applied:
         except MatchError as error:
             raise MatchError(f"{'.'.join(key)}: {error}") from error
 
-    def _module(self, key: ParameterKey) -> nn.Module:
-        return self.roots[key[0]].get_submodule(key[1])
-
     def _owner(self, key: ParameterKey) -> Owner | None:
         """The module that the layer is a child of, and its name there; ``None`` for what is no child."""
         above, _, child = key[1].rpartition(".")
-        try:
-            return (self.roots[key[0]].get_submodule(above), child) if child else None
-        except AttributeError:
-            return None
+        parent = self._modules[key[0]].get(above)
+        return (parent, child) if child and parent is not None else None
 
     def _uncalled(self) -> list[str]:
         """Attached layers that the model has joined with others since, and calls no more."""

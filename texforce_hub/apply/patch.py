@@ -58,7 +58,10 @@ _PILES: Any = WeakIdKeyDictionary()  # parameter → list[Write]
 
 def put(target: Tensor, value: Tensor) -> None:
     """Copy a value into a tensor, whether that was made for inference only or not."""
-    with torch.inference_mode(target.is_inference()), torch.no_grad():
+    if torch.is_grad_enabled() or target.is_inference() != torch.is_inference_mode_enabled():
+        with torch.inference_mode(target.is_inference()), torch.no_grad():
+            target.copy_(value)
+    else:
         target.copy_(value)
 
 

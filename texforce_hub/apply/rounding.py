@@ -131,6 +131,7 @@ def rounded_sum(
         squares[0] = _squared_norm((wide(result) - wide(base)).sub_(change))
         return result, squares
     rows, flat = _rows_in_cache(base), (base.shape[0], -1)
+    errors: list[Tensor] = []
     before, work = change.new_empty(2, rows, change[0].numel())
     old, added, new = base.reshape(flat), change.reshape(flat), result.view(flat)
     for start in range(0, len(base), rows):
@@ -138,7 +139,8 @@ def rounded_sum(
         count = len(old[block])
         base_rows, total = before[:count].copy_(old[block]), work[:count]
         new[block].copy_(torch.add(base_rows, added[block], out=total))
-        squares[0] += _squared_norm(total.copy_(new[block]).sub_(base_rows).sub_(added[block]))
+        errors.append(torch.linalg.vector_norm(total.copy_(new[block]).sub_(base_rows).sub_(added[block])))
+    squares[0] = torch.stack(errors).double().square().sum()
     return result, squares
 
 

@@ -79,15 +79,15 @@ class Wrappers:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._templates: dict[object, Any] = {}
+        self._templates: dict[object, _Template] = {}
 
     def around(self, module: nn.Module, rank: int) -> Any:
         """A tuner layer around the module, its halves still without numbers."""
         facts = tuple((k, v) for k, v in module.__dict__.items() if k[0] != "_" and isinstance(v, int | str | tuple))
         key = (type(module), facts, rank)
         if key not in self._templates:
-            self._templates[key] = self._build(module, rank)
-        wrapper = _copy(self._templates[key])
+            self._templates[key] = _Template(self._build(module, rank))
+        wrapper = self._templates[key].copy()
         wrapper._modules["base_layer"] = module
         return wrapper
 
@@ -100,14 +100,27 @@ class Wrappers:
         return wrapper
 
 
-def _copy(module: Any) -> Any:
-    """A module with dictionaries and lists of its own, and what cannot change in common."""
-    copy = object.__new__(type(module))
-    for name, value in module.__dict__.items():
-        copy.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
-    for name, child in copy._modules.items():
-        copy._modules[name] = None if child is None else _copy(child)
-    return copy
+class _Template:
+    """A module that is copied often: what its copies have in common, and what each must have of its own."""
+
+    def __init__(self, module: Any) -> None:
+        self.kind = type(module)
+        self.facts = dict(module.__dict__)
+        self.own = [name for name, value in self.facts.items() if isinstance(value, dict | list | set)]
+        inner = module._modules.items()
+        self.children = [(name, _Template(child)) for name, child in inner if child is not None]
+
+    def copy(self) -> Any:
+        """Another such module, with dictionaries and lists of its own."""
+        module = object.__new__(self.kind)
+        facts = module.__dict__
+        facts.update(self.facts)
+        for name in self.own:
+            facts[name] = facts[name].copy()
+        modules = facts["_modules"]
+        for name, child in self.children:
+            modules[name] = child.copy()
+        return module
 
 
 def _config(rank: int) -> LoraConfig:
