@@ -5,7 +5,6 @@ else fine-tuned alone, and both together, on held-out prompts in the words that 
 from equal noise, through the pipeline's ordinary call.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from texforce_hub.errors import ConfigError
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.evaluate.statistics import Interval
 from texforce_hub.evaluate.variants import Variant, draw_images, evaluate_variants, in_place
+from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.images.sheet import column_sheet
 from texforce_hub.hub.catalog import read_catalog
@@ -116,7 +116,7 @@ def _shipped_file(name: str) -> Path:
 
 def _hashes(adapter_file: Path) -> dict[str, Any]:
     files = {"text": adapter_file, "unet": _shipped_file(TUNED_UNET)}
-    return {"sha256": {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}}
+    return {"sha256": {name: hash_files([path]) for name, path in files.items()}}
 
 
 def _describe(evaluation: Evaluation, canonical: Evaluation) -> dict[str, Any]:

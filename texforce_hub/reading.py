@@ -6,8 +6,9 @@ import re
 import stat
 import tomllib
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from texforce_hub.errors import FileError, TexForceHubError
 
@@ -27,7 +28,7 @@ _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 Error = type[TexForceHubError]
 
 
-def open_regular(path: str | Path, *, error: Error = FileError) -> BinaryIO:
+def open_regular(path: str | Path, *, error: Error = FileError) -> BufferedReader:
     """An ordinary file, opened to be read; whatever else has the name is refused, and waited for by nobody.
 
     Raises:

@@ -14,7 +14,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.base import read_base
 from texforce_hub.cli.doctor.bases import examine_base
 from texforce_hub.errors import ConfigError, FileError, RecipeError, TexForceHubError
-from texforce_hub.files.hashing import hash_files
+from texforce_hub.files.hashing import hash_as_git, hash_files, hash_tensors
 from texforce_hub.generate.prompts.sets import read_prompts
 from texforce_hub.generate.recipe import replay_run
 from texforce_hub.hub.catalog import read_catalog
@@ -53,6 +53,8 @@ READERS = {
     "text": reading.read_text,
     "JSON": reading.read_json,
     "what is hashed": lambda path: hash_files([path]),
+    "what is hashed without its header": hash_tensors,
+    "what is hashed as git does": hash_as_git,
 }
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from texforce_hub.errors import FileError
-from texforce_hub.reading import open_regular
+from texforce_hub.reading import file_size, open_regular
 
 
 def hash_tensors(path: Path) -> str:
@@ -17,7 +17,7 @@ def hash_tensors(path: Path) -> str:
         FileError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             file.seek(8 + int.from_bytes(file.read(8), "little"))
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, OverflowError) as error:
@@ -48,8 +48,8 @@ def hash_as_git(path: Path) -> str:
         FileError: it cannot be read.
     """
     try:
-        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        with path.open("rb") as file:
+        digest = hashlib.sha1(b"blob %d\0" % file_size(path), usedforsecurity=False)
+        with open_regular(path) as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:

@@ -61,7 +61,7 @@ class OpenFile:
         try:
             with self._lock:
                 self._file.seek(offset)
-                while done < len(target) and (more := self._file.readinto(target[done:])):  # type: ignore[attr-defined]
+                while done < len(target) and (more := self._file.readinto(target[done:])):
                     done += more
         except OSError as error:
             raise FileError(f"{self.path}: cannot be read: {error.strerror or error}") from error

@@ -15,6 +15,7 @@ from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate.prompts.emphasis import check_way
 from texforce_hub.generate.prompts.encode import encode_prompts, final_norms_named, read_prompts
 from texforce_hub.generate.prompts.tags import refuse_tags
+from texforce_hub.reading import first_line
 
 logger = logging.getLogger("texforce_hub")
 
@@ -176,7 +177,7 @@ def sample(
         with final_norms_named(pipe):
             result = pipe(**given, **keywords, **steps, generator=generators)
     except ValueError as error:
-        raise ConfigError(f"{type(pipe).__name__}: {(str(error).splitlines() or ['?'])[0]}") from error
+        raise ConfigError(f"{type(pipe).__name__}: {first_line(error)}") from error
     if blacked := sum(getattr(result, "nsfw_content_detected", None) or []):
         logger.warning("the base's safety checker blacked out %d of %d images", blacked, len(seeds))
     return result.images

@@ -13,6 +13,7 @@ from texforce_hub.files.writing import writing
 from texforce_hub.generate.axes import Axis
 from texforce_hub.generate.images.png import encode_png
 from texforce_hub.generate.images.sheet import contact_sheet
+from texforce_hub.reading import read_json
 
 LIST = "files.json"
 _MOST_LISTED = 50_000_000  # bytes of a list that is read
@@ -45,9 +46,9 @@ def clear_folder(folder: Path) -> None:
     if not listed.is_file() or listed.stat().st_size > _MOST_LISTED:
         return
     try:
-        names = json.loads(listed.read_text(encoding="utf-8"))["files"]
+        names = read_json(listed)["files"]
         paths = [folder / name for name in names if isinstance(name, str)]
-    except (ValueError, KeyError, TypeError):
+    except (FileError, KeyError, TypeError):
         return
     inside = folder.resolve()
     for path in paths:

@@ -34,6 +34,7 @@ from texforce_hub.hub.stack import StackEntry, read_stack
 from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.pipelines.save import save_pipeline
 from texforce_hub.pipelines.save_checkpoint import save_checkpoint, save_text_encoder
+from texforce_hub.reading import first_line
 
 OnStep = Callable[[int], None]
 """Called after each denoising step with the number of pictures that took it."""
@@ -102,7 +103,7 @@ class Drawing:
             try:
                 self.pipe.enable_model_cpu_offload()
             except (RuntimeError, ValueError) as error:
-                raise ConfigError(f"--offload needs a GPU: {(str(error).splitlines() or ['none here'])[0]}") from error
+                raise ConfigError(f"--offload needs a GPU: {first_line(error)}") from error
         with saying_once():
             self._try_on()
 

@@ -9,6 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 from texforce_hub.errors import ConfigError
 from texforce_hub.files.writing import writing
 from texforce_hub.hub.privacy import strip_paths
+from texforce_hub.reading import open_regular
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 SHEET = "sheet.png"
@@ -64,7 +65,7 @@ def write_picture(source: Path, target: Path, *, prompt: str = "") -> None:
 
 def _open(path: Path) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        with open_regular(path, error=ConfigError) as file, Image.open(file) as image:
             image.load()
             return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

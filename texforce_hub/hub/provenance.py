@@ -2,7 +2,6 @@
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from texforce_hub.errors import ConfigError
 from texforce_hub.hub.card import MergeSource, Score
 from texforce_hub.hub.privacy import strip_paths
+from texforce_hub.reading import parse_toml, read_text
 from texforce_hub.recipe import Recipe, RecipeSource
 
 EVALUATION = "evaluation.json"
@@ -75,10 +75,7 @@ def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training 
     config = folder / "config.toml" if folder is not None else None
     if folder is not None and config is not None and config.is_file() and (folder / "metrics.jsonl").is_file():
         text = _read_text(config)
-        try:
-            settings = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{config}: is no TOML: {error}") from error
+        settings = parse_toml(text, str(config), error=ConfigError)
         lines = [line for line in strip_paths(text).splitlines() if not line.startswith(("output", "device"))]
         curve = folder / "reward.png"
         return _describe(
@@ -165,9 +162,4 @@ def _weight(source: RecipeSource) -> str:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > _LARGEST:
-            raise ConfigError(f"{path}: {path.stat().st_size} bytes long; expected at most {_LARGEST}")
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return read_text(path, most=_LARGEST, error=ConfigError)

@@ -20,6 +20,7 @@ from texforce_hub.errors import PipelineError
 from texforce_hub.files.header import Header
 from texforce_hub.files.limits import is_count
 from texforce_hub.files.tensors import stream_tensors
+from texforce_hub.reading import first_line
 
 logger = logging.getLogger("texforce_hub")
 
@@ -166,8 +167,7 @@ def _build(kind: Any, config: Mapping[str, Any], facts: Mapping[str, Any], path:
     try:
         kind.from_config(dict(config)).set_timesteps(2)
     except Exception as error:  # the library raises whatever a stranger's values make it raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PipelineError(f"{path}: what it says of its scheduler cannot be used: {reason:.200}") from error
+        raise PipelineError(f"{path}: what it says of its scheduler cannot be used: {first_line(error)}") from error
     for key in facts:
         if key not in signature(kind.__init__).parameters:
             logger.warning("%s: %s has no %s; pictures will not be as the model means them", path, kind.__name__, key)

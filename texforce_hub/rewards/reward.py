@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.errors import RewardError
+from texforce_hub.reading import first_line
 from texforce_hub.rewards.built_in import BUILT_IN
 from texforce_hub.rewards.ref import RewardRef
 from texforce_hub.settings import suggest_name
@@ -56,9 +57,8 @@ class Reward:
             return self.function(images, prompts)
         except Exception as error:
             culprit = self._find_culprit(images, prompts)
-            cause = str(error).splitlines()[0] if str(error) else "no message"
             raise RewardError(
-                f"reward {self.name!r} raised {type(error).__name__} for the prompt {culprit!r}: {cause}"
+                f"reward {self.name!r} raised {type(error).__name__} for the prompt {culprit!r}: {first_line(error)}"
             ) from error
 
     def _find_culprit(self, images: Tensor, prompts: Sequence[str]) -> str:

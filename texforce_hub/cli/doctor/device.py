@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
-from texforce_hub.cli.doctor.finding import Finding, first_line
+from texforce_hub.cli.doctor.finding import Finding
+from texforce_hub.reading import first_line
 
 _DTYPES = ("float16", "bfloat16", "float8_e4m3fn")
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from texforce_hub.errors import TexForceHubError
+from texforce_hub.reading import first_line
 
 _UNFORESEEN = (
     ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, NameError,
@@ -33,8 +34,3 @@ def watch(name: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]
     except _UNFORESEEN as error:
         text = f"could not be looked at: {type(error).__name__}: {first_line(error)}"
         yield Finding(name, "problem", text, f"set right what is named here, and run doctor again for {name}")
-
-
-def first_line(error: BaseException) -> str:
-    """An error's text in one line."""
-    return (str(error).strip().splitlines() or ["no more is said"])[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from texforce_hub.errors import FamilyError, PromptError
 from texforce_hub.generate.prompts.emphasis import Emphasis
+from texforce_hub.reading import first_line
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -75,8 +76,7 @@ class ClipReader:
                     [texts], [weights], device=self.device
                 )[0]
         except RuntimeError as error:  # its search for the words below 1 can lose its place behind padding
-            reason = (str(error).splitlines() or ["?"])[0]
-            raise PromptError(f"{str(emphasis)!r}: compel cannot place its weights: {reason}") from error
+            raise PromptError(f"{str(emphasis)!r}: compel cannot place its weights: {first_line(error)}") from error
         missing = chunks - embedding.shape[0] // self.limit
         return torch.cat([embedding, *[provider.empty_z[0].to(embedding)] * missing])
 
