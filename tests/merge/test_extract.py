@@ -163,7 +163,7 @@ def test_folders_give_what_their_pipelines_give(folders):
 
 def test_one_weight_of_each_folder_is_in_hand_at_a_time(folders, monkeypatch):
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    most, read = [0], files._read_span
+    most, read = [0], files.TensorFile.read
 
     def counted(*arguments):
         tensor = read(*arguments)
@@ -171,7 +171,7 @@ def test_one_weight_of_each_folder_is_in_hand_at_a_time(folders, monkeypatch):
         most[0] = max(most[0], len(alive))
         return tensor
 
-    monkeypatch.setattr(files, "_read_span", counted)
+    monkeypatch.setattr(files.TensorFile, "read", counted)
     extract_adapter(folders[1], folders[0], rank=4, rest=True)
     assert 2 <= most[0] <= 4
 

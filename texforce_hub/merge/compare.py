@@ -21,6 +21,7 @@ from texforce_hub.merge.methods.registry import Mergeable
 from texforce_hub.merge.methods.resolve import resolve
 from texforce_hub.merge.methods.spaces import matrices
 from texforce_hub.merge.methods.spectral import singular_triplets
+from texforce_hub.merge.overflow import naming_overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def compare_adapters(a: Adapter | LazyAdapter, b: Adapter | LazyAdapter, *, base
     shared = [name for name in a.layers if name in b.layers]
     if not shared:
         raise MergeError(f"no layer in common: one has {next(iter(a.layers), None)!r}, the other {_first(b)!r}")
-    layers = tuple(_compare_layer(name, a.layers[name], b.layers[name], base) for name in shared)
+    layers = tuple(_compare_named(name, a.layers[name], b.layers[name], base) for name in shared)
     inner = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in layers)
     squares = [math.fsum(layer.norms[side] ** 2 for layer in layers) for side in (0, 1)]
     only = tuple(tuple(name for name in mine.layers if name not in other.layers) for mine, other in ((a, b), (b, a)))
@@ -84,6 +85,11 @@ def compare_adapters(a: Adapter | LazyAdapter, b: Adapter | LazyAdapter, *, base
 
 def _first(adapter: Adapter | LazyAdapter) -> LayerName | None:
     return next(iter(adapter.layers), None)
+
+
+def _compare_named(name: LayerName, a: Layer, b: Layer, base: Base | None) -> ComparedLayer:
+    with naming_overflow(name):
+        return _compare_layer(name, a, b, base)
 
 
 def _compare_layer(name: LayerName, a: Layer, b: Layer, base: Base | None) -> ComparedLayer:

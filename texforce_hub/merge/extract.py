@@ -15,8 +15,8 @@ from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import parts_of, plain
 from texforce_hub.errors import MergeError
 from texforce_hub.families.names import part_of
-from texforce_hub.merge.methods.spaces import as_low_rank
-from texforce_hub.merge.resize import Limits, shrink
+from texforce_hub.merge.overflow import check_result, naming_overflow
+from texforce_hub.merge.resize import Limits, shrink_dense
 from texforce_hub.reading import is_folder
 
 
@@ -85,6 +85,8 @@ def extract_adapter(
     limits = Limits(rank, energy)
     if not limits.any:
         raise MergeError("nothing to extract to: give rank or energy")
+    if not 0 <= threshold < math.inf:
+        raise MergeError(f"threshold {threshold!s:.40}; expected a share of a weight's norm, e.g. 1e-6")
     layers: dict[LayerName, Layer] = {}
     facts: list[ExtractedLayer] = []
     unchanged = 0
@@ -98,7 +100,7 @@ def extract_adapter(
         if relative <= threshold:
             unchanged += 1
             continue
-        layer, fact = _extract_layer(name, change.float(), relative, limits, rest=rest)
+        layer, fact = _extract_layer(name, change, relative, limits, rest=rest)
         facts.append(fact)
         if layer is not None:
             layers[fact.name] = layer
@@ -112,14 +114,17 @@ def _extract_layer(
 ) -> tuple[Layer | None, ExtractedLayer]:
     layer_name = name.removesuffix(".weight")
     if change.dim() >= 2 and name.endswith(".weight") and not _is_table(layer_name):
-        (low, kept), *_ = shrink({name: as_low_rank(Dense(change))}, limits).values()
+        with naming_overflow(layer_name):
+            low, kept = shrink_dense(Dense(change), limits)
+        check_result(layer_name, low)
         return low, ExtractedLayer(layer_name, relative, low.rank, kept)
     label = layer_name if change.dim() >= 2 else name
     if not rest:
         return None, ExtractedLayer(label, relative, None, 0.0, "no matrix of a layer; rest=True keeps it in full")
     if change.dim() not in (1, 2, 3, 4):
         return None, ExtractedLayer(label, relative, None, 0.0, f"a tensor of {change.dim()} dimensions")
-    full: Layer = Vector(change) if change.dim() == 1 else Dense(change)
+    full: Layer = Vector(change.float()) if change.dim() == 1 else Dense(change.float())
+    check_result(label, full)
     return full, ExtractedLayer(label, relative, None, 1.0)
 
 

@@ -1,6 +1,7 @@
 """A merge's sources, read and checked, and the layers they share."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,6 +80,8 @@ class Gathered:
         having = [(i, entry) for i, entry in enumerate(self.entries) if name in entry.adapter.layers]
         weighted = [(i, entry, self.weight_of(entry, name)) for i, entry in having]
         used = [(i, entry, weight) for i, entry, weight in weighted if weight != 0]
+        if not all(math.isfinite(weight) for _, _, weight in used):
+            raise MergeError(f"{name}: its weights multiplied are not finite; make them smaller")
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         context = Context(int.from_bytes(digest[:7], "big"), tuple(i for i, _, _ in used))
         layers = tuple(self._resolved(i, name) for i, _, _ in used)
@@ -151,8 +154,8 @@ def _source_of(item: Any) -> str:
 def _pattern_weights(label: str, weights: Mapping[str, float]) -> AdapterRef:
     try:
         return AdapterRef("all", parts=tuple(weights.items()))
-    except (RefError, ConfigError, TypeError) as error:
-        raise MergeError(f"{label} {weights}: {error}") from error
+    except (RefError, ConfigError, TypeError, OverflowError) as error:
+        raise MergeError(f"{label} {weights!s:.200}: {error}") from error
 
 
 def _check_patterns(label: str, ref: AdapterRef, names: Sequence[LayerName]) -> None:

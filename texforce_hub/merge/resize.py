@@ -1,6 +1,7 @@
 """Give an adapter smaller ranks, each layer at its best (Eckart–Young), and say what share is kept."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,8 @@ from torch import Tensor
 from texforce_hub.adapter.algebra import count_for, singular_values, truncate
 from texforce_hub.adapter.batches import take_batches
 from texforce_hub.adapter.decomposed import Decomposed
-from texforce_hub.adapter.dense import Vector
+from texforce_hub.adapter.dense import Dense, Vector
+from texforce_hub.adapter.dense_rank import truncate_dense
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
@@ -18,6 +20,10 @@ from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import MergeError
 from texforce_hub.merge.methods.resolve import resolve
 from texforce_hub.merge.methods.spaces import as_low_rank
+from texforce_hub.merge.overflow import check_result, naming_overflow
+
+MOST_RANKS = 10**9
+"""No adapter's ranks, nor their sum, come near it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +46,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for label, bound in (("rank", self.rank), ("max_total_rank", self.max_total_rank)):
-            if bound is not None and bound < 1:
-                raise MergeError(f"{label} {bound}; expected at least 1")
+            if bound is not None and not 1 <= bound <= MOST_RANKS:
+                raise MergeError(f"{label} {bound!s:.40}; expected at least 1 and at most {MOST_RANKS}")
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise MergeError(f"energy {self.energy}; expected a share in (0, 1], e.g. 0.99")
-        if self.ratio is not None and not self.ratio > 1:
-            raise MergeError(f"ratio {self.ratio}; expected more than 1, e.g. 100")
+            raise MergeError(f"energy {self.energy!s:.40}; expected a share in (0, 1], e.g. 0.99")
+        if self.ratio is not None and not 1 < self.ratio <= sys.float_info.max:
+            raise MergeError(f"ratio {self.ratio!s:.40}; expected more than 1, and finite, e.g. 100")
 
     @property
     def any(self) -> bool:
@@ -105,6 +111,19 @@ def shrink(
     return dict(zip(names, truncate(stacked, choose)))
 
 
+def shrink_dense(layer: Dense, limits: Limits, *, rank: int | None = None) -> tuple[LowRank, float]:
+    """One change that is stored in full, under the limits of a single layer, and the share kept."""
+    bounds = [bound for bound in (limits.rank, rank) if bound is not None]
+    # A projection shows the leading values only: enough for a rank, not for a share near 1 or a ratio.
+    narrow = limits.ratio is None and (limits.energy is None or limits.energy <= 0.999)
+    expected = min(bounds) if bounds and narrow else None
+
+    def choose(values: Tensor) -> int:
+        return max(1, min([limits.count(values), *bounds]))
+
+    return truncate_dense(layer.delta(), choose, expected=expected)
+
+
 def spend_budget(spectra: list[Tensor], limits: Limits) -> list[int]:
     """Ranks whose sum is at most ``max_total_rank`` and which keep the most energy; every layer gets 1.
 
@@ -157,33 +176,43 @@ def resize_adapter(
     def move(layer: Layer) -> Layer:
         return layer.map(lambda tensor: tensor.to(device))
 
-    def factors() -> Iterator[tuple[LayerName, LowRank]]:
+    def resolved() -> Iterator[tuple[LayerName, LowRank | Dense]]:
         for name, layer in adapter.layers.items():
-            resolved = resolve(
-                name, move(layer), find_weight(base, name, layer.shape) if isinstance(layer, Decomposed) else None
-            )
-            if not isinstance(resolved, Vector):
-                yield name, as_low_rank(resolved)
+            weight = find_weight(base, name, layer.shape) if isinstance(layer, Decomposed) else None
+            plain = resolve(name, move(layer), weight)
+            if not isinstance(plain, Vector):
+                yield name, plain
 
-    each, ranks = _spread_budget(factors, limits)
+    each, ranks = _spread_budget(resolved, limits)
     kept: dict[LayerName, tuple[LowRank, float]] = {}
-    for together in take_batches(factors()):
-        kept |= shrink(together, each, ranks=ranks)
+    for together in take_batches(resolved()):
+        with naming_overflow(next(iter(together))):
+            kept |= shrink(_low_ones(together), each, ranks=ranks)
+            for name, dense in together.items():
+                if isinstance(dense, Dense):
+                    kept[name] = shrink_dense(dense, each, rank=ranks[name] if ranks else None)
     layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
+    for name, layer in layers.items():
+        check_result(name, layer)
     before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
     facts = tuple(_fact(before.layers[name], name, layer, kept.get(name)) for name, layer in layers.items())
     return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=dtype), facts)
 
 
+def _low_ones(layers: Mapping[LayerName, LowRank | Dense]) -> dict[LayerName, LowRank]:
+    return {name: layer for name, layer in layers.items() if isinstance(layer, LowRank)}
+
+
 def _spread_budget(
-    factors: Callable[[], Iterator[tuple[LayerName, LowRank]]], limits: Limits
+    resolved: Callable[[], Iterator[tuple[LayerName, LowRank | Dense]]], limits: Limits
 ) -> tuple[Limits, dict[LayerName, int] | None]:
     """The limits of each layer by itself, and the ranks that a limit of their sum allows."""
     if limits.max_total_rank is None:
         return limits, None
     spectra: dict[LayerName, Tensor] = {}
-    for together in take_batches(factors()):
-        spectra |= zip(together, singular_values(list(together.values())))
+    for together in take_batches(resolved()):
+        with naming_overflow(next(iter(together))):
+            spectra |= zip(together, singular_values([as_low_rank(layer) for layer in together.values()]))
     ranks = spend_budget(list(spectra.values()), limits)
     return replace(limits, max_total_rank=None), dict(zip(spectra, ranks))
 

@@ -15,10 +15,10 @@ from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.merge.gather import Gathered, Group
 from texforce_hub.merge.methods.linear import products
 from texforce_hub.merge.methods.registry import Mergeable, Terms
-from texforce_hub.merge.methods.spaces import as_low_rank
+from texforce_hub.merge.overflow import check_result, naming_overflow
 from texforce_hub.merge.report import MergeReport
 from texforce_hub.merge.request import MergeRequest
-from texforce_hub.merge.resize import Limits, norm_before, shrink
+from texforce_hub.merge.resize import Limits, norm_before, shrink, shrink_dense
 from texforce_hub.merge.tally import Tally
 
 
@@ -47,7 +47,11 @@ class MergeRun:
         done: dict[LayerName, Mergeable] = {}
         enough = {"enough": math.inf} if self.spends else {}
         for groups in take_together(self.gathered.groups(), _count, **enough):
-            done.update(self._merge_together(groups))
+            with naming_overflow(groups[0].name):
+                merged = self._merge_together(groups)
+            for name, layer in merged.items():
+                check_result(name, layer)
+            done.update(merged)
         layers = {name: done[name] for name in self.gathered.names if name in done and name not in self.tally.removed}
         return Adapter(layers), self.tally.report(self.method.name, layers)
 
@@ -135,10 +139,9 @@ class MergeRun:
         """A matrix under a limit becomes low rank at once, so that a dense one is never held."""
         if isinstance(merged, LowRank) or merged.shape[1:] == () or not self.limits.any:
             return merged
-        factors = as_low_rank(merged)  # type: ignore[arg-type]  # a vector has no second dimension
         cap = self.limits.max_total_rank
         first = Limits(min((r for r in (self.limits.rank, cap) if r), default=None), self.limits.energy)
-        (shrunk, self.tally.kept[name]) = shrink({name: factors}, first)[name]
+        (shrunk, self.tally.kept[name]) = shrink_dense(merged, first)  # type: ignore[arg-type]  # no vector has two dimensions
         return shrunk
 
     def _truncate(self, layers: Mapping[LayerName, LowRank]) -> dict[LayerName, Mergeable]:
