@@ -59,6 +59,7 @@ def merge_adapters(
 
     Raises:
         MergeError: sources, weights, options or limits that cannot be merged; the message says which.
+        AdapterError: NaN or infinity in a source, or numbers that overflow.
     """
     request = MergeRequest(
         sources,

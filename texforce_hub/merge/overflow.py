@@ -7,9 +7,9 @@ import torch
 
 from texforce_hub.adapter.finite import is_finite
 from texforce_hub.adapter.value import Layer, LayerName
-from texforce_hub.errors import AdapterError, MergeError
+from texforce_hub.errors import AdapterError
 
-_REASON = "its numbers are too large to compute with, float32 ends at 3.4e38; make the weight or the scale smaller"
+_REASON = "its numbers overflow: they are too large to compute with; make the weight or the scale smaller"
 
 
 @contextmanager
@@ -17,21 +17,21 @@ def naming_overflow(name: LayerName) -> Iterator[None]:
     """Say that numbers are too large where a decomposition fails of finite ones.
 
     Raises:
-        MergeError: names the layer.
+        AdapterError: names the layer.
     """
     try:
         yield
     except (AdapterError, torch.linalg.LinAlgError, OverflowError) as error:  # type: ignore[attr-defined]
         if isinstance(error, AdapterError) and not isinstance(error.__cause__, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             raise
-        raise MergeError(f"{name}: {_REASON}") from error
+        raise AdapterError(f"{name}: {_REASON}") from error
 
 
 def check_result(name: LayerName, layer: Layer) -> None:
     """Refuse a result that holds infinity where its sources held none.
 
     Raises:
-        MergeError: names the layer.
+        AdapterError: names the layer.
     """
     if not is_finite(layer):
-        raise MergeError(f"{name}: {_REASON}")
+        raise AdapterError(f"{name}: {_REASON}")
