@@ -1,11 +1,9 @@
 """``texforce-hub train``: reinforcement learning of a text-encoder LoRA."""
 
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -110,7 +108,7 @@ def _run(config: Any, as_json: bool) -> None:
     from texforce_hub.train.run_folder import ADAPTER
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
-    with _progress(config.steps) as show, _terminable():
+    with _progress(config.steps) as show:
         try:
             adapter = train_adapter(config, on_step=show)
         except KeyboardInterrupt:
@@ -163,17 +161,3 @@ def _progress(steps: int) -> Iterator[Any]:
 def _describe(report: "StepReport") -> str:
     validation = "" if report.validation is None else f", validation {report.validation:.3f}"
     return f"reward {report.reward:.3f}{validation}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM as Ctrl-C: the run saves itself."""
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
