@@ -8,6 +8,9 @@ reward returns is checked before it is used.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -72,7 +75,8 @@ class Reward:
 
 
 def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
-    """The reward that ``NAME[=WEIGHT]`` names: a built-in, or ``python:module:function``.
+    """The reward that ``NAME[=WEIGHT]`` names: a built-in, ``python:module:function``, or
+    ``python:./file.py:function``.
 
     Raises:
         RefError: the weight is no number.
@@ -118,12 +122,25 @@ def score_images(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[st
     return torch.stack([torch.cat(row) for row in rows])
 
 
+def _load_file(spec: str, path: Path) -> ModuleType:
+    """The module in a file, whatever folder it lies in."""
+    if not path.is_file():
+        raise RewardError(f"reward {spec!r}: there is no file {path}")
+    source = spec_from_file_location(f"texforce_hub_reward_{path.stem}", path)
+    if source is None or source.loader is None:
+        raise RewardError(f"reward {spec!r}: Python cannot load {path}")
+    module = module_from_spec(source)
+    source.loader.exec_module(module)
+    return module
+
+
 def _import_function(spec: str) -> Score:
     _, module, function = [*spec.split(":"), "", ""][:3]
     if not module or not function or spec.count(":") != 2:
-        raise RewardError(f"reward {spec!r}; expected python:module:function, such as python:my_rewards:sharpness")
+        raise RewardError(f"reward {spec!r}; expected python:module:function or python:./file.py:function")
     try:
-        imported = getattr(import_module(module), function)
+        loaded = _load_file(spec, Path(module)) if module.endswith(".py") else import_module(module)
+        imported = getattr(loaded, function)
     except ImportError as error:
         raise RewardError(f"reward {spec!r}: cannot import {module!r}: {error}") from error
     except AttributeError as error:

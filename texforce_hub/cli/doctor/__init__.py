@@ -22,6 +22,7 @@ from texforce_hub.cli.doctor.libraries import (
     examine_vocabulary,
     import_all,
 )
+from texforce_hub.cli.progress import bars
 from texforce_hub.cli.table import put_table
 from texforce_hub.hub.catalog import read_catalog
 
@@ -109,7 +110,11 @@ def doctor(
     Example: texforce-hub doctor --base stable-diffusion-v1-5/stable-diffusion-v1-5
     """
 
-    findings = list(examine(base or [], device=device))
+    findings = []
+    with bars({"looking": 20 + len(base or [])}) as advance:
+        for finding in examine(base or [], device=device):
+            findings.append(finding)
+            advance("looking", 1)
     problems = sum(finding.state == "problem" for finding in findings)
     if json:
         put_json({"problems": problems, "findings": [finding.as_dict() for finding in findings]})

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 SECONDS = 120
 """How long all imports together may take."""
+LATE = "this machine is busy or slow"
 
 _TRY = """
 import importlib, json, os, sys
@@ -66,7 +67,7 @@ def try_imports(names: Sequence[str]) -> dict[str, Attempt]:
         run = subprocess.run(command, env=settings, capture_output=True, check=False, timeout=SECONDS)
         end, said = f"it ends Python with status {run.returncode}", run.stdout
     except subprocess.TimeoutExpired as late:
-        end, said = f"it takes longer than {SECONDS} s", late.stdout or b""
+        end, said = f"not done after {SECONDS} s: {LATE}", late.stdout or b""
     return dict(_read_answers(names, said.decode("utf-8", "replace"), end))
 
 

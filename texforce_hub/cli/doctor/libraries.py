@@ -8,7 +8,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 from texforce_hub.cli.doctor.finding import Finding
-from texforce_hub.cli.doctor.imports import Attempt, try_imports
+from texforce_hub.cli.doctor.imports import LATE, Attempt, try_imports
 from texforce_hub.errors import PipelineError
 from texforce_hub.pipelines.vocabulary import find_vocabulary
 
@@ -84,6 +84,10 @@ def _examine_import(name: str, package: str, what: str, advice: str, attempts: A
     if attempt.through:
         text = f"{what}, cannot be used as long as {attempt.through} cannot be imported"
         return Finding(name, "note", text, f"mend {attempt.through} first")
+    if attempt.reason.endswith(LATE):
+        return Finding(
+            name, "note", f"{what}: its import is {attempt.reason}", "run doctor again when less is going on"
+        )
     return Finding(name, "problem", f"{what} cannot be imported: {attempt.reason}", advice)
 
 
