@@ -21,7 +21,7 @@ from texforce_hub.errors import ConfigError, FileError
 from texforce_hub.families.order import natural
 from texforce_hub.generate.schedulers import SCHEDULERS, read_scheduler
 
-SCREEN = 50  # lines, at 80 characters a line
+SCREEN = 51  # lines, at 80 characters a line
 
 
 def run(*arguments, **settings):

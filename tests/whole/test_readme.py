@@ -51,7 +51,9 @@ def check_console(text):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_fence_runs(document, tmp_path, monkeypatch):
+def test_every_fence_runs(document, tmp_path, monkeypatch, hub):
+    monkeypatch.setenv("HF_TOKEN", hub.token)  # a Hub on this machine, and alice logged in
+    hub.commit("alice/shapes", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "readme"}
     fences = FENCE.findall(document.read_text())

@@ -67,6 +67,7 @@ def options(
     del version
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logging.getLogger("texforce_hub").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it writes its lines itself
     # Other libraries' notices about their own internals would bury ours.
     for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         os.environ.setdefault(variable, "error")
