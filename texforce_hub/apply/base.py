@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
 
-from texforce_hub.errors import FamilyError, FileError, PipelineError
+from texforce_hub.errors import FamilyError, FileError, PipelineError, RefError
 from texforce_hub.families import FAMILIES, Family, find_family
 from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.families.checkpoint_weights import checkpoint_weights
@@ -14,7 +14,11 @@ from texforce_hub.families.recognition import claims_family
 from texforce_hub.families.text import ClipEncoder
 from texforce_hub.files.container import open_header
 from texforce_hub.hub.filenames import check_name
+from texforce_hub.hub.refs.hub_id import HubId
 from texforce_hub.reading import is_file, is_folder, read_json
+
+if TYPE_CHECKING:
+    from texforce_hub.hub.remote import RemotePath
 
 Shape = tuple[int, ...]
 
@@ -42,10 +46,13 @@ class BaseShapes:
 
 
 def read_base(base: str | Path) -> BaseShapes:
-    """A base by a family's name, a pipeline's folder, a checkpoint file, or a Hub id that names its family.
+    """A base by a family's name, a pipeline's folder, a checkpoint file, or a Hub id.
+
+    Of a pipeline on the Hub whose name says no family, headers and configurations are read; no weights are fetched.
 
     Raises:
-        PipelineError: a folder or a file that is no known base.
+        PipelineError: a folder, a repository or a file that is no known base.
+        HubError: the Hub does not give it.
         FamilyError: a name that means no family.
         FileError: a file of it is damaged.
     """
@@ -60,6 +67,8 @@ def read_base(base: str | Path) -> BaseShapes:
     for family in FAMILIES.values():
         if claims_family(str(base), family):
             return _from_family(family, f"the id {str(base)!r} names it")
+    if isinstance(base, str) and _is_hub_id(base):
+        return _from_hub(base)
     raise FamilyError(
         f"{str(base)!r} is no folder, no file and no known base; expected one, or a family: {', '.join(FAMILIES)}"
     )
@@ -67,6 +76,43 @@ def read_base(base: str | Path) -> BaseShapes:
 
 def _from_family(family: Family, evidence: str) -> BaseShapes:
     return BaseShapes(family.title, evidence, family.weights)
+
+
+def _is_hub_id(base: str) -> bool:
+    try:
+        HubId.parse(base)
+    except RefError:
+        return False
+    return base.count("/") == 1 or base.startswith(("hf://", "http"))
+
+
+def _from_hub(base: str) -> BaseShapes:
+    from texforce_hub.hub.remote import find_remote
+
+    remote = find_remote(base)
+    weights: dict[str, Shape] = {}
+    for part in PARTS:
+        if f"{part}/config.json" in remote.names:
+            weights |= {f"{part}.{name}": shape for name, shape in _remote_weights(remote, part).items()}
+    if not weights:
+        raise PipelineError(
+            f"{remote}: has none of the folders {', '.join(PARTS)}; expected a pipeline as diffusers saves it"
+        )
+    return BaseShapes(base, "the headers of its files on the Hub", weights)
+
+
+def _remote_weights(remote: "RemotePath", part: str) -> dict[str, Shape]:
+    """A part's weights by the headers of its files; where they are pickles, by its configuration."""
+    from texforce_hub.hub.huggingface.fetch import fetch_file
+    from texforce_hub.hub.remote import open_remote_header
+
+    names = [n for n in remote.names if PurePosixPath(n).parent.name == part and n.endswith(".safetensors")]
+    plain = [name for name in names if "." not in PurePosixPath(name).stem] or names
+    weights: dict[str, Shape] = {}
+    for name in plain:
+        header = open_remote_header(remote.file(name), numbers=False).header
+        weights |= {_plain(key): info.shape for key, info in header.tensors.items()}
+    return weights or _from_config(fetch_file(remote.file(f"{part}/config.json")).parent)
 
 
 def _from_folder(folder: Path) -> BaseShapes:

@@ -70,8 +70,8 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
         RefError, FileError, DialectError: the adapter cannot be read.
         PipelineError, FamilyError: the base is none that is known.
     """
+    base = base if isinstance(base, BaseShapes) else read_base(base)  # before anything is fetched
     bundle = find_bundle(ref)
-    base = base if isinstance(base, BaseShapes) else read_base(base)
     try:
         planned = plan_bundle(bundle)
     except DialectError as error:

@@ -16,6 +16,17 @@ _EVERY = "Every command"
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print every detail.", rich_help_panel=_EVERY)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print paths and verdicts only.", rich_help_panel=_EVERY)]
 _COMMON = {"verbose": Verbose, "quiet": Quiet}
+AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read pickles from the Hub too; nothing in them is run.",
+        rich_help_panel="How it is read",
+        show_default=False,
+    ),
+]
+_READING = ("apply", "check", "compare", "evaluate", "inspect", "merge", "resize", "train", "verify", "words")
+"""Commands that read adapters of which only the library knows which files they are."""
 _WIDEST = 100  # characters a line of help
 
 
@@ -34,18 +45,23 @@ class App(typer.Typer):
 def _with_common_options(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*arguments: Any, verbose: bool, quiet: bool, **options: Any) -> Any:
+        from texforce_hub.hub.pickles import permitting_pickles
+
         if verbose and quiet:
             raise ConfigError("--verbose and --quiet contradict each other; give one of them")
-        with loudness(quiet=quiet, verbose=verbose):
+        take = options.get if "allow_pickle" in known else options.pop
+        with loudness(quiet=quiet, verbose=verbose), permitting_pickles(allow=take("allow_pickle", False)):
             return function(*arguments, **options)
 
     signature = inspect.signature(function, eval_str=True)
+    known = signature.parameters
+    added = _COMMON | ({"allow_pickle": AllowPickle} if function.__name__ in _READING else {})
     common = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
-        for name, annotation in _COMMON.items()
+        for name, annotation in added.items()
     ]
-    run.__annotations__ = {**function.__annotations__, **_COMMON}
-    run.__dict__["__signature__"] = signature.replace(parameters=[*signature.parameters.values(), *common])
+    run.__annotations__ = {**function.__annotations__, **added}
+    run.__dict__["__signature__"] = signature.replace(parameters=[*known.values(), *common])
     return run
 
 

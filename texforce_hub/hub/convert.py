@@ -89,7 +89,7 @@ def convert_adapter(
         RefError, FileError, DialectError, AdapterError: as reading and writing raise them; nothing is left then.
     """
     done = convert_bundle(
-        find_bundle(ref),
+        find_bundle(ref, allow_pickle=allow_pickle),
         Path(output),
         weights=parse_weights(ref),
         dialect=dialect,

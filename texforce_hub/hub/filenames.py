@@ -15,13 +15,32 @@ _LONGEST_NAME = 255  # bytes
 _COMPANIONS = ("optimizer", "scheduler", "random_states", "scaler", "training_args", "rng_state")
 
 
+class NoAdapterError(RefError):
+    """A folder has no adapter file itself; the folders in it may."""
+
+
+def choose_only(paths: Sequence[str], where: str, error: NoAdapterError) -> str:
+    """The only adapter in the folders of a folder that has none itself.
+
+    Raises:
+        RefError: there are several, or, as ``error`` says, none.
+    """
+    if len(paths) > 1:
+        many = f"holds no adapter itself, and {len(paths)} in its folders"
+        raise RefError(f"{where}: {many}, {list_names(paths)}; name the one you mean") from error
+    if not paths:
+        raise error
+    return paths[0]
+
+
 def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], where: str) -> str:
     """The adapter's file among a folder's: the usual names in order, else the only one that holds an adapter.
 
     ``names`` are relative to the folder; files of folders in it are no candidates. ``where`` is for errors.
 
     Raises:
-        RefError: no file, or several of equal standing.
+        NoAdapterError: no file.
+        RefError: several of equal standing.
     """
     for name in PREFERRED:
         if name in names:
@@ -35,7 +54,7 @@ def choose_name(names: Sequence[str], holds_adapter: Callable[[str], bool], wher
     for name in PICKLED:
         if name in names:
             return name
-    raise RefError(f"{where}: holds no adapter file; it holds {list_names(names) or 'nothing'}")
+    raise NoAdapterError(f"{where}: holds no adapter file; it holds {list_names(names) or 'nothing'}")
 
 
 def is_candidate(name: str) -> bool:

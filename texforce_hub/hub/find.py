@@ -14,9 +14,18 @@ from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import Bundle, bundle_file, bundle_folder, part_folders, plan_bundle
 from texforce_hub.hub.cache import hub_id_of
 from texforce_hub.hub.catalog import CatalogEntry, read_catalog
-from texforce_hub.hub.filenames import PREFERRED, SUFFIXES, choose_name, is_safetensors, list_names
+from texforce_hub.hub.filenames import (
+    PREFERRED,
+    SUFFIXES,
+    NoAdapterError,
+    choose_name,
+    choose_only,
+    is_safetensors,
+    list_names,
+)
+from texforce_hub.hub.pickles import permitting_pickles
 from texforce_hub.hub.refs.adapter import AdapterRef, source_of
-from texforce_hub.hub.refs.hub_id import HubId
+from texforce_hub.hub.refs.hub_id import HubId, is_address
 from texforce_hub.reading import is_folder, is_there
 
 if TYPE_CHECKING:
@@ -25,18 +34,22 @@ _LOG = logging.getLogger("texforce_hub")
 _FORCED = "hf://"
 
 
-def find_bundle(ref: str | Path | AdapterRef) -> Bundle:
+def find_bundle(ref: str | Path | AdapterRef, *, allow_pickle: bool = False) -> Bundle:
     """The files of the one adapter that a reference means; :mod:`texforce_hub.hub.bundles` has the rule.
+
+    A pickle on the Hub is fetched only if ``allow_pickle``, or where pickles are permitted.
 
     Raises:
         RefError: nothing of that name, or a folder in which no adapter or several could be meant.
+        FileError: a pickle on the Hub, which is not fetched unasked.
         HubError: the Hub has nothing of that name, or cannot be asked.
     """
     path = find_local(ref)
     if path is None:
         from texforce_hub.hub.remote import fetch_adapter, find_remote
 
-        path = fetch_adapter(find_remote(ref))
+        with permitting_pickles(allow=allow_pickle):
+            path = fetch_adapter(find_remote(ref), str(source_of(ref)))
     return pick_bundle(path) if is_folder(path) else bundle_file(path)
 
 
@@ -50,7 +63,7 @@ def find_path(ref: str | Path | AdapterRef) -> Path:
     if path is None:
         from texforce_hub.hub.remote import fetch_all, find_remote
 
-        return fetch_all(find_remote(ref))
+        return fetch_all(find_remote(ref), str(source_of(ref)))
     return path
 
 
@@ -84,7 +97,7 @@ def _say_shadow(source: str) -> None:
 
 def _names_hub(source: str) -> bool:
     """Whether a name that is none here can be one on the Hub; ``hf://`` says so, and then it must be."""
-    if source.startswith(_FORCED):
+    if source.startswith(_FORCED) or is_address(source):
         HubId.parse(source)
         return True
     if source.startswith((".", "/", "~")) or (source.count("/") == 1 and source.lower().endswith(SUFFIXES)):
@@ -141,7 +154,10 @@ def pick_bundle(folder: Path) -> Bundle:
     bundles = [] if any(name in names for name in PREFERRED) else bundle_folder(folder)
     several = [bundle for bundle in bundles if not bundle.is_one_file and not _is_model(bundle)]
     if not several:
-        return bundle_file(pick_file(folder))
+        try:
+            return bundle_file(pick_file(folder))
+        except NoAdapterError as error:
+            return _only_deeper(folder, error)
     single = [bundle for bundle in bundles if bundle.is_one_file and is_safetensors(bundle.path.name)]
     rivals = [bundle.path for bundle in (*several, *(bundle for bundle in single if _holds_adapter(bundle.path)))]
     if len(rivals) > 1:
@@ -150,6 +166,20 @@ def pick_bundle(folder: Path) -> Bundle:
             "name the one you mean"
         )
     return several[0]
+
+
+def _only_deeper(folder: Path, error: NoAdapterError) -> Bundle:
+    """The only adapter in the folders of a folder that has none itself."""
+    deeper = {bundle.path.relative_to(folder).as_posix(): bundle for bundle in _walk(folder) if _is_adapter(bundle)}
+    return deeper[choose_only(sorted(deeper), str(folder), error)]
+
+
+def _is_adapter(bundle: Bundle) -> bool:
+    try:
+        plan_bundle(bundle)
+    except (FileError, DialectError):
+        return False
+    return True
 
 
 def _is_model(bundle: Bundle) -> bool:

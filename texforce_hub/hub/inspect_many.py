@@ -32,7 +32,7 @@ def _inspect_safely(source: "Path | Bundle | RemoteFile", *, hashed: bool, alone
     if not isinstance(source, Path | Bundle):
         from texforce_hub.hub.inspect_remote import inspect_remote_file
 
-        return inspect_remote_file(source, alone=alone)
+        return inspect_remote_file(source, alone=alone, hashed=hashed)
     bundle = bundle_file(source) if isinstance(source, Path) else source
     try:
         return inspect_file(bundle, hashed=hashed)

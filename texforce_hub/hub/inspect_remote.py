@@ -19,7 +19,7 @@ _SCATTERED = "its alphas lie scattered over the file and were not fetched"
 _LEFT = "alphas not fetched, or few of them; inspect one file alone for more, or with --weights for all"
 
 
-def inspect_remote_file(file: RemoteFile, *, alone: bool = True) -> Inspection:
+def inspect_remote_file(file: RemoteFile, *, alone: bool = True, hashed: bool = True) -> Inspection:
     """The facts of one file on the Hub, adapter or not; ``path`` is the reference that will always mean it.
 
     Of one of many (not ``alone``) only the header is read, which takes two requests: alphas are known as far as they
@@ -28,7 +28,8 @@ def inspect_remote_file(file: RemoteFile, *, alone: bool = True) -> Inspection:
     """
     container = "safetensors" if is_safetensors(file.path) else "pickle"
     sidecars = find_remote_sidecars(file, read=alone)
-    known = Inspection(Path(file.name), file.blob.size, file.blob.sha256, container, sidecars=sidecars)
+    sha256 = file.blob.sha256 if hashed else ""
+    known = Inspection(Path(file.name), file.blob.size, sha256, container, sidecars=sidecars)
     if container == "pickle":
         return replace(known, problems=(_PICKLE,))
     try:

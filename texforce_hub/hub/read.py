@@ -24,6 +24,7 @@ from texforce_hub.formats.plan.planning import Plan
 from texforce_hub.hub.bundles import Bundle, Piece, check_shards, join_headers, plan_opened
 from texforce_hub.hub.cache import is_in_hub_cache
 from texforce_hub.hub.find import find_bundle
+from texforce_hub.hub.pickles import are_pickles_permitted
 from texforce_hub.hub.refs.adapter import AdapterRef
 
 _LOG = logging.getLogger("texforce_hub")
@@ -50,7 +51,7 @@ def read_adapter(
         DialectError: no layout fits the tensors' names.
         AdapterError: shapes that make no adapter, NaN or infinity.
     """
-    bundle = _find(source)
+    bundle = _find(source, allow_pickle=allow_pickle)
     if len(bundle.pieces) == 1:
         adapter = _read_piece(bundle, alpha=alpha, allow_pickle=allow_pickle)
     else:
@@ -97,7 +98,7 @@ def open_adapter(
     Raises:
         RefError, FileError, DialectError, AdapterError: as :func:`read_adapter`, as far as headers tell.
     """
-    bundle = _find(source)
+    bundle = _find(source, allow_pickle=allow_pickle)
     plans: dict[str, Plan] = {}
     pieces: dict[str, LazyAdapter] = {}
     for piece in bundle.pieces:
@@ -127,8 +128,8 @@ def _watched(lazy: LazyAdapter, path: Path) -> LazyAdapter:
     return replace(lazy, layers=LazyMapping(lazy.layers, look))
 
 
-def _find(source: str | Path | AdapterRef | Bundle) -> Bundle:
-    return source if isinstance(source, Bundle) else find_bundle(source)
+def _find(source: str | Path | AdapterRef | Bundle, *, allow_pickle: bool) -> Bundle:
+    return source if isinstance(source, Bundle) else find_bundle(source, allow_pickle=allow_pickle)
 
 
 def _warn(bundle: Bundle, notes: Sequence[str]) -> None:
@@ -157,7 +158,7 @@ def _open_files(piece: Piece, *, allow_pickle: bool) -> Iterator[TensorFile]:
     """The files of a piece, each opened once."""
     check_shards(piece)
     for path in piece.paths:
-        yield TensorFile(path, allow_pickle=allow_pickle or not is_in_hub_cache(path))
+        yield TensorFile(path, allow_pickle=allow_pickle or are_pickles_permitted() or not is_in_hub_cache(path))
 
 
 @contextmanager

@@ -1,27 +1,39 @@
 """From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from texforce_hub.errors import DialectError, FileError, HubError, RefError
 from texforce_hub.files.container import open_header
 from texforce_hub.files.hashing import hash_files
+from texforce_hub.files.header import CONFIG_NAME
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
 from texforce_hub.hub.catalog import CatalogEntry, read_catalog
-from texforce_hub.hub.filenames import SUFFIXES, choose_name, is_candidate, list_names
+from texforce_hub.hub.filenames import (
+    PICKLED,
+    SUFFIXES,
+    NoAdapterError,
+    choose_name,
+    choose_only,
+    is_candidate,
+    is_safetensors,
+    list_names,
+)
 from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
 from texforce_hub.hub.huggingface.repository import RemoteFile, Repository, open_repository
 from texforce_hub.hub.huggingface.store import catalogue_lock, find_cached
 from texforce_hub.hub.lock import Lock, Locked, is_locked, pin
+from texforce_hub.hub.pickles import are_pickles_permitted, refuse_pickles
 from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
 from texforce_hub.hub.sidecars import ENDINGS, Sidecar, read_sidecar
 
 _LOG = logging.getLogger("texforce_hub")
+_MOST_HEADERS = 16  # that are looked at to find out which of a repository's files is an adapter
 _LONGEST_SIDECAR = 20_000_000  # bytes; previews can be short films
 
 
@@ -110,7 +122,34 @@ def pick_remote_file(remote: RemotePath) -> RemoteFile:
     """
     if remote.is_file:
         return remote.repository.file(remote.path)
-    return remote.file(choose_name(remote.names, lambda name: _holds_adapter(remote.file(name)), str(remote)))
+    try:
+        return remote.file(choose_name(remote.names, lambda name: _holds_adapter(remote.file(name)), str(remote)))
+    except NoAdapterError as error:
+        return remote.file(choose_only(_deeper_adapters(remote), str(remote), error))
+
+
+def _deeper_adapters(remote: RemotePath) -> list[str]:
+    """The adapters in the folders of a path, one name for each set of shards; of pickles, those of usual names."""
+    names = [name for name in remote.names if "/" in name and is_candidate(name)]
+    first = [name for name in names if name == _first_shard(name, names)]
+    if len(first) > _MOST_HEADERS:  # a header is two requests
+        return first
+    pickles = [
+        name
+        for name in first
+        if PurePosixPath(name).name in PICKLED and f"{_folder(name)}{CONFIG_NAME}" in remote.names
+    ]
+    return sorted([name for name in first if is_safetensors(name) and _holds_adapter(remote.file(name))] + pickles)
+
+
+def _folder(name: str) -> str:
+    return name[: name.rindex("/") + 1]
+
+
+def _first_shard(name: str, names: Sequence[str]) -> str:
+    folder = _folder(name)
+    beside = [other.removeprefix(folder) for other in names if _folder(other) == folder]
+    return folder + shard_names(name.removeprefix(folder), beside)[0]
 
 
 def _holds_adapter(file: RemoteFile) -> bool:
@@ -212,14 +251,18 @@ def fetch_remote_file(remote: RemotePath, file: RemoteFile) -> Path:
     return path
 
 
-def fetch_adapter(remote: RemotePath) -> Path:
+def fetch_adapter(remote: RemotePath, typed: str) -> Path:
     """The adapter at a path, fetched: its file in the cache, or the folder there of an adapter in several files.
+
+    ``typed`` is the reference as a user gave it, for messages.
 
     Raises:
         RefError: no adapter, or several of equal standing.
+        FileError: it is a pickle, which is not fetched unasked.
         HubError: a file of it cannot be fetched.
     """
     files = list_adapter_files(remote)
+    refuse_pickles(typed, [file.path for file in files if find_cached(file) is None])
     paths = [fetch_remote_file(remote, file) for file in files]
     if _lies_in_pieces(remote):
         inside = files[0].path.removeprefix(remote.path).strip("/")
@@ -251,16 +294,30 @@ def _are_shards_of_a_model(remote: RemotePath) -> bool:
     return bool(shards) and not _holds_adapter(remote.file(shards[0]))
 
 
-def fetch_all(remote: RemotePath) -> Path:
+def fetch_all(remote: RemotePath, typed: str) -> Path:
     """The file in the cache, or the folder in it, that a path means, with all tensor files in it fetched.
+
+    Pickles stay on the Hub, unless they are permitted, or cached already.
 
     Raises:
         RefError: there is none.
+        FileError: there are only pickles, which are not fetched unasked.
         HubError: one of them cannot be fetched.
     """
-    if remote.is_file:
-        return fetch_remote_file(remote, remote.repository.file(remote.path))
     files = list_remote_files(remote)
+    left = [] if are_pickles_permitted() else [file for file in files if _is_unasked(file)]
+    if len(left) == len(files):
+        refuse_pickles(typed, [file.path for file in files])
+    if left:
+        names = list_names([file.path for file in left])
+        _LOG.warning("%s: pickles, left on the Hub; --allow-pickle fetches them: %s", typed, names)
+    files = [file for file in files if file not in left]
+    if remote.is_file:
+        return fetch_remote_file(remote, files[0])
     paths = [fetch_remote_file(remote, file) for file in files]
     inside = files[0].path.removeprefix(remote.path).strip("/")
     return paths[0].parents[inside.count("/")]
+
+
+def _is_unasked(file: RemoteFile) -> bool:
+    return not is_safetensors(file.path) and find_cached(file) is None

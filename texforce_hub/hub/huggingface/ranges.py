@@ -19,7 +19,7 @@ from texforce_hub.hub.huggingface.repository import RemoteFile
 _FIRST = 100_000  # bytes: holds the header of most adapters
 _WHOLE = 4_000_000  # bytes of a file that is asked for at once, if its single numbers are wanted
 _NEAR = 16_384  # bytes between two numbers below which they are asked for together
-_MOST = 64  # requests for one file's single numbers
+_MOST = 2  # requests for one file's single numbers: six in all, listing, address, header and PEFT's config included
 _MOST_BYTES = 8_000_000  # of these requests together
 _WORKERS = 8
 
@@ -39,7 +39,8 @@ def read_remote_header(file: RemoteFile, *, numbers: bool = True) -> RemoteHeade
     """A safetensors file's checked header, single numbers and PEFT config, without the file being fetched.
 
     Single numbers may lie scattered over the file: those that more than ``_MOST`` requests would have to collect are
-    read at places spread evenly over it. Without ``numbers``, only those are known that lie beside the header.
+    read in as many stretches spread evenly over it. Without ``numbers``, only those beside the
+    header are known.
 
     Raises:
         HubError: the Hub cannot be asked, or does not answer with byte ranges.
@@ -139,7 +140,16 @@ def _bound(spans: Spans) -> Spans:
         near *= 2
     if sum(end - begin for begin, end in joined) <= _MOST_BYTES:
         return joined
-    return [spans[place * len(spans) // _MOST] for place in range(_MOST)] if len(spans) > _MOST else spans
+    return [_stretch(spans, index * len(spans) // _MOST) for index in range(_MOST)] if len(spans) > _MOST else spans
+
+
+def _stretch(spans: Spans, first: int) -> tuple[int, int]:
+    """From a number on, as many of those behind it as one request may have bytes for."""
+    begin, end = spans[first]
+    for _, other in spans[first + 1 :]:
+        if other - begin <= _MOST_BYTES // _MOST:
+            end = other
+    return begin, end
 
 
 def _join(spans: Spans, near: int) -> Spans:

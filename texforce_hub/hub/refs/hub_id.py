@@ -2,12 +2,19 @@
 
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from texforce_hub.grammar import fail
 
+_ADDRESS = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 _REPO_WORD = re.compile(r"\w[\w.-]*", re.ASCII)
 _LONGEST = 96  # characters of a repository's name, its owner's included
 _LONG_REVISION = re.compile(r"refs/(pr/\d+|convert/\w+)", re.ASCII)
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address of the Hub, as browsers show it."""
+    return _ADDRESS.match(text) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +27,13 @@ class HubId:
 
     @classmethod
     def parse(cls, text: str) -> "HubId":
-        """The Hub id that ``text`` writes, with or without ``hf://``.
+        """The Hub id that ``text`` writes, with or without ``hf://``, or the address that browsers show of it.
 
         Raises:
             RefError: it writes none, or its file would leave the repository's folder.
         """
+        if _ADDRESS.match(text):
+            return cls._parse_address(text)
         start = len("hf://") if text.startswith("hf://") else 0
         owner, slash, rest = text[start:].partition("/")
         if not slash or not _REPO_WORD.fullmatch(owner):
@@ -38,6 +47,21 @@ class HubId:
             fail(text, start, f"not a Hub id; the Hub's have at most {_LONGEST} characters")
         revision, file = _parse_revision_and_file(text, at)
         return cls(f"{owner}/{found[0]}", revision, file)
+
+    @classmethod
+    def _parse_address(cls, text: str) -> "HubId":
+        """The Hub id of an address as browsers show it, with a page's ``/blob/main/`` or ``/resolve/main/`` or none."""
+        match = _ADDRESS.match(text)
+        begin = match.end() if match else 0
+        path = unquote(re.split("[?#]", text[begin:], maxsplit=1)[0]).strip("/")
+        owner, _, rest = path.partition("/")
+        if owner in ("datasets", "spaces", "models", "docs", "collections", "api"):
+            fail(text, begin, "not a model's address; expected https://huggingface.co/owner/name")
+        name, _, inside = rest.partition("/")
+        page, _, inside = inside.partition("/")
+        if page and page not in ("blob", "resolve", "raw", "tree"):
+            fail(text, begin, "not a file's address; expected …/owner/name/blob/main/file.safetensors")
+        return cls.parse(f"{owner}/{name}" + (f"@{inside}" if page and inside else ""))
 
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision}"
