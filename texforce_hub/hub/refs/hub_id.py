@@ -2,13 +2,13 @@
 
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote
 
 from texforce_hub.grammar import fail
 
 _ADDRESS = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 _REPO_WORD = re.compile(r"\w[\w.-]*", re.ASCII)
 _LONGEST = 96  # characters of a repository's name, its owner's included
+_QUOTED = re.compile(r"(%[0-9A-Fa-f]{2})+")
 _LONG_REVISION = re.compile(r"refs/(pr/\d+|convert/\w+)", re.ASCII)
 
 
@@ -53,7 +53,7 @@ class HubId:
         """The Hub id of an address as browsers show it, with a page's ``/blob/main/`` or ``/resolve/main/`` or none."""
         match = _ADDRESS.match(text)
         begin = match.end() if match else 0
-        path = unquote(re.split("[?#]", text[begin:], maxsplit=1)[0]).strip("/")
+        path = _unquoted(re.split("[?#]", text[begin:], maxsplit=1)[0]).strip("/")
         owner, _, rest = path.partition("/")
         if owner in ("datasets", "spaces", "models", "docs", "collections", "api"):
             fail(text, begin, "not a model's address; expected https://huggingface.co/owner/name")
@@ -66,6 +66,11 @@ class HubId:
     def __str__(self) -> str:
         revision = "" if self.revision is None else f"@{self.revision}"
         return f"{self.repo}{revision}" + ("" if self.file is None else f"/{self.file}")
+
+
+def _unquoted(text: str) -> str:
+    """The text of an address, whose odd characters are written ``%2F`` as bytes."""
+    return _QUOTED.sub(lambda match: bytes.fromhex(match[0].replace("%", "")).decode("utf-8", "replace"), text)
 
 
 def _parse_revision_and_file(text: str, at: int) -> tuple[str | None, str | None]:
