@@ -72,8 +72,10 @@ class PromptTag:
     def __str__(self) -> str:
         second = "" if self.unet == self.text_encoder else f":{write_number(self.unet)}"
         ramp, _, window = self.schedule.partition("[")
-        start, _, end = window.removesuffix("]").partition("-")
-        when = f":start={start}:end={end}" if window else ""
+        when = ""
+        if window:
+            start, end = AdapterRef("tag").scheduled(self.schedule).window
+            when = f":start={write_number(start)}:end={write_number(end)}"
         return f"<lora:{self.name}:{ramp or write_number(self.text_encoder) + second}{when}>"
 
 
