@@ -1,6 +1,7 @@
 """What is written for other tools is read back."""
 
 import json
+import resource
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from tests.support.pipelines_saved import load, text_out
 from tests.support.pipelines_tiny import random_adapter, tiny_clip, tiny_pipeline, tiny_tokenizer
 from texforce_hub.apply.applied import apply_adapter
-from texforce_hub.errors import PipelineError
+from texforce_hub.errors import FileError, PipelineError
 from texforce_hub.files.container import open_header
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.pipelines.save import save_pipeline
@@ -21,6 +22,18 @@ def test_a_pipeline_with_live_adapters_is_not_saved(tmp_path):
         for save in (save_pipeline, save_checkpoint, save_text_encoder):
             with pytest.raises(PipelineError, match="fuse"):
                 save(pipe, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("most", [100, 50_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing(most, tmp_path):
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, usual[1]))  # a file that grows beyond it fails as on a full disk
+    try:
+        with pytest.raises(FileError, match=r"saved: cannot be written"):
+            save_pipeline(tiny_pipeline("sd1"), tmp_path / "saved")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,14 +5,16 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from texforce_hub.apply.patch import tuner_layers
-from texforce_hub.errors import PipelineError
+from texforce_hub.errors import FileError, PipelineError
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.files.writing import write_tensors, writing
 from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.tokenizer import write_tokenizer_files
+from texforce_hub.reading import first_line
 
 
 def refuse_live_adapters(pipe: Any) -> None:
@@ -40,11 +42,18 @@ def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = Fa
     """
     refuse_live_adapters(pipe)
     with writing(Path(folder)) as part, quiet():
-        pipe.save_pretrained(part, safe_serialization=True)
+        _save(pipe, part, folder)
         if portable:
             for name, component in pipe.components.items():
                 _make_portable(part / name, name, component)
     return Path(folder)
+
+
+def _save(pipe: Any, part: Path, folder: str | PathLike[str]) -> None:
+    try:
+        pipe.save_pretrained(part, safe_serialization=True)
+    except SafetensorError as error:  # also of a full disk, for which Python has an OSError
+        raise FileError(f"{folder}: cannot be written: {first_line(error)}") from error
 
 
 def _make_portable(folder: Path, name: str, component: Any) -> None:
