@@ -24,7 +24,7 @@ def module(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [name for name, row in BUILT_IN.items() if row.downloads is None])
 def test_a_built_in_keeps_the_contract(name):
     reward = resolve_reward(name)
     scores = reward(IMAGES, PROMPTS)
@@ -116,3 +116,24 @@ def test_a_function_that_raises_is_named_with_the_prompt_it_raised_for():
 
     with pytest.raises(RewardError, match=r"for the prompt 'a green square': no squares here$"):
         Reward("picky", picky)(IMAGES, PROMPTS)
+
+
+def test_a_reward_is_checked_on_made_up_pictures(module):
+    from texforce_hub.rewards.selftest import try_reward
+
+    report = try_reward("brightness", torch.device("cpu"))
+    assert report["gradient"] == pytest.approx(1 / (3 * 64 * 64))
+    assert report["ramp"] == pytest.approx(0.5)
+    assert try_reward("jpeg", torch.device("cpu"))["gradient"] is None
+    counter = iter(range(10))
+    module.moody = lambda images, prompts: torch.full((len(prompts),), float(next(counter)))
+    with pytest.raises(RewardError, match="for the same pictures"):
+        try_reward("python:somebodys_rewards:moody", torch.device("cpu"))
+
+
+def test_the_commands_of_rewards_list_and_check(capsys):
+    from texforce_hub.cli import app
+
+    for arguments, says in ((["list"], "ImageReward"), (["check", "brightness"], "largest gradient")):
+        app(["rewards", *arguments], standalone_mode=False)
+        assert says in capsys.readouterr().out

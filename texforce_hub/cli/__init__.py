@@ -36,6 +36,8 @@ COMMANDS: tuple[str, ...] = (
     "tune",
     "verify",
     "hub",
+    "rewards",
+    "reward_server",
     "demo",
     "doctor",
 )

@@ -1,8 +1,8 @@
 """Rewards: functions ``f(images (b, 3, h, w) in [0, 1], prompts) -> (b,)``; more is better.
 
-A built-in is a module of this folder with a factory of the same name, ``alignment(device) -> f``, that does its
-heavy imports inside; somebody else's is ``python:module:function``, the scoring function itself. Whatever a
-reward returns is checked before it is used.
+A built-in is a module of this folder with a factory, ``alignment(device) -> f``, that does its heavy imports inside;
+somebody else's is ``python:module:function`` or ``python:./file.py:function``, the scoring function itself. Whatever
+a reward returns is checked before it is used.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,6 +58,8 @@ class Reward:
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Any:
         try:
             return self.function(images, prompts)
+        except RewardError:
+            raise  # it says all already
         except Exception as error:
             culprit = self._find_culprit(images, prompts)
             raise RewardError(
@@ -75,8 +77,10 @@ class Reward:
 
 
 def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
-    """The reward that ``NAME[=WEIGHT]`` names: a built-in, ``python:module:function``, or
-    ``python:./file.py:function``.
+    """The reward that ``NAME[=WEIGHT]`` names.
+
+    A built-in, a learned one with ``NAME:FOLDER`` of its files, ``python:module:function`` or
+    ``python:./file.py:function``, or a reward server's address.
 
     Raises:
         RefError: the weight is no number.
@@ -89,11 +93,29 @@ def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
     if name.startswith("python:"):
         function = _import_function(name)
         return Reward(name, function, weight, differentiable=bool(getattr(function, "differentiable", False)))
+    if name.startswith(("http://", "https://")):
+        from texforce_hub.rewards.remote import remote_reward
+
+        return Reward(name, remote_reward(name), weight)
+    return _resolve_built_in(name, weight, torch.device(device))
+
+
+def _resolve_built_in(spec: str, weight: float, device: torch.device) -> Reward:
+    name, colon, path = spec.partition(":")
     if name not in BUILT_IN:
         hint = suggest_name(name, BUILT_IN, otherwise="built in are")
         raise RewardError(f"no reward {name!r}; {hint} (your own: python:module:function)")
-    factory = getattr(import_module(f"texforce_hub.rewards.{name}"), name)
-    return Reward(name, factory(torch.device(device)), weight, BUILT_IN[name].differentiable)
+    row = BUILT_IN[name]
+    if colon and (row.downloads is None or not Path(path).exists()):
+        wrong = f"{path!r} does not exist" if row.downloads else "it has no weights"
+        raise RewardError(
+            f"reward {spec!r}: {wrong}; expected {name}, or for learned ones NAME:FOLDER with their files"
+        )
+    module = row.module or name
+    options: dict[str, Any] = {"folder": Path(path)} if colon else {}
+    options |= {"variant": row.variant} if row.variant else {}
+    factory = getattr(import_module(f"texforce_hub.rewards.{module}"), module)
+    return Reward(name, factory(device, **options), weight, row.differentiable)
 
 
 def resolve_rewards(specs: Sequence[str], device: str | torch.device = "cpu") -> list[Reward]:
@@ -130,7 +152,12 @@ def _load_file(spec: str, path: Path) -> ModuleType:
     if source is None or source.loader is None:
         raise RewardError(f"reward {spec!r}: Python cannot load {path}")
     module = module_from_spec(source)
-    source.loader.exec_module(module)
+    try:
+        source.loader.exec_module(module)
+    except (ImportError, AttributeError):
+        raise
+    except Exception as error:  # somebody else's code may raise anything
+        raise RewardError(f"reward {spec!r}: {path} raised {type(error).__name__}: {first_line(error)}") from error
     return module
 
 
@@ -145,7 +172,11 @@ def _import_function(spec: str) -> Score:
         raise RewardError(f"reward {spec!r}: cannot import {module!r}: {error}") from error
     except AttributeError as error:
         raise RewardError(f"reward {spec!r}: module {module!r} has no {function!r}") from error
+    return _check_callable(spec, function, imported)
+
+
+def _check_callable(spec: str, name: str, imported: Any) -> Score:
     if not callable(imported):
-        raise RewardError(f"reward {spec!r}: {function!r} is a {type(imported).__name__}, not a function")
+        raise RewardError(f"reward {spec!r}: {name!r} is a {type(imported).__name__}, not a function")
     score: Score = imported
     return score

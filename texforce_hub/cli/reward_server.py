@@ -1,0 +1,34 @@
+"""``texforce-hub reward-server``: rewards for other processes and machines."""
+
+from typing import Annotated
+
+import typer
+
+from texforce_hub.cli.console import put, say
+from texforce_hub.cli.options import Device
+
+
+def register(app: typer.Typer) -> None:
+    """Add ``reward-server``."""
+    app.command("reward-server")(serve)
+
+
+def serve(
+    reward: Annotated[list[str], typer.Option("--reward", help="A reward, as for train; repeat for more.")],
+    host: Annotated[
+        str, typer.Option("--host", help="Who may ask: 127.0.0.1 this machine, 0.0.0.0 all.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
+    device: Device = None,
+) -> None:
+    """Serve rewards over HTTP until interrupted; prints the addresses that --reward takes elsewhere."""
+    from texforce_hub.device import choose_device
+    from texforce_hub.rewards.reward import resolve_rewards
+    from texforce_hub.rewards.server import RewardServer
+
+    target = choose_device(device)
+    with RewardServer(resolve_rewards(reward, target), host, port, target) as server:
+        for name in server.rewards:
+            put(f"{server.address}/{name}")
+        say("serving; Ctrl-C ends it")
+        server.serve_forever()

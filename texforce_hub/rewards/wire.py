@@ -1,0 +1,131 @@
+"""What a reward server is asked and answers: pictures and prompts in one message, numbers back; all of it bounded.
+
+A question is eight bytes, the header's length (little endian); the header, a JSON object; the pictures' bytes. Its
+header has ``prompts`` and either ``shape`` ``[b, 3, h, w]`` with ``dtype`` (``float32`` in [0, 1], or ``uint8``), or
+``png``, the length in bytes of each picture as PNG. An answer is a JSON object, ``{"scores": […]}`` or
+``{"error": …}``.
+"""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from texforce_hub.errors import RewardError
+
+LONGEST_QUESTION = 512 * 2**20
+"""Bytes: 170 float pictures of 512 × 512."""
+LONGEST_ANSWER = 2**20
+"""Bytes: some forty thousand numbers."""
+_LONGEST_HEADER = 16 * 2**20
+_MOST_PICTURES = 4096
+_WIDEST = 8192  # pixels of a side
+_DTYPES = {"float32": (torch.float32, np.float32, 4), "uint8": (torch.uint8, np.uint8, 1)}
+
+
+def write_question(images: Tensor, prompts: Sequence[str]) -> bytes:
+    """The message that asks for the scores of pictures ``(b, 3, h, w)`` in [0, 1]."""
+    pixels = images.detach().float().cpu().contiguous()
+    return _pack({"prompts": list(prompts), "shape": list(pixels.shape), "dtype": "float32"}, pixels.numpy().tobytes())
+
+
+def write_png_question(pictures: Sequence[bytes], prompts: Sequence[str]) -> bytes:
+    """The message that asks for the scores of PNG files."""
+    return _pack({"prompts": list(prompts), "png": [len(picture) for picture in pictures]}, b"".join(pictures))
+
+
+def _pack(header: dict[str, Any], data: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def read_question(message: bytes) -> tuple[Tensor, list[str]]:
+    """The pictures ``(b, 3, h, w)``, float32 in [0, 1], and the prompts of a message.
+
+    Raises:
+        RewardError: it is none, or claims more than it holds.
+    """
+    length = int.from_bytes(message[:8], "little")
+    if len(message) < 8 or not 2 <= length <= min(_LONGEST_HEADER, len(message) - 8):
+        raise RewardError("the question is no message: eight bytes of length, a JSON header, the pictures")
+    header = _parse(message[8 : 8 + length], "the question's header")
+    prompts, data = header.get("prompts"), message[8 + length :]
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise RewardError("the question has no prompts, a list of texts")
+    if not 1 <= len(prompts) <= _MOST_PICTURES:
+        raise RewardError(f"the question has {len(prompts)} prompts; expected 1 to {_MOST_PICTURES}")
+    images = _read_png(header["png"], data) if "png" in header else _read_tensor(header, data)
+    if len(images) != len(prompts):
+        raise RewardError(f"the question has {len(images)} pictures and {len(prompts)} prompts; expected as many")
+    return images, prompts
+
+
+def _parse(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RewardError(f"{what} is no JSON") from error
+    if not isinstance(content, dict):
+        raise RewardError(f"{what} is no JSON object")
+    return content
+
+
+def _read_tensor(header: dict[str, Any], data: bytes) -> Tensor:
+    shape, dtype = header.get("shape"), header.get("dtype")
+    sound = isinstance(shape, list) and len(shape) == 4 and all(type(side) is int and side > 0 for side in shape)
+    if not sound or not isinstance(shape, list) or shape[1] != 3 or max(shape[2:]) > _WIDEST or dtype not in _DTYPES:
+        raise RewardError(f"pictures of shape {shape!r:.60} and dtype {dtype!r:.20}; expected [b, 3, h, w], float32")
+    _, kind, size = _DTYPES[dtype]
+    if len(data) != math.prod(shape) * size:
+        raise RewardError(f"{len(data)} bytes of pictures; shape {shape} has {math.prod(shape) * size}")
+    images = torch.from_numpy(np.frombuffer(data, kind).reshape(shape).copy())
+    images = images.float() / 255 if dtype == "uint8" else images
+    if not images.isfinite().all():
+        raise RewardError("pictures that are not finite")
+    return images
+
+
+def _read_png(lengths: Any, data: bytes) -> Tensor:
+    if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths) or sum(lengths) != len(data):
+        raise RewardError("png: expected the length in bytes of each picture, and as many bytes")
+    pictures, start = [], 0
+    for length in lengths[:_MOST_PICTURES]:
+        pictures.append(_decode(data[start : start + length]))
+        start += length
+    if len({picture.shape for picture in pictures}) > 1:
+        raise RewardError("pictures of several sizes in one question; ask for them one by one")
+    return torch.stack(pictures)
+
+
+def _decode(data: bytes) -> Tensor:
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            if max(picture.size) > _WIDEST:
+                raise RewardError(f"a picture of {picture.size}; expected at most {_WIDEST} pixels a side")
+            pixels = np.asarray(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RewardError("a picture that is no PNG") from error
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+
+def read_answer(text: bytes, count: int) -> Tensor:
+    """The scores ``(count,)`` of an answer, float32.
+
+    Raises:
+        RewardError: an error, other numbers than asked for, or what is no finite number.
+    """
+    answer = _parse(text, "the answer")
+    if "error" in answer:
+        raise RewardError(f"{answer['error']!s:.300}")
+    scores = answer.get("scores")
+    if not isinstance(scores, list) or len(scores) != count:
+        raise RewardError(f"{len(scores) if isinstance(scores, list) else 'no'} scores for {count} pictures")
+    if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise RewardError("scores that are no finite numbers")
+    return torch.tensor(scores, dtype=torch.float32)
