@@ -5,7 +5,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from texforce_hub.apply.patch import tuner_layers
@@ -52,7 +51,9 @@ def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = Fa
 def _save(pipe: Any, part: Path, folder: str | PathLike[str]) -> None:
     try:
         pipe.save_pretrained(part, safe_serialization=True)
-    except SafetensorError as error:  # also of a full disk, for which Python has an OSError
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # its word for a full disk, for which Python has an OSError
+            raise
         raise FileError(f"{folder}: cannot be written: {first_line(error)}") from error
 
 
