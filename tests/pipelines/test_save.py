@@ -37,6 +37,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(most, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".bin"])
+def test_safetensors_are_not_written_under_a_pickles_name(suffix, tmp_path):
+    for family in ("sd1", "sdxl"):
+        with pytest.raises(FileError, match=r"safetensors"):
+            save_text_encoder(tiny_pipeline(family), tmp_path / f"x{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_portable_save_has_the_old_names_and_the_old_tokenizer_files(tmp_path):
     pipe = tiny_pipeline("sdxl")
     adapter = random_adapter(pipe)

@@ -87,7 +87,7 @@ def save_text_encoder(pipe: Any, file: str | PathLike[str]) -> list[Path]:
     names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
     return [
         write_tensors(
-            path if len(encoders) == 1 else path.with_name(f"{path.stem}_{names[part]}.safetensors"),
+            path if len(encoders) == 1 else path.with_name(f"{path.stem}_{names[part]}{path.suffix or '.safetensors'}"),
             _clip_tensors(module),
         )
         for part, module in encoders.items()
