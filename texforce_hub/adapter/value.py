@@ -1,5 +1,6 @@
 """The value in the middle: a frozen mapping from layer names to changes."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -23,7 +24,7 @@ LayerName = str
 Layer = LowRank | Dense | Vector | Hadamard | Kronecker | Decomposed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Adapter:
     """Changes of a pipeline's weights, by layer name; never changed after it is made.
 
@@ -48,6 +49,18 @@ class Adapter:
         _check_text(self.metadata)
         for attribute in ("layers", "metadata", "extras"):
             object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
+
+    def __repr__(self) -> str:
+        """One line: family, layers by part, ranks; never the tensors."""
+        parts = Counter(map(part_of, self.layers))
+        ranks = sorted({rank for rank in self.ranks.values() if rank is not None})
+        facts = [self.family or "family unknown", *(f"{part}: {count} layers" for part, count in parts.items())]
+        facts += [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
+        return f"Adapter({', '.join(facts)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as it is made: from its layers, metadata and extras."""
+        return type(self), (dict(self.layers), dict(self.metadata), dict(self.extras))
 
     @property
     def parts(self) -> tuple[str, ...]:
