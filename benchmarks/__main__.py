@@ -1,7 +1,9 @@
 """``python -m benchmarks``: every section of BENCHMARKS.md, one after the other."""
 
-from benchmarks import apply, merge
+from benchmarks import apply, busy, merge
 
 apply.main()
 print()
 merge.main()
+print()
+busy.main()

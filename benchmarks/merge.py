@@ -1,14 +1,16 @@
-"""Merging: CPU seconds of one thread and extra memory, beside PEFT's ``add_weighted_adapter``.
+"""Merging: CPU seconds of one thread and extra memory, beside PEFT's ``add_weighted_adapter`` and kohya's arithmetic.
 
-``python -m benchmarks.merge`` prints the Markdown section of BENCHMARKS.md. Every case runs in a process of its
-own; random weights of true sizes, three adapters of rank 16, weights 0.7, 0.5, -0.3, the result at rank 16.
+``python -m benchmarks.merge`` prints the Markdown section of BENCHMARKS.md, row by row. Every case runs in a process of
+its own; random weights of true sizes, three adapters of rank 16, weights 0.7, 0.5, -0.3, the result at rank 16.
 """
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +22,18 @@ from torch import nn
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.families import FAMILIES
+from texforce_hub.hub.convert import convert_adapter
+from texforce_hub.hub.read import open_adapter
+from texforce_hub.hub.write import write_adapter
+from texforce_hub.merge.extract import extract_adapter
 from texforce_hub.merge.merge import merge_adapters
 from texforce_hub.merge.resize import resize_adapter
 
 WEIGHTS = (0.7, 0.5, -0.3)
 RANK = 16
 ENDINGS = ("q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0")
+
+MORE = ("fc1", "fc2", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
 
 Shapes = dict[str, tuple[int, int]]
 
@@ -82,19 +90,18 @@ def peft_model(shapes: Shapes, adapters: list[Adapter]) -> Any:
     return model
 
 
-def measure(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """CPU seconds (the least of ``repeats``) and the first call's extra memory in MB."""
+def measure(work: Callable[[], Any], repeats: int) -> tuple[list[float], float]:
+    """CPU seconds of each of ``repeats`` calls, and the first call's extra memory in MB."""
     before = _resident()
     Path("/proc/self/clear_refs").write_text("5")
-    start = time.process_time()
-    work()
-    best = time.process_time() - start
-    extra = (_peak() - before) / 1e6
-    for _ in range(repeats - 1):
+    seconds: list[float] = []
+    extra = 0.0
+    for number in range(repeats):
         start = time.process_time()
         work()
-        best = min(best, time.process_time() - start)
-    return best, extra
+        seconds.append(time.process_time() - start)
+        extra = (_peak() - before) / 1e6 if number == 0 else extra
+    return seconds, extra
 
 
 def _status(field: str) -> float:
@@ -110,49 +117,145 @@ def _peak() -> float:
     return _status("VmHWM")
 
 
-def run_case(case: dict[str, Any]) -> dict[str, float]:
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
     """One measurement, in this process."""
     torch.set_num_threads(1)
     torch.linalg.svd(torch.eye(64))  # loads the libraries, whose memory is nobody's
     torch.linalg.eigh(torch.linalg.qr(torch.eye(64))[0].double())
+    if case["what"] in FROM_FILES:
+        seconds, extra = measure(FROM_FILES[case["what"]](case), case.get("repeats", 3))
+        return {"seconds": seconds, "extra": extra, "layers": 0}
     shapes = shapes_of(case["family"], case["part"], case["every"])
     shapes = dict(list(shapes.items())[: case.get("layers", len(shapes))])
     adapters = [make_adapter(shapes, seed, case.get("rank", RANK)) for seed in range(case.get("count", 3))]
-    weights = (WEIGHTS * 3)[: len(adapters)]
-    work: Callable[[], Any]
-    if case["what"] == "peft":
-        model = peft_model(shapes, adapters)
-        names = iter(range(1000))
-
-        def work() -> None:
-            model.add_weighted_adapter(
-                [f"a{index}" for index in range(len(adapters))],
-                list(weights),
-                f"merged{next(names)}",
-                combination_type=case["method"],
-                svd_rank=RANK,
-                density=0.5 if "ties" in case["method"] else None,
-            )
-    elif case["what"] == "merge":
-
-        def work() -> None:
-            merge_adapters(list(zip(adapters, weights)), case["method"], **case.get("options", {}))
-    elif case["what"] == "resize":
-
-        def work() -> None:
-            resize_adapter(adapters[0], rank=RANK)
-    else:
-
-        def work() -> None:
-            for layer in adapters[0].layers.values():
-                left, values, right = torch.linalg.svd(layer.delta(), full_matrices=False)
-                _ = (left[:, :RANK] * values[:RANK]).contiguous(), right[:RANK].contiguous()
-
-    seconds, extra = measure(work, case.get("repeats", 3))
+    seconds, extra = measure(IN_MEMORY[case["what"]](case, shapes, adapters), case.get("repeats", 5))
     return {"seconds": seconds, "extra": extra, "layers": len(shapes)}
 
 
-def in_process(**case: Any) -> dict[str, float]:
+def merge_by_peft(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
+    """PEFT's merge, with the adapters on a model."""
+    model = peft_model(shapes, adapters)
+    names = iter(range(1000))
+
+    def work() -> None:
+        model.add_weighted_adapter(
+            [f"a{index}" for index in range(len(adapters))],
+            list((WEIGHTS * 3)[: len(adapters)]),
+            f"merged{next(names)}",
+            combination_type=case["method"],
+            svd_rank=RANK,
+            density=0.5 if "ties" in case["method"] else None,
+        )
+
+    return work
+
+
+def merge_by_us(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
+    """Our merge of adapters in memory."""
+    del shapes
+    sources = list(zip(adapters, WEIGHTS * 3))
+    return lambda: merge_adapters(sources, case["method"], **case.get("options", {}))
+
+
+def merge_by_kohya(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
+    """The arithmetic of kohya's merge."""
+    del case, shapes
+    return lambda: merge_as_kohya(adapters, WEIGHTS * 3, RANK)
+
+
+def resize_by_us(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
+    """Our resizing of an adapter in memory."""
+    del case, shapes
+    return lambda: resize_adapter(adapters[0], rank=RANK)
+
+
+def resize_by_svd(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
+    """A full SVD of every layer's dense change."""
+    del case, shapes
+
+    def work() -> None:
+        for layer in adapters[0].layers.values():
+            left, values, right = torch.linalg.svd(layer.delta(), full_matrices=False)
+            _ = (left[:, :RANK] * values[:RANK]).contiguous(), right[:RANK].contiguous()
+
+    return work
+
+
+IN_MEMORY: dict[str, Callable[[dict[str, Any], Shapes, list[Adapter]], Callable[[], Any]]] = {
+    "peft": merge_by_peft,
+    "merge": merge_by_us,
+    "kohya": merge_by_kohya,
+    "resize": resize_by_us,
+    "full svd": resize_by_svd,
+}
+
+
+def merge_as_kohya(adapters: list[Adapter], weights: tuple[float, ...], rank: int) -> None:
+    """The arithmetic of kohya's ``svd_merge_lora``: the dense sum, its full SVD, the ends cut at a quantile."""
+    for name in adapters[0].layers:
+        total = sum(weight * adapter.delta(name) for adapter, weight in zip(adapters, weights))
+        assert isinstance(total, torch.Tensor)
+        left, values, right = torch.linalg.svd(total)
+        up, down = left[:, :rank] @ torch.diag(values[:rank]), right[:rank]
+        bound = torch.quantile(torch.cat([up.flatten(), down.flatten()]), 0.99)
+        _ = up.clamp(-bound, bound).contiguous(), down.clamp(-bound, bound).contiguous()
+
+
+def whole_sdxl(rank: int, seed: int) -> Adapter:
+    """An adapter of every attention and feed-forward layer of SDXL: 986 layers, float16."""
+    generator = torch.Generator().manual_seed(seed)
+    decay = 0.9 ** torch.arange(rank)[:, None]
+    layers = {
+        f"{part}.{name.removesuffix('.weight')}": LowRank(
+            (torch.randn(rank, shape[1], generator=generator) * 0.02 * decay).half(),
+            (torch.randn(shape[0], rank, generator=generator) * 0.1).half(),
+            0.5,
+        )
+        for part in ("text_encoder", "text_encoder_2", "unet")
+        for name, shape in FAMILIES["sdxl"].parts[part].weights().items()
+        if len(shape) == 2 and name.endswith(tuple(f"{ending}.weight" for ending in (*ENDINGS, *MORE)))
+        if part != "unet" or "attentions" in name
+    }
+    return Adapter(layers)
+
+
+def merge_files(case: dict[str, Any]) -> Callable[[], Any]:
+    """Whole files into one adapter in memory."""
+    sources = [(path, weight) for path, weight in zip(case["files"], WEIGHTS * 3)]
+    return lambda: merge_adapters(sources, "svd", rank=32)
+
+
+def resize_file(case: dict[str, Any]) -> Callable[[], Any]:
+    """A file, to an adapter at a smaller rank."""
+    return lambda: resize_adapter(open_adapter(case["files"][0]), rank=RANK)
+
+
+def convert_file(case: dict[str, Any]) -> Callable[[], Any]:
+    """A file into a file of another layout."""
+    target = Path(case["files"][0]).with_name("converted.safetensors")
+    return lambda: convert_adapter(case["files"][0], target, dialect="diffusers")
+
+
+def extract_change(case: dict[str, Any]) -> Callable[[], Any]:
+    """What tells two weights apart, of rank 16 or of full rank."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"unet.a{i}.weight": torch.randn(1280, 1280, generator=generator) * 0.02 for i in range(4)}
+    tuned = {}
+    for name, weight in base.items():
+        wide, high = (torch.randn(1280, case["rank"], generator=generator) for _ in range(2))
+        tuned[name] = weight + 1e-3 * (wide @ high.T)
+    return lambda: extract_adapter(tuned, base, rank=RANK)
+
+
+FROM_FILES: dict[str, Callable[[dict[str, Any]], Callable[[], Any]]] = {
+    "merge files": merge_files,
+    "resize file": resize_file,
+    "convert file": convert_file,
+    "extract": extract_change,
+}
+
+
+def in_process(**case: Any) -> dict[str, Any]:
     """One measurement, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.merge", json.dumps(case)],
@@ -161,7 +264,7 @@ def in_process(**case: Any) -> dict[str, float]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
     )
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
@@ -176,60 +279,106 @@ PAIRS = (
 )
 
 
-def against_peft() -> list[str]:
+def put(line: str) -> None:
+    """One line, at once."""
+    print(line, flush=True)
+
+
+def show(seconds: list[float]) -> str:
+    """The median, and the least and the most."""
+    middle = statistics.median(seconds)
+    digits = 3 if middle < 1 else 2
+    spread = f" ({min(seconds):.{digits}f} – {max(seconds):.{digits}f})" if len(seconds) > 1 else ""
+    return f"{middle:.{digits}f}{spread}"
+
+
+def ratio(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """How many times as long theirs takes, by the medians."""
+    return f"{statistics.median(theirs['seconds']) / statistics.median(ours['seconds']):.0f}×"
+
+
+def against_peft() -> None:
     """The table beside PEFT."""
-    lines = [
-        "| where | layers | ours | CPU s | extra MB | PEFT | CPU s | extra MB | ratio of CPU s | of extra MB |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    put("| where | layers | ours | CPU s | extra MB | PEFT | CPU s | extra MB | ratio of CPU s | of extra MB |")
+    put("|---|---|---|---|---|---|---|---|---|---|")
     for title, family, part, every in PLACES:
         for method, options, theirs in PAIRS:
-            place = {"family": family, "part": part, "every": every}
-            ours = in_process(what="merge", method=method, options=options, **place)
-            peft = in_process(what="peft", method=theirs, repeats=1, **place)
-            lines.append(
+            where = {"family": family, "part": part, "every": every}
+            ours = in_process(what="merge", method=method, options=options, **where)
+            peft = in_process(what="peft", method=theirs, repeats=3 if theirs == "svd" else 1, **where)
+            put(
                 f"| {title} | {ours['layers']:.0f} | `{method}`{' in core space' if 'space' in options else ''} "
-                f"| {ours['seconds']:.3f} | {ours['extra']:.1f} | `{theirs}` | {peft['seconds']:.2f} "
-                f"| {peft['extra']:.0f} | {peft['seconds'] / ours['seconds']:.0f}× "
-                f"| {peft['extra'] / max(0.1, ours['extra']):.0f}× |"
+                f"| {show(ours['seconds'])} | {ours['extra']:.1f} | `{theirs}` | {show(peft['seconds'])} "
+                f"| {peft['extra']:.0f} | {ratio(peft, ours)} | {peft['extra'] / max(0.1, ours['extra']):.0f}× |"
             )
-    return lines
 
 
-def whole_models() -> list[str]:
-    """Ours on all layers of the large parts."""
-    lines = ["| all layers of | layers | `svd` CPU s | extra MB |", "|---|---|---|---|"]
-    for title, part in (("SDXL second text encoder", "text_encoder_2"), ("SDXL U-Net", "unet")):
-        ours = in_process(what="merge", method="svd", options={"rank": RANK}, family="sdxl", part=part, every=1)
-        lines.append(f"| {title} | {ours['layers']:.0f} | {ours['seconds']:.2f} | {ours['extra']:.0f} |")
-    return lines
+def against_kohya() -> None:
+    """The same layers by the dense sum and its full SVD."""
+    put("\n| the same layers, `svd` | ours, CPU s | kohya's arithmetic, CPU s | ratio |\n|---|---|---|---|")
+    for title, family, part, every in PLACES:
+        where = {"family": family, "part": part, "every": every}
+        ours = in_process(what="merge", method="svd", options={"rank": RANK}, **where)
+        kohya = in_process(what="kohya", repeats=1, **where)
+        put(f"| {title} | {show(ours['seconds'])} | {show(kohya['seconds'])} | {ratio(kohya, ours)} |")
 
 
-def growth() -> list[str]:
+def growth() -> None:
     """How the cost of ``svd`` grows with sources, rank and layers, and ``resize`` beside a full SVD."""
-    place = {"family": "sd1", "part": "text_encoder", "every": 1}
-    merge = {"what": "merge", "method": "svd", "options": {"rank": RANK}, **place}
-    lines = ["| `svd` on SD1.5's text encoder | CPU s |", "|---|---|"]
-    lines += [f"| {n} sources | {in_process(**merge, count=n)['seconds']:.3f} |" for n in (2, 4, 8)]
-    lines += [f"| sources of rank {r} | {in_process(**merge, rank=r)['seconds']:.3f} |" for r in (4, 16, 64)]
-    lines += [f"| {n} layers | {in_process(**merge, layers=n)['seconds']:.3f} |" for n in (12, 24, 48)]
-    ours = in_process(what="resize", rank=64, count=1, **place)["seconds"]
-    full = in_process(what="full svd", rank=64, count=1, repeats=1, **place)["seconds"]
-    lines.append(f"| `resize`, rank 64 to 16 (a full SVD of each layer: {full:.2f}) | {ours:.3f} |")
-    return lines
+    where = {"family": "sd1", "part": "text_encoder", "every": 1}
+    merge = {"what": "merge", "method": "svd", "options": {"rank": RANK}, **where}
+    put("\n| `svd` on SD1.5's text encoder | CPU s |\n|---|---|")
+    cases = [(f"{n} sources", {"count": n}) for n in (2, 4, 8)]
+    cases += [(f"sources of rank {r}", {"rank": r}) for r in (4, 16, 64)]
+    cases += [(f"{n} layers", {"layers": n}) for n in (12, 24, 48)]
+    for title, more in cases:
+        put(f"| {title} | {show(in_process(**merge, **more)['seconds'])} |")
+    ours = in_process(what="resize", rank=64, count=1, **where)
+    full = in_process(what="full svd", rank=64, count=1, repeats=1, **where)
+    put(f"| `resize`, rank 64 to 16 (a full SVD of each layer: {show(full['seconds'])}) | {show(ours['seconds'])} |")
+
+
+def whole_files() -> None:
+    """Files of all of SDXL's layers: merged, resized, converted; and weights told apart."""
+    put("\n| 986 layers of SDXL, from files; 1280 × 1280 weights | CPU s | extra MB |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        files = [f"{folder}/{seed}.safetensors" for seed in range(3)]
+        for seed, path in enumerate(files):
+            write_adapter(whole_sdxl(32, seed), path, dialect="kohya")
+        large = str(write_adapter(whole_sdxl(64, 9), f"{folder}/64.safetensors", dialect="kohya"))
+        cases: list[tuple[str, dict[str, Any]]] = [
+            (f"merge of {n} files of rank 32 to rank 32", {"what": "merge files", "files": (files * 3)[:n]})
+            for n in (2, 3, 8)
+        ]
+        cases += [
+            ("resize of a file, rank 64 to 16", {"what": "resize file", "files": [large]}),
+            ("convert of a file of rank 32, kohya's layout to diffusers'", {"what": "convert file", "files": files}),
+            ("extract four weights whose change has rank 16", {"what": "extract", "rank": 16}),
+            ("extract four weights whose change has full rank", {"what": "extract", "rank": 1280}),
+        ]
+        for title, case in cases:
+            done = in_process(**case)
+            put(f"| {title} | {show(done['seconds'])} | {done['extra']:.0f} |")
+
+
+HEAD = """\
+`python -m benchmarks.merge`; {machine}, torch {torch}, one thread. CPU seconds of the process, not wall time: the
+machine was shared. Medians (least – most) of five calls; of three for PEFT's `svd` and for files; PEFT's `ties_svd` and
+kohya's arithmetic (the dense sum, its full SVD, written anew) are one call. The base model and loading the adapters
+count for neither side but where files are named; PEFT's time includes putting its result on the model, ours the report.
+Random weights of true sizes. Eight files are three, by turns. Not measured on a GPU yet.
+"""
 
 
 def main() -> None:
     """Print the section."""
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and sys.argv[1].startswith("{"):
         print(json.dumps(run_case(json.loads(sys.argv[1]))))
         return
-    print("## Merge\n")
-    print(f"`python -m benchmarks.merge`; {platform.machine()}, torch {torch.__version__}, one thread. CPU seconds of")
-    print("the process, not wall time: the machine was shared. Least of three calls (PEFT: one). The base model and")
-    print("loading the adapters count for neither side; PEFT's time includes putting its result on the model, ours the")
-    print("report. Random weights of true sizes. Not measured on a GPU yet.\n")
-    print("\n".join([*against_peft(), "", *whole_models(), "", *growth()]))
+    put("## Merge\n")
+    put(HEAD.format(machine=platform.machine(), torch=torch.__version__))
+    for table in (against_peft, against_kohya, growth, whole_files):
+        table()
 
 
 if __name__ == "__main__":
