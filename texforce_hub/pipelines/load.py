@@ -9,7 +9,10 @@ import torch
 from diffusers import DiffusionPipeline
 
 from texforce_hub.device import choose_device, choose_dtype
-from texforce_hub.errors import PipelineError
+from texforce_hub.errors import HubError, PipelineError
+from texforce_hub.hub.huggingface.faults import is_outage
+from texforce_hub.hub.huggingface.repository import ask_repository
+from texforce_hub.hub.refs.hub_id import is_repository
 from texforce_hub.pipelines.configuration import check_configuration
 from texforce_hub.pipelines.configuration import components as components_of
 from texforce_hub.pipelines.culprit import check_weights, explain, say
@@ -85,12 +88,25 @@ def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
     return pipe
 
 
+def _ask_hub(name: str) -> str:
+    """Why the Hub does not give a base: private, gated, missing; empty if it cannot be asked, or would give it."""
+    if not is_repository(name):
+        return ""
+    try:
+        ask_repository(name)
+    except HubError as error:
+        return "" if is_outage(error.__cause__) else str(error)
+    return ""
+
+
 def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
     try:
         return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except MemoryError:
         raise
     except Exception as error:  # as above
+        if refusal := _ask_hub(name):
+            raise PipelineError(f"no base {name!r} on this machine, and on the Hub: {refusal}") from error
         if "not fully cached locally" in str(error):  # its cause is of another class for each way to be offline
             raise PipelineError(
                 f"no base {name!r} on this machine, and the Hub cannot be reached: download it where it can, "
