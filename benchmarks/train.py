@@ -139,7 +139,11 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
     for name in recipes:
         for seed in seeds:
             config = TrainConfig(
-                str(folder / f"{name.replace(' ', '-')}-{seed}"), seed=seed, device="cpu", **RECIPES[name]
+                str(folder / f"{name.replace(' ', '-')}-{seed}"),
+                prompts="shapes:colour",
+                seed=seed,
+                device="cpu",
+                **RECIPES[name],
             )
             units = spent(config, config.steps)
             try:
