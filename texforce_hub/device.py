@@ -11,6 +11,8 @@ from texforce_hub.errors import ConfigError
 logger = logging.getLogger("texforce_hub")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Dtype = str | torch.dtype
+"""A dtype, or the name of one: ``torch.float16``, ``"float16"``, ``"fp16"``, ``"half"``."""
 _CALLED = {"fp32": "float32", "f32": "float32", "float": "float32", "fp16": "float16", "f16": "float16"}
 _CALLED |= {"half": "float16", "bf16": "bfloat16"}
 """What other tools call the same dtype."""
@@ -44,7 +46,7 @@ def spell_dtype(name: str) -> str:
     return _CALLED.get(plain, plain)
 
 
-def choose_dtype(name: str | torch.dtype | None) -> torch.dtype:
+def choose_dtype(name: Dtype | None) -> torch.dtype:
     """The dtype named (``float16``, ``bfloat16``, ``float32``, ``fp16``, ``half`` …); float32 if none is.
 
     Raises:
@@ -56,6 +58,15 @@ def choose_dtype(name: str | torch.dtype | None) -> torch.dtype:
     if known not in DTYPES:
         raise ConfigError(f"no dtype {name!r}; expected one of {', '.join(DTYPES)}")
     return DTYPES[known]
+
+
+def given_dtype(name: Dtype | None) -> torch.dtype | None:
+    """The dtype named, as :func:`choose_dtype` reads it; ``None`` if none is.
+
+    Raises:
+        ConfigError: another name.
+    """
+    return None if name is None else choose_dtype(name)
 
 
 @contextmanager

@@ -6,8 +6,10 @@ import torch
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
-from texforce_hub.errors import MergeError
+from texforce_hub.errors import ConfigError, MergeError
 from texforce_hub.generate.images.heatmap import draw_comparison
+from texforce_hub.hub.read import read_adapter
+from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.merge.compare import compare_adapters
 
 NAME = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
@@ -88,3 +90,17 @@ def test_the_heat_map_is_coloured_by_its_numbers():
     blues = [c for c in colours if isinstance(c, tuple) and c[2] > 90 and c[0] < 40]
     assert reds
     assert blues
+
+
+def test_references_are_compared_as_the_adapters_that_they_name():
+    adapters = [read_adapter("shapes-colour"), read_adapter("shapes-shape")]
+    compared = compare_adapters(*adapters)
+    assert compare_adapters("shapes-colour", "shapes-shape") == compared
+    assert compare_adapters(adapters[0], AdapterRef("shapes-shape")) == compared
+
+
+def test_the_weight_of_a_reference_is_compared_with():
+    half, whole = compare_adapters("shapes-colour:0.5", "shapes-colour:text_encoder=-1").layers[0].norms
+    assert half == pytest.approx(whole / 2)
+    with pytest.raises(ConfigError, match="its weight changes over the denoising steps"):
+        compare_adapters("shapes-colour[0-0.5]", "shapes-shape")

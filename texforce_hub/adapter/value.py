@@ -15,6 +15,7 @@ from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import narrow
+from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import AdapterError
 from texforce_hub.families.names import part_of
 from texforce_hub.families.recognition import FamilyVerdict, recognize_family
@@ -113,15 +114,17 @@ class Adapter:
         chosen = {n: layer for n, layer in self.layers.items() if part_of(n) == part}
         return replace(self, layers=chosen, extras={})
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Adapter":
+    def to(self, device: str | torch.device | None = None, dtype: Dtype | None = None) -> "Adapter":
         """The same adapter on another device, in another dtype.
 
         Raises:
             AdapterError: a value that the dtype cannot hold.
+            ConfigError: no dtype of this name.
         """
+        kind = given_dtype(dtype)
 
         def move(name: LayerName, layer: Layer) -> Layer:
-            return layer.map(lambda t: (t if dtype is None else narrow(t, dtype, name)).to(device=device))
+            return layer.map(lambda t: (t if kind is None else narrow(t, kind, name)).to(device=device))
 
         return replace(
             self,

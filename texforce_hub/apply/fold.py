@@ -16,6 +16,7 @@ from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.apply.rounding import Loss, measure_loss, round_to, seed_for, total_loss
+from texforce_hub.device import Dtype, choose_dtype
 from texforce_hub.errors import MergeError
 
 
@@ -34,7 +35,7 @@ class Fold:
 
 
 def measure_fold(
-    adapter: Adapter, base: Base, *, dtype: torch.dtype = torch.float16, stochastic: bool = False, seed: int = 0
+    adapter: Adapter, base: Base, *, dtype: Dtype = torch.float16, stochastic: bool = False, seed: int = 0
 ) -> Fold:
     """What fusing an adapter into a base of ``dtype`` would lose; nothing is written.
 
@@ -48,18 +49,19 @@ def measure_fold(
 
     Raises:
         MergeError: the base lacks a layer, or its weight has another shape.
+        ConfigError: no dtype of this name.
     """
-    losses: dict[LayerName, Loss] = {}
+    kind, losses = choose_dtype(dtype), dict[LayerName, Loss]()
     for name, layer in adapter.layers.items():
         weight = find_weight(base, name, layer.shape)
         if weight is None or tuple(weight.shape) != layer.shape:
             raise MergeError(f"{name}: the adapter changes {layer.shape}; the base has {_shape(weight)}")
-        stored = weight.to(dtype)
+        stored = weight.to(kind)
         change = layer.delta(None if isinstance(layer, Vector) else wide(stored)).to(stored.device)
         draws = seed_for(seed, name) if stochastic else None
-        losses[name] = measure_loss(stored, round_to(wide(stored) + change, dtype, draws), change)
+        losses[name] = measure_loss(stored, round_to(wide(stored) + change, kind, draws), change)
     relative = {name: loss.relative for name, loss in losses.items()}
-    return Fold(str(dtype).removeprefix("torch."), stochastic, total_loss(losses.values()).relative, relative)
+    return Fold(str(kind).removeprefix("torch."), stochastic, total_loss(losses.values()).relative, relative)
 
 
 def _shape(weight: Tensor | None) -> object:

@@ -49,18 +49,13 @@ def compare(
 ) -> None:
     """Compare two adapters: cosine, principal angles and interference of every layer; -v prints them all."""
     from texforce_hub.device import choose_device
-    from texforce_hub.hub.read import open_adapter
     from texforce_hub.merge.compare import compare_adapters
 
     if output is not None:
         refuse_suffix(output, (".png",))
         refuse_existing(output, force=force)
     chosen = choose_device(device)
-    comparison = compare_adapters(
-        open_adapter(first, device=chosen),
-        open_adapter(second, device=chosen),
-        base=load_base(base, device=chosen),
-    )
+    comparison = compare_adapters(first, second, base=load_base(base, device=chosen), device=chosen)
     if output is not None:
         _draw(comparison, output, f"{first} and {second}")
     if json:

@@ -49,7 +49,7 @@ def extract(
     json: AsJson = False,
 ) -> None:
     """Extract what a fine-tune changed, as an adapter; what is left out is listed, each layer with -v."""
-    from texforce_hub.device import choose_device, choose_dtype
+    from texforce_hub.device import choose_device
     from texforce_hub.hub.write import write_adapter
     from texforce_hub.merge.extract import extract_adapter
 
@@ -63,7 +63,7 @@ def extract(
         rest=rest,
         threshold=threshold,
         device=choose_device(device),
-        dtype=None if dtype is None else choose_dtype(dtype),
+        dtype=dtype,
     )
     path = write_adapter(extracted.adapter, output, dialect=dialect)
     if extracted.left_out:

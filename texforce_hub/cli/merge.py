@@ -126,10 +126,9 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _make_request(adapters: Sequence[str], given: dict[str, Any]) -> "MergeRequest":
-    from texforce_hub.device import choose_dtype
     from texforce_hub.merge.request import MergeRequest
 
-    return MergeRequest(adapters, **given | ({"dtype": choose_dtype(given["dtype"])} if "dtype" in given else {}))
+    return MergeRequest(adapters, **given)
 
 
 def _read_request(recipe: Path, given: dict[str, Any]) -> "MergeRequest":

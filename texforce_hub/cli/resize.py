@@ -51,7 +51,7 @@ def resize(
     json: AsJson = False,
 ) -> None:
     """Give an adapter smaller ranks, and say what share is kept; of each layer with -v."""
-    from texforce_hub.device import choose_device, choose_dtype
+    from texforce_hub.device import choose_device
     from texforce_hub.hub.read import open_adapter
     from texforce_hub.hub.write import write_adapter
     from texforce_hub.merge.resize import resize_adapter
@@ -65,7 +65,7 @@ def resize(
         ratio=ratio,
         max_total_rank=max_total_rank,
         base=load_base(base, device="cpu"),
-        dtype=None if dtype is None else choose_dtype(dtype),
+        dtype=dtype,
     )
     path = write_adapter(resized.adapter, output, dialect=dialect)
     if json:

@@ -8,6 +8,7 @@ import torch
 from texforce_hub.adapter.finite import check_finite
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
+from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import FileError
 from texforce_hub.files.writing import write_stream, writing
 from texforce_hub.formats.codec.encoding import encode, encode_lazily
@@ -23,7 +24,7 @@ def write_adapter(
     path: str | Path,
     *,
     dialect: str = "diffusers",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
 ) -> Path:
     """Write an adapter in one layout, whole or not at all; gives the file, or the folder of a PEFT adapter.
 
@@ -36,19 +37,20 @@ def write_adapter(
         AdapterError: NaN or infinity, or numbers that the dtype cannot hold.
         FileError: the place cannot be written or names a pickle, a PEFT adapter shall be a file, or one of several
             parts lie in a folder that exists.
+        ConfigError: no dtype of this name.
     """
-    path = Path(path)
+    path, kind = Path(path), given_dtype(dtype)
     check_name(path)
     if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not is_folder(path):
         raise FileError(f"{path}: pickles are not written; name a .safetensors file, or a folder")
     if isinstance(adapter, Adapter):
         check_finite(adapter)
     if dialect == "peft" and len(_outline_of(adapter).parts) > 1:
-        return _write_parts(adapter, path, dtype)
+        return _write_parts(adapter, path, kind)
     if isinstance(adapter, LazyAdapter):
-        encoded, tensors = encode_lazily(adapter, dialect, dtype=dtype)
+        encoded, tensors = encode_lazily(adapter, dialect, dtype=kind)
     else:
-        encoded = encode(adapter, dialect, dtype=dtype)
+        encoded = encode(adapter, dialect, dtype=kind)
         tensors = iter(encoded.tensors.items())
     names_file = is_safetensors(path.name) and not is_folder(path)
     if encoded.config is not None:

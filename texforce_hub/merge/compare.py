@@ -16,6 +16,8 @@ from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import MergeError
 from texforce_hub.formats.codec.renaming import share_names
+from texforce_hub.hub.read import open_adapter
+from texforce_hub.hub.stack import Source, read_stack
 from texforce_hub.merge.methods.linear import products
 from texforce_hub.merge.methods.registry import Mergeable
 from texforce_hub.merge.methods.resolve import resolve
@@ -62,17 +64,28 @@ class Comparison:
         return asdict(self)
 
 
-def compare_adapters(a: Adapter | LazyAdapter, b: Adapter | LazyAdapter, *, base: Base | None = None) -> Comparison:
+def compare_adapters(
+    a: Source | LazyAdapter,
+    b: Source | LazyAdapter,
+    *,
+    base: Base | None = None,
+    device: str | torch.device | None = None,
+) -> Comparison:
     """Cosine, principal angles and interference of every layer that both adapters change, one layer at a time.
 
     Args:
+        a, b: each an adapter, or a reference or path, which is read layer by layer and may bring a weight
+            (``"A:0.7"``).
         base: pipeline, model or mapping of weights; only DoRA layers need it.
+        device: where the layers of references and paths are read to; the CPU by default.
 
     Raises:
+        ConfigError: something else than an adapter, a reference or a path.
+        RefError, FileError: a reference that names no adapter here.
         MergeError: no layer in common, layers of different shapes, or a DoRA layer without ``base``.
         DialectError: one names a transformer's layers as the authors' code does, and they cannot be divided.
     """
-    a, b = share_names([a, b])
+    a, b = share_names([_opened(adapter, device) for adapter in (a, b)])
     shared = [name for name in a.layers if name in b.layers]
     if not shared:
         raise MergeError(f"no layer in common: one has {next(iter(a.layers), None)!r}, the other {_first(b)!r}")
@@ -81,6 +94,14 @@ def compare_adapters(a: Adapter | LazyAdapter, b: Adapter | LazyAdapter, *, base
     squares = [math.fsum(layer.norms[side] ** 2 for layer in layers) for side in (0, 1)]
     only = tuple(tuple(name for name in mine.layers if name not in other.layers) for mine, other in ((a, b), (b, a)))
     return Comparison(layers, (only[0], only[1]), _cosine(inner, *squares), _interference(inner, *squares))
+
+
+def _opened(source: Source | LazyAdapter, device: str | torch.device | None) -> Adapter | LazyAdapter:
+    if isinstance(source, Adapter | LazyAdapter):
+        return source
+    (entry,) = read_stack(source, read=lambda ref: open_adapter(ref, device=device))
+    assert isinstance(entry.content, LazyAdapter)  # as it was opened
+    return entry.content.weighted(entry.weight.weight_of)
 
 
 def _first(adapter: Adapter | LazyAdapter) -> LayerName | None:

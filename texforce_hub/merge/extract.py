@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import parts_of, plain
+from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
 from texforce_hub.families.names import part_of
 from texforce_hub.merge.overflow import check_result, naming_overflow
@@ -63,7 +64,7 @@ def extract_adapter(
     rest: bool = False,
     threshold: float = 1e-6,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
 ) -> Extracted:
     """What turns ``base`` into ``tuned``, as an adapter; one weight is in hand at a time.
 
@@ -81,8 +82,9 @@ def extract_adapter(
 
     Raises:
         MergeError: no limit, models that do not share their parameters or shapes, or no change at all.
+        ConfigError: no dtype of this name.
     """
-    limits = Limits(rank, energy)
+    limits, kind = Limits(rank, energy), given_dtype(dtype)
     if not limits.any:
         raise MergeError("nothing to extract to: give rank or energy")
     if not 0 <= threshold < math.inf:
@@ -106,7 +108,7 @@ def extract_adapter(
             layers[fact.name] = layer
     if not facts:
         raise MergeError(f"nothing changed: {unchanged} weights are alike to a share of {threshold:g}")
-    return Extracted(Adapter(layers).to(dtype=dtype), tuple(facts), unchanged)
+    return Extracted(Adapter(layers).to(dtype=kind), tuple(facts), unchanged)
 
 
 def _extract_layer(

@@ -8,6 +8,7 @@ import torch
 
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.model import Base
+from texforce_hub.device import Dtype
 from texforce_hub.merge.gather import Gathered, gather
 from texforce_hub.merge.record import record_merge
 from texforce_hub.merge.report import LayerReport, MergeReport
@@ -38,7 +39,7 @@ def merge_adapters(
     base: Base | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
     **options: Any,
 ) -> Merged:
     """One adapter out of several. A few layers are in hand at a time; of files, only the result is whole in memory.
@@ -60,6 +61,7 @@ def merge_adapters(
     Raises:
         MergeError: sources, weights, options or limits that cannot be merged; the message says which.
         AdapterError: NaN or infinity in a source, or numbers that overflow.
+        ConfigError: no dtype of this name.
     """
     request = MergeRequest(
         sources,

@@ -9,6 +9,7 @@ import torch
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.model import Base
+from texforce_hub.device import choose_dtype
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
@@ -54,7 +55,7 @@ def plan_merge(request: MergeRequest, *, base: Base | None = None) -> MergePlan:
         MergeError: as the merge itself would.
     """
     gathered = gather(request, base=base, device="meta", read=lambda ref: open_adapter(ref, checked=False).outline)
-    width = torch.finfo(request.dtype or torch.float32).bits // 8
+    width = torch.finfo(choose_dtype(request.dtype)).bits // 8
     ranks: dict[LayerName, int | None] = {}
     size = 0
     for group in gathered.groups():

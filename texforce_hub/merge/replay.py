@@ -10,7 +10,6 @@ import torch
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base
-from texforce_hub.device import choose_dtype
 from texforce_hub.errors import RecipeError
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.codec.renaming import share_names
@@ -76,8 +75,6 @@ def request_of(recipe: Recipe) -> MergeRequest:
         if name not in _SETTINGS or isinstance(value, bool) or not isinstance(value, _SETTINGS[name]):
             raise RecipeError(f"the recipe sets {name} = {value!r}; a merge has {', '.join(_SETTINGS)}")
     settings: dict[str, Any] = dict(recipe.settings)
-    if "dtype" in settings:
-        settings["dtype"] = choose_dtype(settings["dtype"])
     sources = [_checked_ref(source) for source in recipe.sources]
     return MergeRequest(sources, recipe.method, recipe.options, seed=recipe.seed, **settings)
 

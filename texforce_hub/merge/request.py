@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
+from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
 from texforce_hub.hub.refs.stack import Stack
 from texforce_hub.merge.methods.registry import Method, find_method
@@ -31,6 +30,7 @@ class MergeRequest:
 
     Raises:
         MergeError: sources, weights, options or limits that cannot be merged; the message says which.
+        ConfigError: no dtype of this name.
     """
 
     sources: Any
@@ -42,13 +42,14 @@ class MergeRequest:
     part_weights: Mapping[str, float] = field(default_factory=dict)
     layer_weights: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    dtype: torch.dtype | None = None
+    dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         options = MappingProxyType(self.definition.checked(self.options))
         if self.method == "cat" and self.limits.any:
             raise MergeError("'cat' is the exact sum at the sum of the ranks; for a rank or an energy take 'svd'")
         object.__setattr__(self, "options", options)
+        object.__setattr__(self, "dtype", given_dtype(self.dtype))
         object.__setattr__(self, "sources", tuple(_check_sources(self.sources)))
 
     @property

@@ -17,6 +17,7 @@ from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
+from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
 from texforce_hub.merge.methods.resolve import resolve
 from texforce_hub.merge.methods.spaces import as_low_rank
@@ -151,7 +152,7 @@ def resize_adapter(
     max_total_rank: int | None = None,
     base: Base | None = None,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
 ) -> Resized:
     """The adapter with smaller ranks; LoHa, LoKr, DoRA and dense layers become low rank, vectors stay as they are.
 
@@ -168,8 +169,9 @@ def resize_adapter(
 
     Raises:
         MergeError: no limit, one outside its range, or a DoRA layer and no base that has its weight.
+        ConfigError: no dtype of this name.
     """
-    limits = Limits(rank, energy, ratio, max_total_rank)
+    limits, kind = Limits(rank, energy, ratio, max_total_rank), given_dtype(dtype)
     if not limits.any:
         raise MergeError("nothing to resize to: give rank, energy, ratio or max_total_rank")
 
@@ -196,7 +198,7 @@ def resize_adapter(
         check_result(name, layer)
     before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
     facts = tuple(_fact(before.layers[name], name, layer, kept.get(name)) for name, layer in layers.items())
-    return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=dtype), facts)
+    return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=kind), facts)
 
 
 def _low_ones(layers: Mapping[LayerName, LowRank | Dense]) -> dict[LayerName, LowRank]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from texforce_hub.device import Dtype, choose_dtype
 from texforce_hub.errors import PipelineError
 from texforce_hub.pipelines.load import load_folder, load_pipeline
 from texforce_hub.pipelines.spoilt import Reading, repaired_components
@@ -17,7 +18,7 @@ def repair_pipeline(
     tuned: bool = True,
     base: str | PathLike[str] | None = None,
     reading: Reading | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: Dtype = torch.float32,
 ) -> Any:
     """The pipeline of a folder that was saved with live adapters, sound again.
 
@@ -31,12 +32,13 @@ def repair_pipeline(
 
     Raises:
         PipelineError: no pipeline folder, nothing in it needs repair, or it is not of this base.
+        ConfigError: no dtype of this name.
     """
-    folder = Path(path)
+    folder, kind = Path(path), choose_dtype(dtype)
     if not (folder / "model_index.json").is_file():
         raise PipelineError(f"{folder} is no pipeline folder: it has no model_index.json")
-    known = None if base is None else load_pipeline(base, device="cpu", dtype=dtype)
-    components = repaired_components(folder, dtype, tuned=tuned, base=known, reading=reading)
+    known = None if base is None else load_pipeline(base, device="cpu", dtype=kind)
+    components = repaired_components(folder, kind, tuned=tuned, base=known, reading=reading)
     if not components:
         raise PipelineError(f"{folder} needs no repair: no component was saved with live adapters")
-    return load_folder(folder, dtype, **components)
+    return load_folder(folder, kind, **components)

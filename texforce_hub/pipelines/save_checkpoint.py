@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
 from texforce_hub.families.original_unet import to_ldm
@@ -23,7 +24,7 @@ _VAE_RESNET = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resnets
 _VAE_SAMPLER = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv")
 
 
-def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
+def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: Dtype | None = None) -> Path:
     """Save an SD1, SD2 or SDXL pipeline as one checkpoint, with whatever is fused into it.
 
     SD2's original text encoder has a 24th block that no pipeline reads; like every ``diffusers`` export, the file
@@ -34,15 +35,17 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: torch.dtype 
         FamilyError: another family.
         PipelineError: live adapters.
         FileError: the file cannot be written, or has a pickle's name.
+        ConfigError: no dtype of this name.
     """
+    kind = given_dtype(dtype)
     check_tensor_name(file)
     refuse_live_adapters(pipe)
     family = pipeline_family(pipe)
     tensors = dict(_unet_tensors(pipe.unet, family))
     tensors |= {f"first_stage_model.{name}": tensor for name, tensor in _vae_tensors(pipe.vae)}
     tensors |= _text_tensors(pipe, family)
-    if dtype is not None:
-        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    if kind is not None:
+        tensors = {name: t.to(kind) if t.is_floating_point() else t for name, t in tensors.items()}
     marks, metadata = describe_scheduler(pipe.scheduler, usual_scheduler(family))
     return write_tensors(Path(file), tensors | marks, metadata)
 
