@@ -11,6 +11,7 @@ from torch import Tensor
 
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
+from texforce_hub.adapter.equality import same, same_bits
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
@@ -28,6 +29,8 @@ Layer = LowRank | Dense | Vector | Hadamard | Kronecker | Decomposed
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Adapter:
     """Changes of a pipeline's weights, by layer name; never changed after it is made.
+
+    Two are equal if they hold the same: layers, metadata and extras, to the bit.
 
     ``metadata`` is what the file said of itself, ``extras`` what came along and is no layer (bundled
     embeddings). Python cannot freeze a tensor's contents: treat them as read-only.
@@ -58,6 +61,29 @@ class Adapter:
         facts = [self.family or "family unknown", *(f"{part}: {count} layers" for part, count in parts.items())]
         facts += [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
         return f"Adapter({', '.join(facts)})"
+
+    def __eq__(self, other: object) -> bool:
+        """Whether another adapter holds the same; names and shapes are looked at before numbers."""
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        if self is other:
+            return True
+        if (
+            self._outline != other._outline
+            or self.metadata != other.metadata
+            or self.extras.keys() != other.extras.keys()
+        ):
+            return False
+        alike = (same(layer, other.layers[name]) for name, layer in self.layers.items())
+        return all(alike) and all(same_bits(extra, other.extras[key]) for key, extra in self.extras.items())
+
+    def __hash__(self) -> int:
+        """Of names and shapes alone: equal adapters have equal ones."""
+        return hash(self._outline)
+
+    @property
+    def _outline(self) -> frozenset[tuple[LayerName, str, tuple[int, ...]]]:
+        return frozenset((name, type(layer).__name__, layer.shape) for name, layer in self.layers.items())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as it is made: from its layers, metadata and extras."""

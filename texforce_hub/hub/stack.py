@@ -1,22 +1,26 @@
 """A stack of adapters as apply, merge's callers and the command line give it: read, labelled, weighted."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from texforce_hub.adapter.finite import check_finite
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import ConfigError, RefError
+from texforce_hub.hub.block_weights import flatten_blocks, is_number, numbers_in
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.refs.stack import make_unique
 
-Weight = float | Mapping[str, float] | AdapterRef
-"""Of all layers, by part, block or pattern, or those of a reference, its schedule included."""
+Weight = float | Mapping[str, Any] | AdapterRef
+"""Of all layers, by part, block or pattern, or those of a reference, its schedule included.
+
+A U-Net's may be a mapping of its blocks, as ``diffusers`` takes it: ``{"unet": {"down": 0.5, "up": {"block_1": 1}}}``.
+"""
 Source = str | PathLike[str] | AdapterRef | Adapter
 Item = Source | tuple[Source, Weight]
 Reader = Callable[[AdapterRef], Adapter | LazyAdapter]
@@ -93,7 +97,7 @@ def read_stack(
 
 
 def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], int | float | Mapping | AdapterRef)
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Real | Mapping | AdapterRef)
 
 
 def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
@@ -110,23 +114,45 @@ def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
     return entry.reweighted(default if weight is None else weight)
 
 
-def _parsed(source: str | PathLike[str]) -> AdapterRef:
+def _parsed(source: Any) -> AdapterRef:
     if isinstance(source, str):
         return AdapterRef.parse(source)
+    if not isinstance(source, PathLike):
+        raise ConfigError(f"{_kind(source)} is no adapter; {_way_out(source)}")
     path = Path(source)
     return AdapterRef(str(path) if path.is_absolute() else f"./{path}")
 
 
-def _weights(weight: Weight, label: str, adapter: Adapter) -> AdapterRef:
+def _kind(value: Any) -> str:
+    shown = f" ({value!r:.40})" if isinstance(value, Real | bytes | tuple) or value is None else ""
+    return f"{type(value).__name__}{shown}"
+
+
+def _way_out(source: Any) -> str:
+    if isinstance(getattr(source, "adapter", None), Adapter):
+        return "give its .adapter"
+    if isinstance(source, Mapping):
+        return "give a list of (adapter, weight) pairs"
+    if isinstance(source, tuple | list):
+        return "a stack is one list of adapters or (adapter, weight) pairs, a weight being a number or a mapping"
+    return "expected a reference ('me/style:0.7'), a path, what read_adapter gives, or a list of them"
+
+
+def _weights(weight: Any, label: str, adapter: Adapter) -> AdapterRef:
     if isinstance(weight, AdapterRef):
         check_patterns(label, adapter, weight)
         return weight
-    numbers = weight.values() if isinstance(weight, Mapping) else [weight]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ConfigError(f"{label}: weight {weight}; expected finite numbers")
+    if not all(is_number(number) for number in numbers_in(weight)) or isinstance(weight, list | tuple):
+        raise ConfigError(f"{label}: weight {weight!r:.80}; expected a finite number, or a mapping of parts to numbers")
     if not isinstance(weight, Mapping):
         return AdapterRef("adapter", weight=float(weight))
-    ref = AdapterRef("adapter", parts=tuple((part, float(number)) for part, number in weight.items()))
+    try:
+        flat: dict[Any, Any] = flatten_blocks(weight, adapter.layers)
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from error
+    if bad := [part for part, number in flat.items() if not isinstance(part, str) or not is_number(number)]:
+        raise ConfigError(f"{label}: weight of {bad[0]!r:.80}; expected a part, block or pattern and one finite number")
+    ref = AdapterRef("adapter", parts=tuple((part, float(number)) for part, number in flat.items()))
     check_patterns(label, adapter, ref)
     return ref
 
@@ -150,7 +176,11 @@ def reweighted(entries: Sequence[StackEntry], weights: Mapping[str, Weight] | Se
     Raises:
         ConfigError: an unknown label, another number of weights, or an impossible weight.
     """
-    labels = [entry.label for entry in entries]
+    labels, given = [entry.label for entry in entries], cast("Any", weights)
+    if not isinstance(given, Mapping | Sequence) or isinstance(given, str):
+        raise ConfigError(
+            f"weights {_kind(weights)}; expected a list of {len(labels)}, or a mapping of {', '.join(labels)}"
+        )
     if not isinstance(weights, Mapping):
         if len(weights) != len(entries):
             raise ConfigError(f"{len(weights)} weights for a stack of {len(entries)}: {', '.join(labels)}")

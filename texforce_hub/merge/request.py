@@ -1,6 +1,5 @@
 """What is asked of a merge, as one value: a call, a recipe and a command line all become a :class:`MergeRequest`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -8,6 +7,7 @@ from typing import Any
 
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
+from texforce_hub.hub.block_weights import is_number, numbers_in
 from texforce_hub.hub.refs.stack import Stack
 from texforce_hub.merge.methods.registry import Method, find_method
 from texforce_hub.merge.resize import Limits
@@ -87,14 +87,6 @@ def _check_sources(sources: Any) -> list[Any]:
         if isinstance(item, tuple | list) and (len(item) != 2 or isinstance(item[1], bool | str)):
             raise MergeError(f"a source of {len(item)} entries; expected (adapter or reference, weight)")
         weight = item[1] if isinstance(item, tuple | list) else 1.0
-        numbers = weight.values() if isinstance(weight, Mapping) else [weight]
-        if not all(isinstance(n, int | float) and _is_finite(n) for n in numbers):
+        if not all(is_number(number) for number in numbers_in(weight)):
             raise MergeError(f"weight {weight!r:.80}; expected a finite number for each source")
     return [tuple(item) if isinstance(item, list) else item for item in sources]
-
-
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:  # an integer beyond every float
-        return False
