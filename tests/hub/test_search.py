@@ -8,10 +8,10 @@ from typer.testing import CliRunner
 from tests.support.hub_session import adapter_bytes, forget
 from texforce_hub.cli import app
 from texforce_hub.errors import ConfigError, HubError
+from texforce_hub.hub.available import list_shelf
 from texforce_hub.hub.catalog import read_catalog
 from texforce_hub.hub.pull import fetch_adapter
 from texforce_hub.hub.search import BASES, search_adapters
-from texforce_hub.hub.shelf import list_shelf
 
 UNET = "unet.down_blocks.{}.attentions.0.transformer_blocks.0.attn2.to_k"
 SD15 = BASES["sd1"][0]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from texforce_hub.adapter.value import LayerName
+from texforce_hub.apply.adapter_list import free_name
 from texforce_hub.apply.handle import Applied
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
@@ -25,7 +26,6 @@ from texforce_hub.apply.matching import (
     sort_contributions,
 )
 from texforce_hub.apply.model import parts_of, plain
-from texforce_hub.apply.roster import free_name
 from texforce_hub.apply.schedule import check_schedulable
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.stack import Item, StackEntry, Weight, read_stack

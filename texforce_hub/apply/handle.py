@@ -13,6 +13,7 @@ from torch import nn
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import LayerName
+from texforce_hub.apply.adapter_list import activate, note_factors, register, unregister
 from texforce_hub.apply.attach import Attachment, Pair, attach, detach, unwrap_moved
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
@@ -27,7 +28,6 @@ from texforce_hub.apply.model import unwrapped
 from texforce_hub.apply.patch import Owner, Write, begin_write, check_writable, keep, undo, write
 from texforce_hub.apply.placement import place
 from texforce_hub.apply.projections import calls_joined, find_joined
-from texforce_hub.apply.roster import activate, note_factors, register, unregister
 from texforce_hub.apply.rounding import Loss, Term, reused_memory, seed_for, to_loss, total_loss
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
 from texforce_hub.apply.undoing import do_all, insist

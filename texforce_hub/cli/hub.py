@@ -228,7 +228,7 @@ def list_here(
 
     Example: texforce-hub list --adapter-dir loras
     """
-    from texforce_hub.hub.shelf import list_shelf
+    from texforce_hub.hub.available import list_shelf
 
     shelf = list_shelf(adapter_dir or [])
     if json:

@@ -13,13 +13,13 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.sums import Sums, alike
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.merge.gather import Gathered, Group
+from texforce_hub.merge.measures import Tally
 from texforce_hub.merge.methods.linear import products
 from texforce_hub.merge.methods.registry import Mergeable, Terms
 from texforce_hub.merge.overflow import check_result, naming_overflow
 from texforce_hub.merge.report import MergeReport
 from texforce_hub.merge.request import MergeRequest
 from texforce_hub.merge.resize import Limits, norm_before, shrink, shrink_dense
-from texforce_hub.merge.tally import Tally
 
 
 class MergeRun:

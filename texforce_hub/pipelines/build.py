@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor
 
 from texforce_hub.errors import PipelineError
+from texforce_hub.pipelines.bad_value import find_culprit, say
 from texforce_hub.pipelines.configuration import check_values
-from texforce_hub.pipelines.culprit import find_culprit, say
 
 
 def build_unet(config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype) -> Any:

@@ -13,9 +13,9 @@ from texforce_hub.errors import HubError, PipelineError
 from texforce_hub.hub.huggingface.faults import is_outage
 from texforce_hub.hub.huggingface.repository import ask_repository
 from texforce_hub.hub.refs.hub_id import is_repository
+from texforce_hub.pipelines.bad_value import check_weights, explain, say
 from texforce_hub.pipelines.configuration import check_configuration
 from texforce_hub.pipelines.configuration import components as components_of
-from texforce_hub.pipelines.culprit import check_weights, explain, say
 from texforce_hub.pipelines.folder import folder_variant
 from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.single_file import load_single_file

@@ -16,7 +16,7 @@ from texforce_hub.families.checkpoint import recognize_checkpoint
 from texforce_hub.files.container import open_header
 from texforce_hub.files.header import Header
 from texforce_hub.files.writing import writing
-from texforce_hub.pipelines.culprit import say
+from texforce_hub.pipelines.bad_value import say
 from texforce_hub.pipelines.folder import read_json
 from texforce_hub.pipelines.scheduler_facts import MODELSPEC, names_prediction, restore_scheduler
 from texforce_hub.pipelines.tokenizer import write_tokenizer
