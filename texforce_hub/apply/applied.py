@@ -64,6 +64,13 @@ def apply_adapter(
         MatchError: an adapter does not fit; nothing was changed.
         ConfigError: an impossible weight, mode or schedule.
         FamilyError: a schedule on something else than an SD1, SD2 or SDXL pipeline.
+
+    Example:
+        >>> from texforce_hub import apply_adapter, load_pipeline
+        >>> pipeline = load_pipeline("shapes", device="cpu")
+        >>> with apply_adapter(pipeline, [("shapes-colour", 0.8), ("shapes-shape", 0.4)]) as applied:
+        ...     sorted(applied.weights)
+        ['shapes-colour', 'shapes-shape']
     """
     if mode not in ("attach", "fuse"):
         raise ConfigError(f"mode {mode!r}; expected 'attach' or 'fuse'")

@@ -69,6 +69,11 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
     Raises:
         RefError, FileError, DialectError: the adapter cannot be read.
         PipelineError, FamilyError: the base is none that is known.
+
+    Example:
+        >>> from texforce_hub import check_adapter
+        >>> check_adapter("shapes-colour", "shapes").fits
+        True
     """
     base = base if isinstance(base, BaseShapes) else read_base(base)  # before anything is fetched
     bundle = find_bundle(ref)

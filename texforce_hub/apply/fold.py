@@ -50,6 +50,13 @@ def measure_fold(
     Raises:
         MergeError: the base lacks a layer, or its weight has another shape.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import load_pipeline, measure_fold, read_adapter
+        >>> import torch
+        >>> pipeline = load_pipeline("shapes", device="cpu")
+        >>> measure_fold(read_adapter("shapes-colour"), pipeline, dtype=torch.float32).loss < 1e-3
+        True
     """
     kind, losses = choose_dtype(dtype), dict[LayerName, Loss]()
     for name, layer in adapter.layers.items():

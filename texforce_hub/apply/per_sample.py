@@ -57,6 +57,14 @@ def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = Tr
         MatchError: a stack does not fit, or the model has per-sample stacks already.
         ConfigError: no stacks, or one with a layer that is not low rank (DoRA, LoHa, a norm); in the block: a call
             with a number of samples that is no multiple of the stacks'.
+
+    Example:
+        >>> from texforce_hub import load_pipeline, per_sample_adapters
+        >>> pipeline = load_pipeline("shapes", device="cpu")
+        >>> with per_sample_adapters(pipeline, ["shapes-dpok", None]):
+        ...     images = pipeline(["a lime disc"] * 2, num_inference_steps=2).images
+        >>> len(images)
+        2
     """
     if not stacks:
         raise ConfigError("no stacks; expected one for each sample of the batch")

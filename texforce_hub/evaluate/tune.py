@@ -120,6 +120,18 @@ def tune_weights(
         ConfigError: no rewards, impossible bounds or numbers, a stack that follows a schedule, or ``cma`` is missing.
         PromptError: too few prompts, or some with tags.
         MatchError: a stack that does not fit.
+
+    Example:
+        >>> from texforce_hub import load_pipeline, tune_weights
+        >>> from texforce_hub.evaluate.evaluation import Sampling
+        >>> from texforce_hub.rewards.reward import resolve_reward
+        >>> prompts = ["a lime disc", "a red circle", "a blue square", "a green disc"]
+        >>> found = tune_weights(
+        ...     load_pipeline("shapes", device="cpu"), "shapes-colour", prompts, [resolve_reward("brightness")],
+        ...     generations=1, population=4, sampling=Sampling((0,), inference_steps=1),
+        ... )
+        >>> found.evaluation.variants
+        ('base', 'equal', 'tuned')
     """
     sampling = sampling or Sampling()
     _check(rewards, per, generations, population, bounds)

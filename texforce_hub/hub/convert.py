@@ -87,6 +87,11 @@ def convert_adapter(
         ConfigError: no such dtype, reader or family; a family that the layers do not fit; a reference with a window,
             or a weight of a part that the adapter lacks.
         RefError, FileError, DialectError, AdapterError: as reading and writing raise them; nothing is left then.
+
+    Example:
+        >>> from texforce_hub import convert_adapter
+        >>> convert_adapter("shapes-colour", "colour-kohya.safetensors", dialect="kohya").name
+        'colour-kohya.safetensors'
     """
     done = convert_bundle(
         find_bundle(ref, allow_pickle=allow_pickle),

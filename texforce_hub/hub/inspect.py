@@ -73,6 +73,12 @@ def inspect_file(source: str | Path | Bundle, *, hashed: bool = True) -> Inspect
 
     Raises:
         FileError: a file is not there, or cannot be opened. A damaged one gives its ``error``.
+
+    Example:
+        >>> from texforce_hub import inspect_file, read_adapter, write_adapter
+        >>> path = write_adapter(read_adapter("shapes-colour"), "colour.safetensors")
+        >>> inspect_file(path).layers
+        12
     """
     bundle = source if isinstance(source, Bundle) else bundle_file(Path(source))
     known = _identify(bundle, hashed=hashed)

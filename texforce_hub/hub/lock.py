@@ -112,6 +112,11 @@ def use_lock(path: str | Path | None) -> Iterator[None]:
 
     Raises:
         ConfigError: the file is no lock.
+
+    Example:
+        >>> from texforce_hub import read_adapter, use_lock
+        >>> with use_lock("adapters.lock"):  # doctest: +SKIP
+        ...     adapter = read_adapter("alice/styles@v1")
     """
     token = _ACTIVE.set(_ACTIVE.get() if path is None else Lock.read(path))
     try:

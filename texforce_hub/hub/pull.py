@@ -66,6 +66,10 @@ def fetch_adapter(
         RefError: it is here already, or there are several adapters and none is named.
         HubError: it cannot be fetched, or is not what the Hub lists.
         ConfigError, FileError: the lock or the folder cannot be written.
+
+    Example:
+        >>> from texforce_hub import fetch_adapter
+        >>> fetch_adapter("alice/styles@v1", lock="adapters.lock")  # doctest: +SKIP
     """
     local = find_local(ref)
     if local is not None:

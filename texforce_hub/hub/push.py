@@ -123,6 +123,10 @@ def push_adapter(
         ConfigError: an impossible name, licence or option, or a base or licence that nobody knows.
         RefError, FileError, DialectError, AdapterError: the adapter cannot be read or written.
         HubError: the Hub refuses, or cannot be reached; what was published before is as it was.
+
+    Example:
+        >>> from texforce_hub import push_adapter
+        >>> push_adapter("runs/colour", "alice/colour", license="apache-2.0", dry_run=True)  # doctest: +SKIP
     """
     if not is_repository(repo):
         raise ConfigError(f"{repo!r} cannot name a repository; expected owner/name")

@@ -50,6 +50,12 @@ def read_adapter(
         FileError: the file is damaged or not what it says.
         DialectError: no layout fits the tensors' names.
         AdapterError: shapes that make no adapter, NaN or infinity.
+
+    Example:
+        >>> from texforce_hub import read_adapter
+        >>> adapter = read_adapter("shapes-colour")
+        >>> adapter.family, len(adapter.layers)
+        ('shapes', 12)
     """
     bundle = _find(source, allow_pickle=allow_pickle)
     if len(bundle.pieces) == 1:

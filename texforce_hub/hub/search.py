@@ -73,6 +73,10 @@ def search_adapters(
     Raises:
         ConfigError: no such base, sort or limit.
         HubError: the Hub cannot be asked.
+
+    Example:
+        >>> from texforce_hub import search_adapters
+        >>> [found.repo for found in search_adapters("texforce", part="text_encoder")]  # doctest: +SKIP
     """
     if sort not in SORTS:
         raise ConfigError(f"--sort {sort!r}; expected {', '.join(SORTS)}")

@@ -38,6 +38,11 @@ def write_adapter(
         FileError: the place cannot be written or names a pickle, a PEFT adapter shall be a file, or one of several
             parts lie in a folder that exists.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import read_adapter, write_adapter
+        >>> write_adapter(read_adapter("shapes-colour"), "colour.safetensors").name
+        'colour.safetensors'
     """
     path, kind = Path(path), given_dtype(dtype)
     check_name(path)

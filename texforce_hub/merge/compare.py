@@ -84,6 +84,12 @@ def compare_adapters(
         RefError, FileError: a reference that names no adapter here.
         MergeError: no layer in common, layers of different shapes, or a DoRA layer without ``base``.
         DialectError: one names a transformer's layers as the authors' code does, and they cannot be divided.
+
+    Example:
+        >>> from texforce_hub import compare_adapters, read_adapter
+        >>> colour = read_adapter("shapes-colour")
+        >>> round(compare_adapters(colour, colour.scaled(0.5)).cosine, 3)
+        1.0
     """
     a, b = share_names([_opened(adapter, device) for adapter in (a, b)])
     shared = [name for name in a.layers if name in b.layers]

@@ -83,6 +83,13 @@ def extract_adapter(
     Raises:
         MergeError: no limit, models that do not share their parameters or shapes, or no change at all.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import apply_adapter, extract_adapter, load_pipeline
+        >>> base, tuned = (load_pipeline("shapes", device="cpu") for _ in range(2))
+        >>> apply_adapter(tuned, "shapes-colour", mode="fuse").keep()
+        >>> len(extract_adapter(tuned, base, rank=8).adapter.layers)
+        12
     """
     limits, kind = Limits(rank, energy), given_dtype(dtype)
     if not limits.any:

@@ -62,6 +62,12 @@ def merge_adapters(
         MergeError: sources, weights, options or limits that cannot be merged; the message says which.
         AdapterError: NaN or infinity in a source, or numbers that overflow.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import merge_adapters
+        >>> merged = merge_adapters([("shapes-colour", 0.7), ("shapes-shape", 0.5)], rank=8)
+        >>> len(merged.adapter.layers), max(merged.adapter.ranks.values())
+        (12, 8)
     """
     request = MergeRequest(
         sources,

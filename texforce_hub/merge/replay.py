@@ -120,6 +120,12 @@ def verify_merge(
 
     Raises:
         RecipeError: the file carries no recipe, or a source is not what it was.
+
+    Example:
+        >>> from texforce_hub import merge_adapters, verify_merge, write_adapter
+        >>> merged = merge_adapters([("shapes-colour", 0.7), ("shapes-shape", 0.5)], rank=8)
+        >>> verify_merge(write_adapter(merged.adapter, "both.safetensors")).same
+        True
     """
     read = open_adapter(path, device=device)
     result = run_recipe(recipe_of(read.outline, str(path)), base=base, device=device).adapter

@@ -170,6 +170,11 @@ def resize_adapter(
     Raises:
         MergeError: no limit, one outside its range, or a DoRA layer and no base that has its weight.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import read_adapter, resize_adapter
+        >>> max(resize_adapter(read_adapter("shapes-colour"), rank=2).adapter.ranks.values())
+        2
     """
     limits, kind = Limits(rank, energy, ratio, max_total_rank), given_dtype(dtype)
     if not limits.any:

@@ -45,6 +45,11 @@ def load_pipeline(
     Raises:
         PipelineError: nothing that can be loaded is there.
         FamilyError: a U-Net of another family than the base.
+
+    Example:
+        >>> from texforce_hub import load_pipeline
+        >>> type(load_pipeline("shapes", device="cpu")).__name__
+        'StableDiffusionPipeline'
     """
     target, kind = choose_device(device), choose_dtype(dtype)
     with quiet():

@@ -33,6 +33,11 @@ def repair_pipeline(
     Raises:
         PipelineError: no pipeline folder, nothing in it needs repair, or it is not of this base.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import load_pipeline, repair_pipeline, save_pipeline
+        >>> folder = save_pipeline(load_pipeline("shapes", device="cpu"), "saved")
+        >>> repair_pipeline(folder)  # doctest: +SKIP
     """
     folder, kind = Path(path), choose_dtype(dtype)
     if not (folder / "model_index.json").is_file():

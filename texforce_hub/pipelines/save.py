@@ -38,6 +38,13 @@ def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = Fa
     Raises:
         PipelineError: live adapters.
         FileError: the folder cannot be written.
+
+    Example:
+        >>> from texforce_hub import apply_adapter, load_pipeline, save_pipeline
+        >>> pipeline = load_pipeline("shapes", device="cpu")
+        >>> with apply_adapter(pipeline, "shapes-colour", mode="fuse"):
+        ...     save_pipeline(pipeline, "with-colour").name
+        'with-colour'
     """
     refuse_live_adapters(pipe)
     with writing(Path(folder)) as part, quiet():

@@ -36,6 +36,11 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: Dtype | None
         PipelineError: live adapters.
         FileError: the file cannot be written, or has a pickle's name.
         ConfigError: no dtype of this name.
+
+    Example:
+        >>> from texforce_hub import load_pipeline, save_checkpoint
+        >>> pipeline = load_pipeline("my-sd15")  # doctest: +SKIP
+        >>> save_checkpoint(pipeline, "mixed.safetensors")  # doctest: +SKIP
     """
     kind = given_dtype(dtype)
     check_tensor_name(file)
@@ -78,6 +83,11 @@ def save_text_encoder(pipe: Any, file: str | PathLike[str]) -> list[Path]:
     Raises:
         PipelineError: live adapters, or no CLIP encoder.
         FileError: a file cannot be written, or has a pickle's name.
+
+    Example:
+        >>> from texforce_hub import load_pipeline, save_text_encoder
+        >>> [path.name for path in save_text_encoder(load_pipeline("shapes", device="cpu"), "text.safetensors")]
+        ['text.safetensors']
     """
     check_tensor_name(file)
     refuse_live_adapters(pipe)

@@ -30,6 +30,12 @@ def read_tags(prompt: str, folder: str | PathLike[str] | None = None) -> tuple[s
     Raises:
         RefError: a tag that cannot be read, or a name with no adapter or with several.
         FileError, DialectError: an adapter that cannot be read.
+
+    Example:
+        >>> from texforce_hub import read_tags
+        >>> text, stack = read_tags("a lime disc <lora:shapes-colour:0.8>")
+        >>> text, stack[0].weight
+        ('a lime disc', 0.8)
     """
     index = AdapterIndex(folder)
     tagged = TaggedPrompt.parse(prompt)

@@ -160,6 +160,13 @@ def encode_prompts(
         FamilyError: weights or long prompts for a pipeline that cannot have them.
         MatchError: a stack that does not fit.
         RefError: weights that cannot be read.
+
+    Example:
+        >>> from texforce_hub import encode_prompts, load_pipeline
+        >>> pipeline = load_pipeline("shapes", device="cpu")
+        >>> given = encode_prompts(pipeline, ["a lime disc", "a red square"], ["shapes-colour", None])
+        >>> given["prompt_embeds"].shape[0]
+        2
     """
     if not prompts or len(prompts) != len(stacks):
         raise PromptError(f"{len(prompts)} prompts and {len(stacks)} stacks; expected one stack for each prompt")
