@@ -13,10 +13,13 @@ NAME = "text_encoder.text_model.encoder.layers.{}.self_attn.q_proj"
 
 def test_an_adapter_is_shown_in_one_line_however_many_layers_it_has():
     layers = {NAME.format(i): LowRank(torch.ones(2 + i % 2, 8), torch.ones(8, 2 + i % 2)) for i in range(1000)}
-    assert repr(Adapter(layers)) == "Adapter(family unknown, text_encoder: 1000 layers, ranks 2 to 3)"
-    assert repr(read_adapter("shapes-colour")) == "Adapter(shapes, text_encoder: 12 layers, rank 16)"
-    assert repr(Adapter({})) == "Adapter(family unknown)"
-    assert repr(Adapter({"unet.conv_in.bias": Vector(torch.ones(4))})) == "Adapter(family unknown, unet: 1 layers)"
+    assert repr(Adapter(layers)) == "Adapter(family unknown, text_encoder: 1000 layers, ranks 2 to 3, 160.0 kB)"
+    assert repr(read_adapter("shapes-colour")) == "Adapter(shapes, text_encoder: 12 layers, rank 16, 147.5 kB)"
+    assert repr(Adapter({})) == "Adapter(family unknown, 0 bytes)"
+    assert (
+        repr(Adapter({"unet.conv_in.bias": Vector(torch.ones(4))}))
+        == "Adapter(family unknown, unet: 1 layers, 16 bytes)"
+    )
 
 
 def test_an_adapter_survives_pickling():

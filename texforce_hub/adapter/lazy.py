@@ -9,7 +9,7 @@ from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.files.lazy_mapping import LazyMapping
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LazyAdapter:
     """``outline`` is the adapter with every tensor on the ``meta`` device; ``layers`` and ``extras`` are the numbers.
 
@@ -19,6 +19,9 @@ class LazyAdapter:
     outline: Adapter
     layers: Mapping[LayerName, Layer]
     extras: Mapping[str, Tensor]
+
+    def __repr__(self) -> str:
+        return f"Lazy{self.outline!r}"
 
     def weighted(self, weight_of: Callable[[LayerName], float]) -> "LazyAdapter":
         """Every layer's change times the weight that its name has."""

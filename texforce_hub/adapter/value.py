@@ -1,7 +1,7 @@
 """The value in the middle: a frozen mapping from layer names to changes."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +20,7 @@ from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import AdapterError
 from texforce_hub.families.names import part_of
 from texforce_hub.families.recognition import FamilyVerdict, recognize_family
+from texforce_hub.notebook import Bar, Cell, table, write_size
 
 LayerName = str
 
@@ -55,12 +56,24 @@ class Adapter:
             object.__setattr__(self, attribute, MappingProxyType(dict(getattr(self, attribute))))
 
     def __repr__(self) -> str:
-        """One line: family, layers by part, ranks; never the tensors."""
+        """One line: family, layers by part, ranks, size; never the tensors."""
         parts = Counter(map(part_of, self.layers))
-        ranks = sorted({rank for rank in self.ranks.values() if rank is not None})
+        ranks = _show_ranks(self.layers.values())
         facts = [self.family or "family unknown", *(f"{part}: {count} layers" for part, count in parts.items())]
-        facts += [f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"] if ranks else []
-        return f"Adapter({', '.join(facts)})"
+        facts += [f"rank{'s' if ' ' in ranks else ''} {ranks}"] if ranks else []
+        return f"Adapter({', '.join([*facts, write_size(_size(self.layers.values()))])})"
+
+    def _repr_html_(self) -> str:
+        """A notebook's table: a row for each part, with its layers, ranks and size."""
+        total = max(1, _size(self.layers.values()))
+        rows: list[tuple[Cell, ...]] = []
+        for part in self.parts:
+            layers = [layer for name, layer in self.layers.items() if part_of(name) == part]
+            kinds = ", ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+            size = _size(layers)
+            rows.append((part, str(len(layers)), kinds, _show_ranks(layers), Bar(write_size(size), size / total)))
+        title = f"Adapter, {self.family or 'family unknown'}, {write_size(_size(self.layers.values()))}"
+        return table(title, ("part", "layers", "kind", "rank", "size"), rows)
 
     def __eq__(self, other: object) -> bool:
         """Whether another adapter holds the same; names and shapes are looked at before numbers."""
@@ -157,6 +170,16 @@ class Adapter:
             layers={name: move(name, layer) for name, layer in self.layers.items()},
             extras={name: tensor.to(device=device) for name, tensor in self.extras.items()},
         )
+
+
+def _show_ranks(layers: Iterable[Layer]) -> str:
+    ranks = sorted({layer.rank for layer in layers if layer.rank is not None})
+    return "" if not ranks else str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+
+
+def _size(layers: Iterable[Layer]) -> int:
+    """Bytes of all tensors."""
+    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in layer.tensors())
 
 
 def _kinds() -> str:

@@ -18,7 +18,7 @@ from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.refs.adapter import AdapterRef
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Fit:
     """The answer. ``notes`` say what is out of the ordinary.
 
@@ -33,6 +33,11 @@ class Fit:
     misshapen: Mapping[str, str] = field(default_factory=dict)
     unreadable: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        counts = {"unmatched": self.unmatched, "misshapen": self.misshapen, "unreadable": self.unreadable}
+        others = "".join(f", {len(layers)} {name}" for name, layers in counts.items() if layers)
+        return f"Fit({self.verdict!r:.200}: {len(self.matched)} layers matched{others})"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -20,7 +20,7 @@ from texforce_hub.device import Dtype, choose_dtype
 from texforce_hub.errors import MergeError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Fold:
     """The relative rounding loss of a fold: ``‖(rounded − base) − change‖ / ‖change‖``, of all and by layer."""
 
@@ -28,6 +28,10 @@ class Fold:
     stochastic: bool
     loss: float
     layers: Mapping[LayerName, float]
+
+    def __repr__(self) -> str:
+        how = "stochastic" if self.stochastic else "nearest"
+        return f"Fold({self.dtype}, {how}: {self.loss:.2%} of the change lost over {len(self.layers)} layers)"
 
     def as_dict(self) -> dict[str, Any]:
         """The losses as plain data, ready for JSON."""

@@ -15,6 +15,7 @@ from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.adapter_list import activate, note_factors, register, unregister
 from texforce_hub.apply.attach import Attachment, Pair, attach, detach, unwrap_moved
+from texforce_hub.apply.display import describe_stack, tabulate_stack
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
     Contribution,
@@ -37,7 +38,7 @@ from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import StackEntry, Weight, reweighted
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Applied:
     """A stack on a pipeline: what it did with every layer, and the way back.
 
@@ -51,18 +52,31 @@ class Applied:
     mode: str
     decisions: Mapping[str, Mapping[LayerName, Decision]]
     name: str
-    roots: Mapping[str, nn.Module] = field(repr=False)
-    _riding: Contributions = field(repr=False)
-    _written: Contributions = field(repr=False)
-    _modules: Mapping[str, Mapping[str, nn.Module]] = field(repr=False)
-    _seed: int | None = field(default=None, repr=False)
-    rounding_losses: Mapping[str, Loss] = field(default_factory=dict, repr=False)
-    _attachments: dict[ParameterKey, Attachment] = field(default_factory=dict, repr=False)
-    _writes: dict[ParameterKey, Write] = field(default_factory=dict, repr=False)
-    _on: bool = field(default=True, repr=False)
-    _gone: bool = field(default=False, repr=False)
-    _in_block: bool = field(default=False, repr=False)
-    _timeline: Timeline | None = field(default=None, repr=False)
+    roots: Mapping[str, nn.Module]
+    _riding: Contributions
+    _written: Contributions
+    _modules: Mapping[str, Mapping[str, nn.Module]]
+    _seed: int | None = None
+    rounding_losses: Mapping[str, Loss] = field(default_factory=dict)
+    _attachments: dict[ParameterKey, Attachment] = field(default_factory=dict)
+    _writes: dict[ParameterKey, Write] = field(default_factory=dict)
+    _on: bool = True
+    _gone: bool = False
+    _in_block: bool = False
+    _timeline: Timeline | None = None
+
+    def __repr__(self) -> str:
+        return describe_stack(self.entries, self.decisions, self._state)
+
+    def _repr_html_(self) -> str:
+        return tabulate_stack(self.entries, self.decisions, self._state)
+
+    @property
+    def _state(self) -> str:
+        """How it lies on the pipeline, in a word."""
+        if not (self._attachments or self._writes):
+            return "taken off" if self.mode == "attach" else "taken off or made permanent"
+        return {"attach": "attached", "fuse": "fused"}[self.mode] if self._on else "disabled"
 
     @property
     def weights(self) -> Mapping[str, AdapterRef]:

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from texforce_hub.evaluate.statistics import Interval, bootstrap_mean, holm, resolvable, sign_flip, win_rate
+from texforce_hub.notebook import Bar, Cell, table
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Comparison:
     resolvable: float
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """Scores of several variants on the same prompts and noise.
 
@@ -46,7 +47,32 @@ class Evaluation:
 
     prompts: tuple[str, ...]
     sampling: Sampling
-    scores: Mapping[str, Mapping[str, np.ndarray]] = field(repr=False)
+    scores: Mapping[str, Mapping[str, np.ndarray]]
+
+    def __repr__(self) -> str:
+        """Up to three lines: what was drawn, and the first variants' means with their intervals."""
+        drawn = f"{len(self.prompts)} prompts, {len(self.sampling.seeds)} seeds, {', '.join(self.rewards)}"
+        means = [f"{name} {self.mean(name)}" for name in self.variants[:2]]
+        more = [f"and {len(self.variants) - 2} variants more"] if len(self.variants) > 2 else []
+        return f"Evaluation({drawn}:\n  {', '.join([*means, *more])})"
+
+    def _repr_html_(self) -> str:
+        """A notebook's tables, one for each reward: every variant's mean and interval, and against the first."""
+        return "".join(map(self._tabulate, self.rewards))
+
+    def _tabulate(self, reward: str) -> str:
+        first, *_ = self.variants
+        means = {name: self.mean(name, reward=reward) for name in self.variants}
+        least, most = min(mean.low for mean in means.values()), max(mean.high for mean in means.values())
+        width = (most - least) or 1.0
+        rows: list[tuple[Cell, ...]] = []
+        for name, mean in means.items():
+            bar = Bar(str(mean), (mean.high - least) / width, (mean.low - least) / width)
+            against = self.compare(name, first, reward=reward)
+            others = ("", "") if name == first else (str(against.difference), f"{against.wins.mean:.0%}")
+            rows.append((name, bar, *others))
+        title = f"{reward}: {len(self.prompts)} prompts, {len(self.sampling.seeds)} seeds, 95 % intervals"
+        return table(title, ("variant", "mean", f"minus {first}", "prompts better"), rows)
 
     @property
     def rewards(self) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ class ComparedLayer:
     interference: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Comparison:
     """Two adapters side by side.
 
@@ -58,6 +58,11 @@ class Comparison:
     missing: tuple[tuple[LayerName, ...], tuple[LayerName, ...]]
     cosine: float
     interference: float
+
+    def __repr__(self) -> str:
+        alone = f"{len(self.missing[0])} and {len(self.missing[1])} in one only"
+        figures = f"cosine {self.cosine:+.3f}, interference {self.interference:+.3f}"
+        return f"Comparison({len(self.layers)} layers in both, {alone}; {figures})"
 
     def as_dict(self) -> dict[str, Any]:
         """The comparison as plain data, ready for JSON."""

@@ -37,13 +37,17 @@ class ExtractedLayer:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Extracted:
     """An extracted adapter and the account of every weight that changed."""
 
     adapter: Adapter
     layers: tuple[ExtractedLayer, ...]
     unchanged: int
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.layers)} weights changed, {len(self.left_out)} left out, {self.unchanged} unchanged"
+        return f"Extracted({self.adapter!r}, {counts})"
 
     @property
     def left_out(self) -> tuple[ExtractedLayer, ...]:

@@ -19,12 +19,18 @@ from texforce_hub.recipe import METADATA_KEY
 __all__ = ["LayerReport", "MergeReport", "Merged", "merge_adapters"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Merged:
     """A merged adapter and what was done to get it."""
 
     adapter: Adapter
     report: MergeReport
+
+    def __repr__(self) -> str:
+        return f"Merged({self.adapter!r},\n       {self.report!r})"
+
+    def _repr_html_(self) -> str:
+        return self.adapter._repr_html_() + self.report._repr_html_()
 
 
 def merge_adapters(

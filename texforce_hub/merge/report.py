@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from texforce_hub.adapter.value import LayerName
+from texforce_hub.families.names import part_of
+from texforce_hub.notebook import Bar, Cell, table
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ def kept_share(layers: Sequence[LayerReport]) -> float:
     return math.fsum(layer.kept * layer.norm**2 for layer in layers) / total if total > 0 else 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MergeReport:
     """The whole merge.
 
@@ -49,6 +51,11 @@ class MergeReport:
     removed: tuple[LayerName, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        shown = ", ".join(self.labels[:4]) + (f" and {len(self.labels) - 4} more" if len(self.labels) > 4 else "")
+        said = [f"{self.kept:.1%} kept", *([f"{len(self.removed)} cancelled"] if self.removed else [])]
+        return f"MergeReport({self.method} of {shown}: {len(self.layers)} layers, {', '.join(said)})"
+
     @property
     def norm(self) -> float:
         """Frobenius norm of the whole result before truncation."""
@@ -62,6 +69,17 @@ class MergeReport:
     def as_dict(self) -> dict[str, Any]:
         """The report as plain data, ready for JSON."""
         return {**asdict(self), "norm": self.norm, "kept": self.kept}
+
+    def _repr_html_(self) -> str:
+        """A notebook's table: a row for each part, with a bar of the share of its squared norm that was kept."""
+        parts: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            parts.setdefault(part_of(layer.name), []).append(layer)
+        rows: list[tuple[Cell, ...]] = []
+        for part, layers in parts.items():
+            norm, kept = math.sqrt(math.fsum(layer.norm**2 for layer in layers)), kept_share(layers)
+            rows.append((part, str(len(layers)), f"{norm:.4g}", Bar(f"{kept:.2%}", kept)))
+        return table(f"{self.method} of {', '.join(self.labels)}", ("part", "layers", "norm", "kept"), rows)
 
     def rows(self) -> list[list[str]]:
         """One row a layer for a table: name, kind, rank, the sources' ranks, norm, kept share."""

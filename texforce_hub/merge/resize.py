@@ -78,12 +78,15 @@ class ResizedLayer:
     norm: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Resized:
     """A resized adapter and what it kept, layer by layer."""
 
     adapter: Adapter
     layers: tuple[ResizedLayer, ...]
+
+    def __repr__(self) -> str:
+        return f"Resized({self.adapter!r}, {self.kept:.1%} kept)"
 
     @property
     def kept(self) -> float:
