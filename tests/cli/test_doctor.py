@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -24,6 +25,7 @@ from texforce_hub.cli.doctor.cache import examine_cache, examine_endpoint, exami
 from texforce_hub.cli.doctor.device import examine_device
 from texforce_hub.cli.doctor.imports import Attempt, try_imports
 from texforce_hub.cli.doctor.libraries import examine_extra, examine_library, examine_torchvision, examine_vocabulary
+from texforce_hub.cli.doctor.online import examine_online
 from texforce_hub.errors import ConfigError, PipelineError
 
 SECRET = "hf_abcdefghijklmnopqrstuvwxyz012345"
@@ -73,7 +75,7 @@ def examined(findings, monkeypatch):
     """The command, given what was found already; gives the bases and the device that it was asked about."""
     asked = []
 
-    def examine(bases, *, device):
+    def examine(bases, *, device, online):
         asked.append((bases, device))
         return iter([*findings, *map(doctor.examine_base, bases)])
 
@@ -381,3 +383,56 @@ def test_an_import_that_took_too_long_is_a_busy_machine_and_no_reinstallation():
 
     finding = libraries.examine_library("pytest", None, {"pytest": Attempt(f"not done after 120 s: {LATE}")})
     assert (finding.state, "busy" in finding.found, "install" in finding.advice) == ("note", True, False)
+
+
+def test_the_hub_is_asked_and_what_it_says_is_one_line(hub, monkeypatch):
+    answered = examine_online()
+    assert answered.state == "ok"
+    assert re.fullmatch(re.escape(hub.url) + r" answered in \d+\.\d s", answered.found)
+    hub.fault("/api/models", 429)
+    busy = examine_online()
+    assert (busy.state, "\n" in busy.found) == ("problem", False)
+    assert "429" in busy.found
+    assert "wait" in busy.advice
+
+
+def test_a_token_that_the_hub_does_not_accept_is_a_problem_and_not_shown(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    hub.fault("/api/whoami-v2", 401)
+    refused = examine_online()
+    assert refused.state == "problem"
+    assert "does not accept the token" in refused.found
+    assert "log in again" in refused.advice
+    assert SECRET not in refused.found + refused.advice
+
+
+def test_the_hub_names_the_tokens_user(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    hub.fault("/api/whoami-v2", 200, body=b'{"name": "ada"}')
+    assert examine_online().found.endswith(", and knows you as ada")
+
+
+def test_a_hub_that_is_none_or_not_there_or_too_slow_is_one_line(hub, monkeypatch):
+    hub.fault("/api/models", 200, body=b'{"no": "list"}', times=1)
+    assert "HF_ENDPOINT is no Hub" in examine_online().advice
+    hub.fault("/api/models", 200, wait=2.0, times=1)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    assert "did not answer in time" in examine_online().found
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:password@127.0.0.1:9")
+    gone = examine_online()
+    assert "cannot be reached" in gone.found
+    assert "check the network" in gone.advice
+    assert "password" not in gone.found
+
+
+def test_offline_the_hub_is_not_asked(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = examine_online()
+    assert (found.state, found.found) == ("note", "not asked: HF_HUB_OFFLINE is set")
+    assert hub.log == []
+
+
+def test_the_hub_is_asked_only_on_request(hub, monkeypatch):
+    monkeypatch.setattr(doctor, "import_all", dict)
+    names = [{finding.name for finding in doctor.examine(device="cpu", online=online)} for online in (False, True)]
+    assert names[1] - names[0] == {"online"}

@@ -27,10 +27,11 @@ from texforce_hub.cli.table import put_table
 from texforce_hub.hub.catalog import read_catalog
 
 
-def examine(bases: Sequence[str] = (), *, device: str | None = None) -> Iterator[Finding]:
+def examine(bases: Sequence[str] = (), *, device: str | None = None, online: bool = False) -> Iterator[Finding]:
     """Everything looked at, one after the other: versions, extras, device, dtypes, cache, endpoint, token, bases.
 
     ``bases`` are looked for beside ``shapes`` and the catalogue's; ``device`` is CUDA if present, else the CPU.
+    ``online`` asks the Hub, too.
     What cannot be looked at is a finding, too.
     """
     attempts: dict[str, Attempt] = {}
@@ -43,6 +44,8 @@ def examine(bases: Sequence[str] = (), *, device: str | None = None) -> Iterator
     yield from broken
     obstacle = broken[0].found if broken else _find_obstacle("huggingface_hub", attempts)
     yield from _unless(obstacle, "cache and token", _examine_hub)
+    if online:
+        yield from _unless(obstacle, "online", _ask_hub)
     yield from watch("catalogue", lambda: _examine_bases(_list_catalogue(), obstacle))
     yield from _examine_bases(["shapes", *bases], obstacle)
 
@@ -80,6 +83,12 @@ def _examine_hub() -> Iterator[Finding]:
     yield from watch("token", lambda: [examine_token()])
 
 
+def _ask_hub() -> list[Finding]:
+    from texforce_hub.cli.doctor.online import examine_online
+
+    return [examine_online()]
+
+
 def _examine_bases(bases: Sequence[str], obstacle: str) -> Iterator[Finding]:
     for base in dict.fromkeys(bases):
         yield from watch(f"base {base}", partial(_examine_known, base, obstacle))
@@ -103,6 +112,7 @@ def doctor(
         list[str] | None, typer.Option("--base", help="Also look for this base: folder, file or Hub id; repeat.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="Default: CUDA if present.")] = None,
+    online: Annotated[bool, typer.Option("--online", help="Ask the Hub whether it answers, and as whom.")] = False,
     json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Look at versions, device, dtypes, cache, endpoint, token and bases; say what to do. Exit 1 if there is a problem.
@@ -111,8 +121,8 @@ def doctor(
     """
 
     findings = []
-    with bars({"looking": 20 + len(base or [])}) as advance:
-        for finding in examine(base or [], device=device):
+    with bars({"looking": 20 + online + len(base or [])}) as advance:
+        for finding in examine(base or [], device=device, online=online):
             findings.append(finding)
             advance("looking", 1)
     problems = sum(finding.state == "problem" for finding in findings)
