@@ -6,7 +6,7 @@ A field's type is ``int``, ``float``, ``str``, ``tuple[str, ...]``, a ``Literal`
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
@@ -21,7 +21,7 @@ class Range:
     """Which numbers a setting may be, in words and as a test."""
 
     expected: str
-    holds: Callable[[float], bool]
+    holds: Callable[[float], bool] = field(repr=False)
 
 
 def at_least(least: float) -> Range:

@@ -7,7 +7,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
-from texforce_hub import Adapter, LowRank, apply_adapter, merge_adapters, write_adapter
+from texforce_hub import (
+    Adapter,
+    LowRank,
+    apply_adapter,
+    measure_fold,
+    merge_adapters,
+    resize_adapter,
+    write_adapter,
+)
 from texforce_hub.errors import ConfigError
 from texforce_hub.hub.block_weights import flatten_blocks
 from texforce_hub.hub.stack import read_stack
@@ -132,3 +140,24 @@ def test_new_weights_of_a_wrong_type_are_refused_and_change_nothing(caplog):
             with pytest.raises(ConfigError, match="weight"):
                 applied.set_weights(weights)
         assert applied.weights == before
+
+
+@pytest.mark.parametrize(
+    ("value", "way_out"),
+    [
+        ("shapes-colour", r"read it first: read_adapter\('shapes-colour'\)"),
+        (3, "give what read_adapter gives"),
+        (merge_adapters(["shapes-colour"]), r"give its \.adapter"),
+    ],
+    ids=["name", "number", "merge"],
+)
+def test_functions_of_an_adapter_refuse_what_is_none_with_the_way_out(value, way_out, tmp_path):
+    calls = [
+        lambda: write_adapter(value, tmp_path / "a.safetensors"),
+        lambda: resize_adapter(value, rank=1),
+        lambda: measure_fold(value, {}),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=f"is no adapter; {way_out}"):
+            call()
+    assert list(tmp_path.iterdir()) == []

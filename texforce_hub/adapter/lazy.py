@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
 
 from torch import Tensor
 
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
+from texforce_hub.errors import ConfigError
 from texforce_hub.files.lazy_mapping import LazyMapping
 
 
@@ -36,6 +39,19 @@ class LazyAdapter:
         """The layers of one part (``"text_encoder"``), without extras."""
         chosen = self.outline.only(part)
         return LazyAdapter(chosen, LazyMapping(chosen.layers, self.layers.__getitem__), {})
+
+
+def check_is_adapter(value: Any) -> None:
+    """Refuse what is no adapter, with the way to one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, Adapter | LazyAdapter):
+        read = isinstance(value, str | PathLike)
+        way_out = f"read it first: read_adapter({str(value)!r:.80})" if read else "give what read_adapter gives"
+        inner = isinstance(getattr(value, "adapter", None), Adapter)
+        raise ConfigError(f"{type(value).__name__} is no adapter; {'give its .adapter' if inner else way_out}")
 
 
 def outline_adapter(adapter: Adapter) -> Adapter:

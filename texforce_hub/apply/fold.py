@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.dense import Vector
+from texforce_hub.adapter.lazy import check_is_adapter
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Adapter, LayerName
 from texforce_hub.apply.model import Base, find_weight
@@ -53,7 +54,7 @@ def measure_fold(
 
     Raises:
         MergeError: the base lacks a layer, or its weight has another shape.
-        ConfigError: no dtype of this name.
+        ConfigError: something else than an adapter, or no dtype of this name.
 
     Example:
         >>> from texforce_hub import load_pipeline, measure_fold, read_adapter
@@ -62,6 +63,7 @@ def measure_fold(
         >>> measure_fold(read_adapter("shapes-colour"), pipeline, dtype=torch.float32).loss < 1e-3
         True
     """
+    check_is_adapter(adapter)
     kind, losses = choose_dtype(dtype), dict[LayerName, Loss]()
     for name, layer in adapter.layers.items():
         weight = find_weight(base, name, layer.shape)

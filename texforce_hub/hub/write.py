@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from texforce_hub.adapter.finite import check_finite
-from texforce_hub.adapter.lazy import LazyAdapter
+from texforce_hub.adapter.lazy import LazyAdapter, check_is_adapter
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import FileError
@@ -37,13 +37,14 @@ def write_adapter(
         AdapterError: NaN or infinity, or numbers that the dtype cannot hold.
         FileError: the place cannot be written or names a pickle, a PEFT adapter shall be a file, or one of several
             parts lie in a folder that exists.
-        ConfigError: no dtype of this name.
+        ConfigError: something else than an adapter, or no dtype of this name.
 
     Example:
         >>> from texforce_hub import read_adapter, write_adapter
         >>> write_adapter(read_adapter("shapes-colour"), "colour.safetensors").name
         'colour.safetensors'
     """
+    check_is_adapter(adapter)
     path, kind = Path(path), given_dtype(dtype)
     check_name(path)
     if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not is_folder(path):

@@ -13,7 +13,7 @@ from texforce_hub.adapter.batches import take_batches
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.dense_rank import truncate_dense
-from texforce_hub.adapter.lazy import LazyAdapter
+from texforce_hub.adapter.lazy import LazyAdapter, check_is_adapter
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
@@ -172,13 +172,14 @@ def resize_adapter(
 
     Raises:
         MergeError: no limit, one outside its range, or a DoRA layer and no base that has its weight.
-        ConfigError: no dtype of this name.
+        ConfigError: something else than an adapter, or no dtype of this name.
 
     Example:
         >>> from texforce_hub import read_adapter, resize_adapter
         >>> max(resize_adapter(read_adapter("shapes-colour"), rank=2).adapter.ranks.values())
         2
     """
+    check_is_adapter(adapter)
     limits, kind = Limits(rank, energy, ratio, max_total_rank), given_dtype(dtype)
     if not limits.any:
         raise MergeError("nothing to resize to: give rank, energy, ratio or max_total_rank")
