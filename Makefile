@@ -56,13 +56,15 @@ gpu: $(READY) ## the tests that need a CUDA device
 bench: $(READY) ## measure what BENCHMARKS.md reports
 	$(BIN)/python -m benchmarks
 
-campaign: $(READY) ## ten kill -9 and resume rounds of a training run, bit for bit
-	$(BIN)/pytest -m campaign tests/train/test_campaign.py
+campaign: $(READY) ## kills and interrupts: training runs, writers, pushes and pulls, stacks on pipelines
+	$(BIN)/pytest -m campaign -s tests/train/test_campaign.py tests/whole/test_kills.py tests/hub/test_kills.py \
+	  tests/apply/test_interrupts.py
 
-fuzz: $(READY) ## two thousand damaged files, and a folder of three hundred
-	$(BIN)/pytest -m campaign -s tests/files/test_fuzz.py tests/formats/test_random_names.py tests/hub/test_folder.py
+fuzz: $(READY) ## 2,000 damaged and 5,000 made-up files, a folder of 300, every mutation of a base's configuration
+	$(BIN)/pytest -m campaign -s tests/files/test_fuzz.py tests/whole/test_structures.py \
+	  tests/formats/test_random_names.py tests/hub/test_folder.py tests/pipelines/test_configuration.py
 
-cube: $(READY) ## every U-Net partner under every text dialect, every foreign listing at true size
+cube: $(READY) ## every tuned U-Net under every text dialect, every foreign listing at true size
 	$(BIN)/pytest -m campaign tests/whole/test_every_combination.py tests/apply/test_files.py tests/formats/test_listings.py
 
 OLD := .old-stack
