@@ -159,3 +159,17 @@ def test_a_gpu_gives_what_the_cpu_gives():
         assert there.up.is_cuda
         assert distance(there.delta().cpu(), here.delta()) < 1e-4
         assert share == pytest.approx(other, abs=1e-5)
+
+
+@pytest.mark.parametrize("zeros", [[0], [1, 3], [0, 1, 2, 3]])
+def test_columns_of_zeros_count_for_nothing(zeros):
+    torch.manual_seed(0)
+    up, down = torch.randn(24, 4), torch.randn(4, 16)
+    up[:, zeros] = 0
+    layer, plain = LowRank(down, up, 0.5), LowRank(torch.randn(4, 16), torch.randn(24, 4))
+    (values, _) = singular_values([layer, plain])
+    assert torch.allclose(values, torch.linalg.svdvals(layer.delta().double())[:4], atol=1e-5)
+    ((small, kept),) = recompress([layer], rank=2)
+    wanted = truncated(layer.delta(), 2)
+    assert torch.allclose(small.delta(), wanted, atol=1e-5)
+    assert 0 <= kept <= 1 + 1e-9

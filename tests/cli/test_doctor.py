@@ -100,7 +100,7 @@ def test_the_extras_are_those_of_the_package_and_each_says_what_it_is_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     offered = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
     assert {name: [Requirement(need).name for need in needs] for name, needs in offered.items()} == {
-        name: [package] for name, (package, _) in libraries.EXTRAS.items()
+        name: list(packages) for name, (packages, _) in libraries.EXTRAS.items()
     }
     there = examine_extra("some", "pytest", "testing", {})
     assert (there.state, there.found.startswith("pytest "), "for testing" in there.found) == ("ok", True, True)

@@ -18,7 +18,7 @@ from texforce_hub.formats.plan.planning import plan
 
 CELLS = {name: (layout, size) for layout, row in GRID.items() for size in SIZES if isinstance(row[size], list)
          for name in row[size]}  # fmt: skip
-NEVER_WRITTEN = {("cloneofsimo", "sdxl")}
+NEVER_WRITTEN = {("cloneofsimo", "sdxl"), *(("xlabs", size) for size in SIZES)}  # XLabs trains Flux alone
 ROWS_LISTINGS = {row["listing"] for row in ROWS.values() if "listing" in row}
 
 

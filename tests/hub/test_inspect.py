@@ -127,7 +127,7 @@ def test_escapes_and_markup_are_never_printed_raw(tmp_path):
     assert not good.exists()
 
 
-def test_weights_show_norms_ranks_zeros_and_nan(tmp_path):
+def test_weights_show_norms_ranks_zeros_and_nan(tmp_path, monkeypatch):
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(32, 4))[0]
     layers = {
@@ -145,6 +145,7 @@ def test_weights_show_norms_ranks_zeros_and_nan(tmp_path):
     for name, layer in layers.items():
         tensors |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up.contiguous()}
     save_file(tensors, path)
+    monkeypatch.setenv("COLUMNS", "200")
     table = run("inspect", path, "--weights", "-v").output
     assert "█" in table
     assert "1 of 3 layers hold NaN or infinity" in table

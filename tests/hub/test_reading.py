@@ -201,7 +201,8 @@ def test_scattered_numbers_are_collected_by_ranges(hub, monkeypatch):
     monkeypatch.setattr(ranges, "_WHOLE", 0)
     found, content = open_kohya(hub)
     assert found.header.scalars == {f"{KOHYA.format(i)}.alpha": 4.0 for i in range(12)}
-    assert hub.sent < len(content) / 2
+    assert hub.sent < len(content)  # gaps are fetched rather than asked around: few requests for any file
+    assert hub.requests <= 6
 
 
 def test_numbers_are_left_alone_that_nobody_wants(hub):

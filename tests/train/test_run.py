@@ -347,7 +347,7 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match="is not TOML"):
         read_settings(tmp_path / "bad.toml")
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         read_settings(tmp_path / "none.toml")
 
 

@@ -76,6 +76,9 @@ class Sums:
         lengths = self.up_gram.diagonal(dim1=1, dim2=2).sqrt()
         none = lengths == 0
         lengths = lengths.masked_fill(none, 1.0)
+        shares = shares.masked_fill(
+            none, 0.0
+        )  # a column of zeros stands for a unit vector below, and counts for nothing
         # Columns of length 1, so that it does not matter how a change is divided between its halves.
         even = self.up_gram / (lengths[:, :, None] * lengths[:, None, :]) + torch.diag_embed(none.double())
         lower, failed = torch.linalg.cholesky_ex(even)

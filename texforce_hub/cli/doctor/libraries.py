@@ -16,8 +16,12 @@ PACKAGE = "texforce-hub"
 LIBRARIES = ("torch", "safetensors", "huggingface-hub", "accelerate", "transformers", "diffusers", "peft")
 """What this package needs, each after those that it imports itself."""
 
-EXTRAS = {"prompt": ("compel", "weights of words and prompts of more than 77 tokens")}
-"""The package that each extra brings, and what it is for."""
+EXTRAS = {
+    "prompt": (("compel",), "weights of words and prompts of more than 77 tokens"),
+    "tune": (("cma",), "the search of tune"),
+    "track": (("tensorboard", "wandb", "trackio"), "train --track; one of them will do"),
+}
+"""The packages that each extra brings, and what they are for."""
 
 Attempts = Mapping[str, Attempt]
 
@@ -29,7 +33,7 @@ def module_of(package: str) -> str:
 
 def import_all() -> dict[str, Attempt]:
     """By module, how the import of each went that is installed."""
-    wanted = [*LIBRARIES, "torchvision", *(package for package, _ in EXTRAS.values())]
+    wanted = [*LIBRARIES, "torchvision", *(package for packages, _ in EXTRAS.values() for package in packages)]
     return try_imports([name for name in map(module_of, wanted) if importlib.util.find_spec(name) is not None])
 
 
@@ -45,8 +49,8 @@ def examine_versions(attempts: Attempts) -> Iterator[Finding]:
         yield Finding(PACKAGE, "note", "runs from a folder", "pip install -e . makes its command and versions known")
     for library in LIBRARIES:
         yield examine_library(library, wanted.get(library), attempts)
-    for extra, (package, purpose) in EXTRAS.items():
-        yield examine_extra(extra, package, purpose, attempts)
+    for extra, (packages, purpose) in EXTRAS.items():
+        yield from (examine_extra(extra, package, purpose, attempts) for package in packages)
 
 
 def examine_library(name: str, wanted: Requirement | None, attempts: Attempts) -> Finding:
