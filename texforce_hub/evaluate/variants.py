@@ -49,6 +49,17 @@ def evaluate_variants(
         PromptError: no prompt, or one with tags or weights.
         MatchError: a stack does not fit.
         RewardError: a reward cannot be used.
+
+    Example:
+        >>> from texforce_hub import Sampling, Variant, evaluate_variants, load_pipeline
+        >>> from texforce_hub.rewards.reward import resolve_reward
+        >>> variants = {"base": Variant(), "colour": Variant(stack="shapes-colour")}
+        >>> result = evaluate_variants(
+        ...     load_pipeline("shapes", device="cpu"), variants, ["a lime disc", "a red circle"],
+        ...     [resolve_reward("alignment")], sampling=Sampling((0,), inference_steps=2),
+        ... )
+        >>> result.variants
+        ('base', 'colour')
     """
     sampling = sampling or Sampling()
     if not variants or not rewards or not sampling.seeds:

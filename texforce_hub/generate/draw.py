@@ -78,6 +78,12 @@ def generate_images(
         PromptError: a prompt with a tag, or one that needs compel, which is not installed.
         RefError: weights in a prompt that cannot be read.
         ConfigError: something that the pipeline refuses.
+
+    Example:
+        >>> from texforce_hub import DrawSettings, generate_images, load_pipeline
+        >>> settings = DrawSettings(("a lime disc",), inference_steps=2, num_images=2)
+        >>> [image.size for image in generate_images(load_pipeline("shapes", device="cpu"), settings)]
+        [(32, 32), (32, 32)]
     """
     jobs = settings.jobs()
     read = read_prompts(pipe, settings.prompts, **_reading(settings))

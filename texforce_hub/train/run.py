@@ -203,6 +203,11 @@ def train_adapter(
         PromptError, RewardError: prompts or a reward cannot be found, or prompts are too long to be read.
         NotBetterError: no step was better than the base on the held-out prompts; no adapter is written.
         TrainingError: another process trains there, or the run cannot go on; the message says why.
+
+    Example:
+        >>> from texforce_hub import TrainConfig, train_adapter
+        >>> config = TrainConfig(base="shapes", reward=("alignment",), output="run", steps=80)
+        >>> train_adapter(config)  # doctest: +SKIP
     """
     # A reward may draw from torch's own random numbers: the caller's state of them is put back.
     with own_folder(config.output) as folder, no_denormals(), torch.random.fork_rng(devices=[]):
