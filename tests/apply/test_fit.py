@@ -16,7 +16,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.base import read_base
 from texforce_hub.apply.fit import check_adapter
-from texforce_hub.errors import DialectError, FamilyError, PipelineError
+from texforce_hub.errors import DialectError, FamilyError, HubError, PipelineError
 from texforce_hub.families import FAMILIES
 from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
 from texforce_hub.families.original_unet import to_ldm
@@ -192,6 +192,8 @@ def test_other_bases_are_refused(tmp_path):
     with pytest.raises(PipelineError, match="no known checkpoint"):
         read_base(tmp_path / "x.safetensors")
     with pytest.raises(FamilyError, match="no known base"):
+        read_base("mystery")
+    with pytest.raises(HubError, match="'me/mystery' is no file or folder here, and as a Hub id: "):
         read_base("me/mystery")
     with pytest.raises(DialectError, match=r"x\.safetensors"):
         check_adapter(tmp_path / "x.safetensors", "sd1")

@@ -84,10 +84,16 @@ def apply_adapter(
         entries = [replace(entry, weight=ref.at(0.0)) for entry, ref in zip(entries, refs)]
     draws = seed if rounding == "stochastic" else None
     roots = {part: plain(module) for part, module in parts_of(pipe).items()}
-    applied = alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, strict=strict, draws=draws))
-    if follows:
-        applied._follow(pipe, refs)
-    return applied
+    made: list[Applied] = []  # an interrupt after the lock is let go would lose what is returned, the stack left on
+    try:
+        applied = alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, made, strict=strict, draws=draws))
+        if follows:
+            applied._follow(pipe, refs)
+        return applied
+    except BaseException:
+        for handle in made:
+            handle.remove()
+        raise
 
 
 def _apply(
@@ -95,6 +101,7 @@ def _apply(
     roots: Mapping[str, nn.Module],
     entries: list[StackEntry],
     mode: str,
+    made: list[Applied],
     *,
     strict: bool,
     draws: int | None,
@@ -109,13 +116,14 @@ def _apply(
     modules = {part: model.modules for part, model in live.models.items()}
     name = free_name(list(roots.values()))
     applied = Applied(entries, mode, decisions, name, roots, riding, written, modules, draws)
+    made.append(applied)
     try:
         applied._put_on()
         _say_notes(decisions)
         _say_loss(applied)
         return applied
     except BaseException:
-        applied.remove()
+        applied.remove()  # here, while no other thread can see half a stack
         raise
 
 
