@@ -201,6 +201,17 @@ def test_new_weights_act_on_an_offloaded_model_or_are_refused():
     assert {ref.weight for handle in (several, written) for ref in handle.weights.values()} == {1.0}
 
 
+def test_a_stack_whose_weight_was_replaced_is_not_kept_and_the_weight_is_named():
+    pipe = tiny_pipeline("sd1")
+    applied = apply_adapter(pipe, random_adapter(pipe), mode="fuse")
+    layer = next(m for n, m in pipe.text_encoder.named_modules() if n.endswith("layers.1.mlp.fc2"))
+    layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+    gc.collect()
+    with pytest.raises(MatchError, match=r"layers\.1\.mlp\.fc2\.weight: .*replaced"):
+        applied.keep()
+    assert repr(applied).endswith("fused)")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_stack_obeys_in_and_after_inference_mode(mode, count):

@@ -138,6 +138,18 @@ def test_what_a_program_has_no_slot_for_is_said_and_refused_for_it(tmp_path, cap
     assert all(key.startswith(("text_encoders.", "diffusion_model.")) for key in comfy)  # its own layout has the slots
 
 
+@pytest.mark.parametrize(
+    ("family", "block", "width"), [("flux", "single_transformer_blocks", 3072), ("sd3", "transformer_blocks", 1536)]
+)
+def test_diffusers_names_in_comfyuis_own_layout_are_said_to_have_no_slot(family, block, width, tmp_path, caplog):
+    name = f"transformer.{block}.0.attn.to_q"
+    adapter = Adapter({name: low_rank(width, width)}, {"texforce_hub.family": family})
+    file = write_adapter(adapter, tmp_path / "x.safetensors", dialect="comfy")
+    assert f"for ComfyUI: no slot for 1 of 1 layers, e.g. {name}; they are left out" in caplog.text
+    converted = load_file(convert_adapter(file, tmp_path / "y.safetensors", reader="comfyui"))
+    assert all(key.startswith("lora_transformer_") for key in converted)
+
+
 def test_t5_is_refused_for_diffusers_which_drops_it():
     t5 = Adapter({"text_encoder_3.encoder.block.0.layer.0.SelfAttention.q": low_rank(4096, 4096)})
     with pytest.raises(DialectError, match="no slot for 1 of 1"):

@@ -1,7 +1,7 @@
 """The handle of a stack on a pipeline: what it did with every layer, new weights, and the way back."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import TracebackType
@@ -26,7 +26,7 @@ from texforce_hub.apply.matching import (
     why_dead,
 )
 from texforce_hub.apply.model import unwrapped
-from texforce_hub.apply.patch import Owner, Write, begin_write, check_writable, keep, undo, write
+from texforce_hub.apply.patch import Owner, Write, begin_write, check_keepable, check_writable, keep, undo, write
 from texforce_hub.apply.placement import place
 from texforce_hub.apply.projections import calls_joined, find_joined
 from texforce_hub.apply.rounding import Loss, Term, reused_memory, seed_for, to_loss, total_loss
@@ -122,7 +122,7 @@ class Applied:
         """Make a fused stack permanent and forget the way back.
 
         Raises:
-            MatchError: the stack is attached, or lies on another one.
+            MatchError: the stack is attached, lies on another one, or its weights were replaced; nothing is kept.
         """
         if self._attachments:
             raise MatchError("an attached stack rides beside the weights; use mode='fuse' to make it permanent")
@@ -178,6 +178,9 @@ class Applied:
         self._timeline = Timeline(pipe, refs, set_weights, acts_on_text=self._acts_on_text)
 
     def _keep(self) -> None:
+        for key, entry in self._writes.items():
+            with _naming(key):
+                check_keepable(entry)
         for entry in self._writes.values():
             keep(entry)
         self._writes.clear()
@@ -264,10 +267,8 @@ class Applied:
             detach(owner, self.name, attachment)
 
     def _undo(self, key: ParameterKey) -> None:
-        try:
+        with _naming(key):
             undo(self._writes[key])
-        except MatchError as error:
-            raise MatchError(f"{'.'.join(key)}: {error}") from error
 
     def _owner(self, key: ParameterKey) -> Owner | None:
         """The module that the layer is a child of, and its name there; ``None`` for what is no child."""
@@ -310,3 +311,12 @@ class Applied:
         layer = entry.adapter.layers[name]
         layer = layer if rows is None else take_rows(layer, rows)
         return (layer if block is None else place(layer, block)), entry.weight.weight_of(name)
+
+
+@contextmanager
+def _naming(key: ParameterKey) -> Iterator[None]:
+    """Say in an error of which weight it is."""
+    try:
+        yield
+    except MatchError as error:
+        raise MatchError(f"{'.'.join(key)}: {error}") from error

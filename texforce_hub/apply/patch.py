@@ -143,11 +143,20 @@ def _take_out(entry: Write, pile: list[Write]) -> None:
 
 def keep(entry: Write) -> None:
     """Make a write permanent: the copy of what was there is dropped."""
-    pile: list[Write] = _PILES.get(entry.parameter(), [])
+    check_keepable(entry)
+    entry.on = False
+    del _PILES[present(entry)][0]
+
+
+def check_keepable(entry: Write) -> None:
+    """Refuse to make a write permanent that is not the lowest on its weight, or whose weight is gone.
+
+    Raises:
+        MatchError: the weights were replaced, or another stack lies below.
+    """
+    pile: list[Write] = _PILES.get(present(entry), [])
     if pile[:1] != [entry]:
         raise MatchError("only the first stack on a weight can be kept: take the others off first")
-    entry.on = False
-    del pile[0]
 
 
 def present(entry: Write) -> nn.Parameter:

@@ -46,12 +46,17 @@ def fit_reader(adapter: Either, reader: Reader) -> tuple[Either, str]:
 def describe_gaps(adapter: Adapter, layout: str) -> Iterator[str]:
     """What those who read this layout make otherwise of an adapter's layers, one line for each kind of gap."""
     gaps: dict[str, list[str]] = {}
-    for reader in READERS.values():
-        if layout == reader.layouts[0] and _families(reader, adapter):
-            for gap in (*_find_gaps(reader, adapter, layout), *_unfilled(reader, adapter)):
-                gaps.setdefault(gap, []).append(reader.title)
+    for reader in _find_readers(adapter, layout):
+        for gap in (*_find_gaps(reader, adapter, layout), *_unfilled(reader, adapter)):
+            gaps.setdefault(gap, []).append(reader.title)
     for gap, titles in gaps.items():
         yield f"for {', '.join(titles)}: {gap}"
+
+
+def _find_readers(adapter: Adapter, layout: str) -> list[Reader]:
+    """Those whose usual layout it is; of a layout that is nobody's usual one, all who read it."""
+    readers = [reader for reader in READERS.values() if layout in reader.layouts and _families(reader, adapter)]
+    return [reader for reader in readers if layout == reader.layouts[0]] or readers
 
 
 def _families(reader: Reader, adapter: Adapter) -> list[str]:
