@@ -185,7 +185,8 @@ def _odd_values(value: Any) -> Iterator[str]:
         for inner in value:
             yield from _odd_values(inner)
     elif isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
-        yield f"has a whole number of {len(str(value))} digits; expected at most {_LARGEST_WHOLE}"
+        # Counted in bits: Python refuses to write a number of thousands of digits in decimals.
+        yield f"has a whole number of {value.bit_length()} bits; expected at most {_LARGEST_WHOLE}"
 
 
 def first_line(error: BaseException, most: int = 200) -> str:

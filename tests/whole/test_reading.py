@@ -1,5 +1,6 @@
 """Text that others wrote: read only where it is a file, up to a bound, with or without a byte-order mark."""
 
+import io
 import os
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.base import read_base
 from texforce_hub.cli.doctor.bases import examine_base
 from texforce_hub.errors import ConfigError, FileError, RecipeError, TexForceHubError
+from texforce_hub.files import hashing
 from texforce_hub.files.hashing import hash_as_git, hash_files, hash_tensors
 from texforce_hub.generate.prompts.sets import read_prompts
 from texforce_hub.generate.recipe import replay_run
@@ -63,6 +65,51 @@ def test_what_is_no_file_is_never_read(endless, name):
     with pytest.raises(TexForceHubError, match=r"a pipe, a socket or a device|is a folder") as caught:
         READERS[name](endless)
     assert str(endless) in str(caught.value)
+
+
+class Unending(io.RawIOBase):
+    """Zeros under the name of an empty ordinary file, as some of Linux's ``/proc``; few enough for the test to end."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.file, self.left = path.open("rb"), 1 << 24
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def fileno(self):
+        return self.file.fileno()
+
+    def seek(self, offset, whence=0):
+        return offset
+
+    def tell(self):
+        return (1 << 24) - self.left
+
+    def readinto(self, buffer):
+        size = min(len(buffer), self.left)
+        buffer[:size] = bytes(size)
+        self.left -= size
+        return size
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if "hashed" in name])
+def test_an_ordinary_file_without_end_is_hashed_no_further_than_its_size(name, tmp_path, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.touch()
+    unending = Unending(path)
+    monkeypatch.setattr(hashing, "open_regular", lambda path: io.BufferedReader(unending))
+    with pytest.raises(FileError, match=r"a\.bin: goes on after its 0 bytes") as caught:
+        READERS[name](path)
+    assert "\n" not in str(caught.value)
+    assert unending.left > 0
 
 
 def test_a_catalogue_entry_that_is_no_file_is_never_read(endless):
@@ -129,6 +176,9 @@ DEEP = {
     "a table of fifty thousand dots": "[a" + ".a" * 50_000 + "]",
     "five thousand digits": "seed = " + "9" * 5000,
     "a whole number of 400 digits": "seed = 1" + "0" * 400,
+    "five thousand hexadecimal digits": "seed = 0x" + "f" * 5000,
+    "octal digits in a list": "seed = [[1, 0o" + "7" * 9000 + "]]",
+    "binary digits in a table": "seed = {a = 0b" + "1" * 20_000 + "}",
     "a name of a million letters": "a" * 1_000_000 + " = 1",
     "three million letters": "# " + "a" * 3_000_000,
     "an open string": "x = '''" + "a" * 1000,
