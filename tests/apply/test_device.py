@@ -25,6 +25,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr("texforce_hub.apply.applied.check_ready", lambda *_, **__: None)
     monkeypatch.setattr("texforce_hub.apply.per_sample.check_ready", lambda *_, **__: None)
     monkeypatch.setattr("texforce_hub.apply.attach.Attachment.check_changeable", lambda *_: None)
+    monkeypatch.setattr("texforce_hub.apply.handle.check_in_memory", lambda *_: None)
 
 
 def make(kind, dtype=torch.float32):

@@ -89,6 +89,18 @@ def test_joining_the_projections_inside_the_block_leaves_nothing_of_the_stack_in
     assert same_bits(pipe, bits(fresh))
 
 
+def test_attached_layers_that_were_joined_since_are_dead_and_said_to_do_nothing(caplog):
+    pipe = tiny_pipeline("sd1")
+    with apply_adapter(pipe, stack_for(pipe)) as applied:
+        assert applied.dead_layers() == {}
+        denoiser(pipe).fuse_qkv_projections()
+        dead = applied.dead_layers()
+        assert {name.rpartition(".")[2] for name in dead} == {"to_q", "to_k", "to_v"}
+        assert all("fuse_qkv_projections" in reason for reason in dead.values())
+        applied.disable()
+        assert caplog.text.count("layers of the stack do nothing") == 1
+
+
 def test_a_stack_below_another_leaves_joined_projections_too():
     pipe, fresh = tiny_pipeline("sd1"), tiny_pipeline("sd1")
     fresh.unet.fuse_qkv_projections()

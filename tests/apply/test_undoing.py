@@ -178,20 +178,27 @@ def test_a_handle_that_was_removed_leaves_later_stacks_alone():
         assert torch.equal(text_outputs(pipe)[0], tuned)
 
 
-def offload(encoder):
-    """As sequential offload leaves it: no numbers in memory."""
-    for module in encoder.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+@pytest.mark.parametrize("change", [lambda a: a.set_weights([0.5]), lambda a: a.disable(), lambda a: a.enable()])
+def test_a_model_moved_to_meta_is_refused_where_nothing_would_act(change):
+    pipe = tiny_pipeline("sd1")
+    applied = apply_adapter(pipe, random_adapter(pipe))
+    pipe.text_encoder.to("meta")
+    with pytest.raises(MatchError, match="text_encoder was moved to the meta device"):
+        change(applied)
+    assert repr(applied).endswith("attached)")
+    assert {ref.weight for ref in applied.weights.values()} == {1.0}
+    applied.remove()
+    assert is_bare(pipe)
 
 
 def test_new_weights_act_on_an_offloaded_model_or_are_refused():
+    from accelerate import cpu_offload
+
     pipe = tiny_pipeline("sd1")
     stack = [random_adapter(pipe, seed=seed) for seed in (1, 2)]
     single, several = apply_adapter(pipe, stack[0]), apply_adapter(pipe, stack)
     written = apply_adapter(pipe, stack[1], mode="fuse")
-    offload(pipe.text_encoder)
+    cpu_offload(pipe.text_encoder, torch.device("cpu"))
     single.set_weights([0.5])
     assert {layer.scaling["texforce"] for layer in tuner_layers(pipe.text_encoder)} == {0.5}
     with pytest.raises(MatchError, match="not in memory"):

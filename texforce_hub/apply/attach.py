@@ -80,6 +80,20 @@ class Attachment:
         self.relative = None
 
 
+def check_in_memory(part: str, root: nn.Module, attachments: Iterable[Attachment]) -> None:
+    """Refuse a model whose numbers are gone: on the meta device, with no offloading that brings them back.
+
+    Raises:
+        MatchError: it is such a model.
+    """
+    gone = any(half.is_meta for attachment in attachments for half in attachment.halves)
+    if gone and not any(hasattr(module, "_hf_hook") for module in root.modules()):
+        raise MatchError(
+            f"{part} was moved to the meta device and has no numbers any more, nor has the stack on it: "
+            "load the model and apply the stack again"
+        )
+
+
 def factor_of(pairs: Sequence[Pair], dtype: torch.dtype) -> float:
     """What PEFT multiplies a stack's halves by: the weight of a single pair; those of several are in their halves."""
     if len(pairs) > 1:

@@ -1,5 +1,6 @@
 """The handle of a stack on a pipeline: what it did with every layer, new weights, and the way back."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.adapter_list import activate, note_factors, register, unregister
-from texforce_hub.apply.attach import Attachment, Pair, attach, detach, unwrap_moved
+from texforce_hub.apply.attach import Attachment, Pair, attach, check_in_memory, detach, unwrap_moved
 from texforce_hub.apply.display import describe_stack, tabulate_stack
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
@@ -23,6 +24,7 @@ from texforce_hub.apply.matching import (
     Decision,
     Matched,
     ParameterKey,
+    matches,
     why_dead,
 )
 from texforce_hub.apply.model import unwrapped
@@ -36,6 +38,8 @@ from texforce_hub.apply.wrappers import Wrappers
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import StackEntry, Weight, reweighted
+
+logger = logging.getLogger("texforce_hub")
 
 
 @dataclass(eq=False, repr=False)
@@ -94,7 +98,7 @@ class Applied:
         Raises:
             ConfigError: an unknown label, another number of weights, an impossible weight, a stack whose weights
                 follow a schedule, or a text adapter's while a pipeline draws with it.
-            MatchError: the stack was taken off.
+            MatchError: the stack was taken off, or would not act: see :meth:`dead_layers`.
         """
         if self._timeline is not None:
             raise ConfigError("this stack's weights follow a schedule; apply it again with other weights")
@@ -129,21 +133,39 @@ class Applied:
         alone_on(self.roots.values(), self._keep)
 
     def disable(self) -> None:
-        """The base's outputs, the stack staying in place; other adapters are left as they are."""
+        """The base's outputs, the stack staying in place; other adapters are left as they are.
+
+        Raises:
+            MatchError: the model was moved to the meta device, where it has no numbers.
+        """
         alone_on(self.roots.values(), lambda: self._switch(on=False))
 
     def enable(self) -> None:
-        """Undo :meth:`disable`."""
+        """Undo :meth:`disable`.
+
+        Raises:
+            MatchError: as :meth:`disable`.
+        """
         alone_on(self.roots.values(), lambda: self._switch(on=True))
 
     def dead_layers(self, clip_skip: int = 0) -> dict[LayerName, str]:
-        """Layers that cannot reach the image when this many last layers of the CLIP encoders are skipped."""
+        """Layers that cannot reach the image when this many last layers of the CLIP encoders are skipped.
+
+        So are attached layers that ``fuse_qkv_projections()`` has joined with others since.
+        """
+        uncalled = set(self._uncalled())
         return {
             name: reason
             for of_layers in self.decisions.values()
             for name, decision in of_layers.items()
-            if isinstance(decision, Matched) and (reason := why_dead(decision, self.roots, clip_skip))
+            for matched in matches(decision)
+            if (reason := self._why_dead(matched, uncalled, clip_skip))
         }
+
+    def _why_dead(self, matched: Matched, uncalled: set[str], clip_skip: int) -> str | None:
+        path = f"{matched.part}.{matched.path}"
+        joined = matched.how == "attached" and path in uncalled
+        return _unheard(path) if joined else why_dead(matched, self.roots, clip_skip)
 
     def __enter__(self) -> Self:
         self._in_block = True
@@ -210,12 +232,11 @@ class Applied:
         gone = [key for key, attachment in self._attachments.items() if not attachment.live]
         if gone or not (self._attachments or self._writes):
             raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
+        self._check_in_memory()
         for key, attachment in self._attachments.items():
             attachment.check_changeable(self._pairs(key))
         if uncalled := self._uncalled():
-            raise MatchError(
-                f"{uncalled[0]} is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
-            )
+            raise MatchError(_unheard(uncalled[0]))
         for entry in self._writes.values():
             check_writable(entry)
         before, self.entries = self.entries, entries
@@ -240,10 +261,17 @@ class Applied:
         self._note_losses()
 
     def _switch(self, *, on: bool) -> None:
+        self._check_in_memory()
+        if uncalled := self._uncalled():
+            logger.warning("%d layers of the stack do nothing, e.g. %s", len(uncalled), _unheard(uncalled[0]))
         self._on = on
         for part in self._riding_parts():
             activate(self.roots[part], self.name, active=on)
         self._rewrite()
+
+    def _check_in_memory(self) -> None:
+        for part in self._riding_parts():
+            check_in_memory(part, self.roots[part], self._attached_to(part).values())
 
     def _take_off(self) -> list[BaseException]:
         """Undo all that is left to undo; the errors, and the interrupts, in their order."""
@@ -320,3 +348,7 @@ def _naming(key: ParameterKey) -> Iterator[None]:
         yield
     except MatchError as error:
         raise MatchError(f"{'.'.join(key)}: {error}") from error
+
+
+def _unheard(layer: str) -> str:
+    return f"{layer} is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
