@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from tests.support.pipelines_saved import load, original_topology
 from texforce_hub.errors import PipelineError
@@ -10,7 +17,7 @@ from texforce_hub.files.container import open_header
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.files.writing import write_tensors
 from texforce_hub.pipelines.save_checkpoint import save_checkpoint
-from texforce_hub.pipelines.scheduler_facts import restore_scheduler
+from texforce_hub.pipelines.scheduler_facts import describe_scheduler, restore_scheduler
 from texforce_hub.pipelines.single_file import load_single_file
 
 USUAL = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -74,6 +81,23 @@ def test_noise_that_no_mark_can_say_is_named(tmp_path, caplog):
     with caplog.at_level("WARNING", logger="texforce_hub"):
         save_checkpoint(pipe, tmp_path / "x.safetensors")
     assert "beta_end = 0.02, prediction_type = 'sample' to texforce-hub only" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "rule"),
+    [
+        (FlowMatchEulerDiscreteScheduler(), "flow matching"),
+        (DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True), "flow matching"),
+        (EDMEulerScheduler(), "EDM"),
+        (EDMEulerScheduler(prediction_type="v_prediction"), "EDM"),
+    ],
+)
+def test_flow_matching_and_edm_have_no_mark_and_are_named(scheduler, rule, caplog):
+    with caplog.at_level("WARNING", logger="texforce_hub"):
+        marks, metadata = describe_scheduler(scheduler, NOISE)
+    assert not marks
+    assert list(metadata) == ["texforce_hub.scheduler"]
+    assert f"no mark can say that the model is sampled by {rule} ({type(scheduler).__name__})" in caplog.text
 
 
 @pytest.mark.parametrize(

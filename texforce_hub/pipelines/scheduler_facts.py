@@ -38,9 +38,13 @@ def describe_scheduler(scheduler: Any, usual: Mapping[str, Any]) -> tuple[dict[s
     """The empty tensors and the metadata that say how a pipeline's model is to be sampled.
 
     ``usual`` is the scheduler's configuration that other tools take for granted for this family; where the noise is
-    another one that no mark can say, that is logged.
+    another one that no mark can say, that is logged. Flow matching and EDM get no mark at all: each would be wrong.
     """
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+    own = {METADATA_KEY: json.dumps({"class": type(scheduler).__name__, **_plain(config)}, sort_keys=True)}
+    if rule := _other_rule(scheduler, config):
+        logger.warning("no mark can say that the model is sampled by %s; the file tells it to texforce-hub only", rule)
+        return {}, own
     prediction = config.get("prediction_type", "epsilon")
     marks = {V_PREDICTION: prediction == "v_prediction", ZERO_SNR: bool(config.get("rescale_betas_zero_snr"))}
     unsaid = [key for key in _NOISE if _differs(config.get(key), usual.get(key))]
@@ -48,10 +52,17 @@ def describe_scheduler(scheduler: Any, usual: Mapping[str, Any]) -> tuple[dict[s
     if unsaid:
         facts = ", ".join(f"{key} = {config.get(key)!r:.60}" for key in unsaid)
         logger.warning("the file tells %s to texforce-hub only; set it by hand in other tools", facts)
-    metadata = {METADATA_KEY: json.dumps({"class": type(scheduler).__name__, **_plain(config)}, sort_keys=True)}
     if prediction in _PREDICTIONS.values():
-        metadata[MODELSPEC] = "v" if prediction == "v_prediction" else "epsilon"
-    return {name: torch.zeros(0) for name, marked in marks.items() if marked}, metadata
+        own[MODELSPEC] = "v" if prediction == "v_prediction" else "epsilon"
+    return {name: torch.zeros(0) for name, marked in marks.items() if marked}, own
+
+
+def _other_rule(scheduler: Any, config: Mapping[str, Any]) -> str:
+    """Flow matching or EDM, where a scheduler samples by it; empty for noise that is known by its betas."""
+    kind = type(scheduler).__name__
+    if kind.startswith("Flow") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return f"flow matching ({kind})"
+    return f"EDM ({kind})" if "sigma_data" in config else ""
 
 
 def restore_scheduler(scheduler: Any, header: Header, path: Path) -> Any:

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from texforce_hub.errors import ConfigError
+from texforce_hub.errors import ConfigError, TrainingError
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.images.curve import plot_curve, plot_signal
 from texforce_hub.generate.images.sheet import column_sheet
-from texforce_hub.reading import read_text
+from texforce_hub.reading import first_line, read_text
 from texforce_hub.settings import write_settings
 from texforce_hub.train.config import TrainConfig
 
@@ -69,12 +69,28 @@ class RunFolder:
 
     def _read_metrics(self) -> list[dict[str, Any]]:
         path = self.path / "metrics.jsonl"
-        text = read_text(path, most=_LONGEST_METRICS) if path.exists() else ""
-        return [json.loads(line) for line in text.split("\n")[:-1]]  # what follows the last line's end was cut off
+        text = read_text(path, most=_LONGEST_METRICS, error=TrainingError) if path.exists() else ""
+        lines = text.split("\n")[:-1]  # what follows the last line's end was cut off
+        return [_read_report(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
     def _write_text(self, name: str, text: str) -> None:
         with writing(self.path / name) as aside:
             aside.write_text(text, encoding="utf-8")
+
+
+def _read_report(line: str, name: str) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``; ``name`` is for errors.
+
+    Raises:
+        TrainingError: it is no JSON object with a step and a reward.
+    """
+    try:
+        report = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise TrainingError(f"{name}: is no JSON: {first_line(error)}; delete the line to go on") from error
+    if not isinstance(report, dict) or not all(type(report.get(key)) in (int, float) for key in ("step", "reward")):
+        raise TrainingError(f"{name}: has no numbers 'step' and 'reward'; delete the line to go on")
+    return report
 
 
 class Trackers:
