@@ -41,6 +41,8 @@ from texforce_hub.hub.stack import StackEntry, Weight, reweighted
 
 logger = logging.getLogger("texforce_hub")
 
+_UNHEARD = "is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
+
 
 @dataclass(eq=False, repr=False)
 class Applied:
@@ -165,7 +167,7 @@ class Applied:
     def _why_dead(self, matched: Matched, uncalled: set[str], clip_skip: int) -> str | None:
         path = f"{matched.part}.{matched.path}"
         joined = matched.how == "attached" and path in uncalled
-        return _unheard(path) if joined else why_dead(matched, self.roots, clip_skip)
+        return f"{path} {_UNHEARD}" if joined else why_dead(matched, self.roots, clip_skip)
 
     def __enter__(self) -> Self:
         self._in_block = True
@@ -236,7 +238,7 @@ class Applied:
         for key, attachment in self._attachments.items():
             attachment.check_changeable(self._pairs(key))
         if uncalled := self._uncalled():
-            raise MatchError(_unheard(uncalled[0]))
+            raise MatchError(f"{uncalled[0]} {_UNHEARD}")
         for entry in self._writes.values():
             check_writable(entry)
         before, self.entries = self.entries, entries
@@ -263,7 +265,7 @@ class Applied:
     def _switch(self, *, on: bool) -> None:
         self._check_in_memory()
         if uncalled := self._uncalled():
-            logger.warning("%d layers of the stack do nothing, e.g. %s", len(uncalled), _unheard(uncalled[0]))
+            logger.warning("%d layers of the stack do nothing, e.g. %s", len(uncalled), f"{uncalled[0]} {_UNHEARD}")
         self._on = on
         for part in self._riding_parts():
             activate(self.roots[part], self.name, active=on)
@@ -348,7 +350,3 @@ def _naming(key: ParameterKey) -> Iterator[None]:
         yield
     except MatchError as error:
         raise MatchError(f"{'.'.join(key)}: {error}") from error
-
-
-def _unheard(layer: str) -> str:
-    return f"{layer} is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
