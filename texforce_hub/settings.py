@@ -5,6 +5,7 @@ A field's type is ``int``, ``float``, ``str``, ``tuple[str, ...]``, a ``Literal`
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -79,7 +80,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is no setting
+        # NaN, infinity and a whole number beyond every float are no settings.
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
@@ -90,7 +92,7 @@ def _name_type(kind: Any) -> str:
         return " or ".join(map(repr, get_args(kind)))
     if get_origin(kind) is tuple:
         return "a list of strings"
-    return {int: "a whole number", float: "a number", str: "a string"}[kind]
+    return {int: "a whole number", float: "a finite number", str: "a string"}[kind]
 
 
 def suggest_name(name: str, known: Iterable[str], *, otherwise: str) -> str:

@@ -117,13 +117,24 @@ def test_a_split_depends_on_the_text_of_the_prompts_alone():
         ({"population": 2}, "at least 4"),
         ({"bounds": (1.0, 0.0)}, "lower one first"),
         ({"rewards": []}, "at least one reward"),
+        ({"seed": 2**31}, "seed 2147483648; expected 0 to 2147483647"),
+        ({"seed": -1}, "seed -1; expected 0"),
+        ({"sampling": Sampling(())}, "0 seeds of every prompt; expected 1 to 1000"),
+        ({"sampling": Sampling(tuple(range(1001)))}, "1001 seeds of every prompt"),
     ],
 )
 def test_a_search_that_cannot_be_is_refused_before_anything_is_drawn(wrong, phrase):
     pipe = tiny_pipeline("sd1")
-    wanted = {"rewards": [near(0.5)]} | wrong
+    wanted = {"rewards": [near(0.5)], "sampling": FAST} | wrong
     with pytest.raises(ConfigError, match=phrase):
-        tune_weights(pipe, random_adapter(pipe), PROMPTS, sampling=FAST, **wanted)
+        tune_weights(pipe, random_adapter(pipe), PROMPTS, **wanted)
+
+
+@pytest.mark.parametrize("option", [("--seed", "8589934592"), ("--seeds", "100000000000")])
+def test_a_seed_or_a_number_of_seeds_beyond_all_use_is_refused_by_the_command(option):
+    result = CliRunner().invoke(app, ["tune", "--adapter", "shapes-colour", *option])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{option[0]}'" in result.output
 
 
 def test_the_command_prints_a_stack_and_writes_a_recipe_that_replays(tmp_path):

@@ -67,6 +67,13 @@ def test_a_unet_adapter_moves_no_word_and_is_refused():
         measure_words(pipe, random_adapter(pipe, parts=("unet",)), ["a cat"])
 
 
+@pytest.mark.parametrize("weight", ["1e30", "-1e30"])
+def test_a_weight_that_moves_words_by_no_finite_amount_is_refused_in_a_line(weight):
+    result = CliRunner().invoke(app, ["words", f"shapes-colour:{weight}", "--prompt", "a lime disc"])
+    assert isinstance(result.exception, ConfigError)
+    assert "expected a finite number" in str(result.exception)
+
+
 def test_the_command_prints_a_table_and_json():
     runner = CliRunner()
     table = runner.invoke(app, ["words", "shapes-colour", "--prompt", "a lime disc"])

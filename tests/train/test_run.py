@@ -324,7 +324,10 @@ def test_the_learning_rate_warms_up_and_decays_whatever_the_runs_length(decay):
         ({"kl": 0.1}, "no option 'kl' any more: the anchor"),
         ({"skip_last": 2}, "no option 'skip_last' any more: .*share"),
         ({"clip": 0.0}, "more than 0"),
-        ({"clip": float("nan")}, "expected a number"),
+        ({"clip": float("nan")}, "clip = nan; expected a finite number"),
+        ({"learning_rate": float("inf")}, "learning_rate = inf; expected a finite number"),
+        ({"max_minutes": float("inf")}, "max_minutes = inf; expected a finite number"),
+        ({"guidance": 10**400}, "expected a finite number"),
         ({"uncond": "none"}, "'detach' or 'base' or 'full'"),
         ({"canonical": 1.5}, "from 0 to 1"),
         ({"updates": 200}, "only 16 pictures"),
@@ -335,6 +338,12 @@ def test_the_learning_rate_warms_up_and_decays_whatever_the_runs_length(decay):
 def test_an_impossible_setting_is_refused_by_name(settings, says):
     with pytest.raises(ConfigError, match=says):
         make_config({"output": "x", **settings})
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "²"])
+def test_a_pattern_with_an_impossible_number_is_refused(number):
+    with pytest.raises(ConfigError, match="expected PATTERN=NUMBER"):
+        make_policy(alpha_pattern=(f"layers.0={number}",))
 
 
 def test_a_config_survives_toml(tmp_path):

@@ -9,6 +9,8 @@ import typer
 from texforce_hub.cli import names
 from texforce_hub.cli.console import put_detail, put_json
 from texforce_hub.cli.options import (
+    LARGEST_SEED,
+    MOST_SEEDS,
     SAMPLING,
     WORK,
     AsJson,
@@ -60,10 +62,10 @@ def evaluate(
                group=MEASURED),
     ] = "shapes:colour",
     seeds: Annotated[
-        int, option("--seeds", metavar="N", min=1, max=1000, help="Pictures of every prompt: 2.", group=SAMPLING)
+        int, option("--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Pictures of every prompt: 2.", group=SAMPLING)
     ] = 2,
     seed: Annotated[
-        int, option("--seed", metavar="N", min=0, max=2**31 - 1, help="The first of them.", group=SAMPLING)
+        int, option("--seed", metavar="N", min=0, max=LARGEST_SEED, help="The first of them.", group=SAMPLING)
     ] = 0,
     inference_steps: Steps = None,
     guidance: Guidance = None,

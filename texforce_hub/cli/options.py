@@ -11,6 +11,8 @@ from texforce_hub.errors import ConfigError, FileError
 
 WORK, RESULT, SAMPLING = "Where it is computed", "Result", "Sampling"
 """Groups of options in --help."""
+LARGEST_SEED, MOST_SEEDS = 2**31 - 1, 1000
+"""Of commands that measure on several seeds."""
 
 
 def option(*spelled: str, help: str, group: str, **settings: Any) -> Any:

@@ -10,6 +10,8 @@ import typer
 from texforce_hub.cli import names
 from texforce_hub.cli.console import put, put_detail, put_json
 from texforce_hub.cli.options import (
+    LARGEST_SEED,
+    MOST_SEEDS,
     RESULT,
     SAMPLING,
     WORK,
@@ -60,8 +62,12 @@ def tune(
     = 8,
     highest: Annotated[float, option("--highest", metavar="X", help="Largest weight: 1.5.", group=SEARCH)] = 1.5,
     lowest: Annotated[float, option("--lowest", metavar="X", help="Smallest weight: 0.", group=SEARCH)] = 0.0,
-    seeds: Annotated[int, option("--seeds", metavar="N", min=1, help="Pictures of a prompt: 1.", group=SAMPLING)] = 1,
-    seed: Annotated[int, option("--seed", metavar="N", min=0, help="Of the search and noise.", group=SAMPLING)] = 0,
+    seeds: Annotated[
+        int, option("--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Pictures of a prompt: 1.", group=SAMPLING)
+    ] = 1,
+    seed: Annotated[
+        int, option("--seed", metavar="N", min=0, max=LARGEST_SEED, help="Of the search and noise.", group=SAMPLING)
+    ] = 0,
     base: Base = "shapes",
     unet: Unet = None,
     inference_steps: Steps = None,

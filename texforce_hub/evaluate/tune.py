@@ -29,6 +29,7 @@ _FEWEST = 4
 """Prompts without which there is nothing to search on and to report on."""
 _SMALLEST_STEP = 0.02
 """Below this, in weight, pictures no longer change."""
+_LARGEST_SEED, _MOST_SEEDS = 2**31 - 1, 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,7 @@ def tune_weights(
             below 0.02.
         bounds: of every weight.
         sampling: as in ``evaluate_variants``.
-        seed: of the search.
+        seed: of the search, from 0 to 2³¹ − 1.
 
     Raises:
         ConfigError: no rewards, impossible bounds or numbers, a stack that follows a schedule, or ``cma`` is missing.
@@ -135,6 +136,10 @@ def tune_weights(
     """
     sampling = sampling or Sampling()
     _check(rewards, per, generations, population, bounds)
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise ConfigError(f"seed {seed}; expected 0 to {_LARGEST_SEED}")
+    if not 1 <= len(sampling.seeds) <= _MOST_SEEDS:
+        raise ConfigError(f"{len(sampling.seeds)} seeds of every prompt; expected 1 to {_MOST_SEEDS}")
     searched, reported = split_in_half(prompts)
     genome = Genome.of(read_stack(adapters), per)
     start = np.clip([_start(genome, key) for key in genome.keys], *bounds)

@@ -4,6 +4,7 @@ Text encoders of Stable Diffusion are causal: a word's embedding carries the wor
 that moved moves too, and what precedes it cannot.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.apply.per_sample import Stack
-from texforce_hub.errors import FamilyError, PromptError
+from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.generate.prompts.encode import encode_prompts
 
 END = "(end)"
@@ -55,7 +56,7 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
     Raises:
         PromptError: no prompts, or one with tags.
         FamilyError: a pipeline whose embeddings do not lie token by token as its CLIP tokenizer cuts them.
-        ConfigError: a stack that changes the U-Net.
+        ConfigError: a stack that changes the U-Net, or moves a word by no finite amount.
         MatchError: a stack that does not fit.
 
     Example:
@@ -82,7 +83,12 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
 def _shift(word: str, before: Tensor, after: Tensor) -> WordShift:
     """One word's shift, from its tokens' embeddings ``(tokens, width)``."""
     cosine = torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)
-    return WordShift(word, float((after - before).norm() / before.norm()), float(cosine))
+    found = WordShift(word, float((after - before).norm() / before.norm()), float(cosine))
+    if not (math.isfinite(found.shift) and math.isfinite(found.cosine)):
+        raise ConfigError(
+            f"the word {word!r} is moved by {found.shift}; expected a finite number: give the stack smaller weights"
+        )
+    return found
 
 
 def _spans(pipe: Any, prompt: str) -> Iterator[tuple[str, int, int]]:

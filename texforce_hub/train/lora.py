@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -54,7 +55,7 @@ def _read_pattern(entries: Sequence[str]) -> dict[str, float]:
     pattern = {}
     for entry in entries:
         name, _, value = entry.rpartition("=")
-        if not name or not value.replace(".", "", 1).isdigit() or float(value) <= 0:
+        if not name or not value.replace(".", "", 1).isdecimal() or not 0 < float(value) <= sys.float_info.max:
             raise ConfigError(f"pattern {entry!r}; expected PATTERN=NUMBER, such as layers.0=8")
         pattern[name] = float(value)
     return pattern
