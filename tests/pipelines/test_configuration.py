@@ -115,6 +115,24 @@ def test_a_damaged_value_is_named_with_its_file(file, key, value, base):
     assert try_mutation(base, file, key, value) == "refused"
 
 
+@pytest.mark.parametrize("text", ["{", "", "5", "{}", '{"version": "1.0", "model": {"type": "None"}}', "\0"])
+def test_a_damaged_tokenizer_file_is_named_and_no_other(text, base):
+    (base / "tokenizer" / "tokenizer.json").write_text(text)
+    with pytest.raises(PipelineError, match=r"tokenizer/tokenizer\.json: ") as caught:
+        load(base)
+    assert "tokenizer_config.json" not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_vocabulary_is_named(text, base):
+    (base / "tokenizer" / "tokenizer.json").unlink()
+    (base / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    (base / "tokenizer" / "vocab.json").write_text(text)
+    with pytest.raises(PipelineError, match=r"tokenizer/vocab\.json: "):
+        load(base)
+
+
 def test_a_pipe_in_a_base_is_refused_before_it_is_read(base):
     for file in ("unet/config.json", "model_index.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"):
         text = (base / file).read_text()

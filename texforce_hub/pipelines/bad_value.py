@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from texforce_hub import reading
 from texforce_hub.errors import PipelineError
 from texforce_hub.hub.huggingface.client import mask_secrets
 from texforce_hub.pipelines.configuration import CONFIGS, INDEX, components, find_class
@@ -27,6 +29,8 @@ def explain(folder: Path, error: Exception) -> str:
     words = say(error)
     for name, (library, kind) in components(read_json(folder / INDEX)).items():
         made_of = find_class(library, kind)
+        if made_of is not None and "Tokenizer" in kind and (fault := _find_tokenizer_file(made_of, folder / name)):
+            return fault
         for path in (folder / name / file for file in CONFIGS):
             if made_of is not None and path.is_file() and (key := _find_in_file(made_of, path, words)) is not None:
                 return f"{path}: {key}"
@@ -48,6 +52,28 @@ def _find_in_file(made_of: Any, path: Path, words: str) -> str | None:
     if _build(made_of, config) is not None:
         return _find_misfit(made_of, path) if path.name == "config.json" else None
     return find_culprit(made_of, config, words)
+
+
+def _find_tokenizer_file(made_of: Any, folder: Path) -> str | None:
+    """The file beside a tokenizer's configuration that cannot be read, and why; ``None`` if there is no such file."""
+    if not folder.is_dir() or _makes(made_of, folder):
+        return None
+    for path in sorted(folder.iterdir()):
+        if path.name != "tokenizer_config.json" and path.suffix in (".json", ".txt"):
+            try:
+                _read_tokenizer_file(path)
+            except Exception as error:  # noqa: BLE001  # whatever the library raises for a damaged file
+                return f"{path}: {say(error).removeprefix(f'{path}: ')}"
+    return None
+
+
+def _read_tokenizer_file(path: Path) -> None:
+    if path.suffix == ".txt":
+        reading.read_text(path)
+        return
+    reading.read_json(path)
+    if path.name == "tokenizer.json":
+        PreTrainedTokenizerFast(tokenizer_file=str(path))
 
 
 def find_culprit(made_of: Any, config: dict[str, Any], words: str) -> str:
