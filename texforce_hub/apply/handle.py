@@ -41,7 +41,7 @@ from texforce_hub.hub.stack import StackEntry, Weight, reweighted
 
 logger = logging.getLogger("texforce_hub")
 
-_UNHEARD = "is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
+_UNHEARD = "was joined with others by fuse_qkv_projections() and is no longer called"
 
 
 @dataclass(eq=False, repr=False)
@@ -238,7 +238,9 @@ class Applied:
         for key, attachment in self._attachments.items():
             attachment.check_changeable(self._pairs(key))
         if uncalled := self._uncalled():
-            raise MatchError(f"{uncalled[0]} {_UNHEARD}")
+            raise MatchError(
+                f"{uncalled[0]} is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
+            )
         for entry in self._writes.values():
             check_writable(entry)
         before, self.entries = self.entries, entries
