@@ -237,3 +237,17 @@ def test_columns_with_schedules_are_drawn_one_after_the_other(tmp_path):
         Image.open(next((tmp_path / "x" / name).glob("*.png"))).tobytes() for name in ("base", "never", "shapes-shape")
     )
     assert never == base != shape
+
+
+def test_an_interrupt_while_a_schedule_starts_leaves_the_pipeline_as_it_was(monkeypatch):
+    pipe = tiny_pipeline("sd1")
+    before = bits(pipe)
+
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.unet, "register_forward_pre_hook", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        apply_adapter(pipe, text_adapter(pipe), schedule="[0-0.4]")
+    assert "encode_prompt" not in vars(pipe)
+    assert same_bits(pipe, before)

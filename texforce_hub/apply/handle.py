@@ -200,6 +200,7 @@ class Applied:
             alone_on(self.roots.values(), lambda: self._set_weights(entries))
 
         self._timeline = Timeline(pipe, refs, set_weights, acts_on_text=self._acts_on_text)
+        self._timeline.start()
 
     def _keep(self) -> None:
         for key, entry in self._writes.items():

@@ -38,7 +38,7 @@ def check_schedulable(pipe: Any, mode: str) -> None:
 
 
 class Timeline:
-    """A stack's schedule on a pipeline, until :meth:`stop`.
+    """A stack's schedule on a pipeline, from :meth:`start` until :meth:`stop`.
 
     Step ``k`` of ``n`` has the weights of ``ref.at(k / n)``; ``n`` is the length of the scheduler's ``timesteps``, so
     image-to-image calls, which leave out the first steps, begin later in it.
@@ -55,12 +55,17 @@ class Timeline:
         self._encoded: dict[tuple[AdapterRef, ...], tuple[Any, ...]] = {}
         self._now = self._first = self._at(0.0)
         self._step = -1
-        pipe.encode_prompt = self._remember
-        self._hook = pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)
+        self._hook: Any = None
+
+    def start(self) -> None:
+        """Follow the pipeline's calls from now on. Whoever starts it has noted it before, to be able to stop it."""
+        self._pipe.encode_prompt = self._remember
+        self._hook = self._pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)
 
     def stop(self) -> None:
         """Leave the pipeline's ``encode_prompt`` and U-Net as they were. A second call does nothing."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
         if self._had_own:
             self._pipe.encode_prompt = self._encode
         else:
