@@ -23,6 +23,7 @@ _TOML_STRINGS = re.compile(
 )
 _TOML_PATH = re.compile(r"[\w-]+(?:[ \t]*\.[ \t]*[\w-]+)*")
 
+_BLOCK = 2**16  # bytes that are read together
 _AT_ONCE = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 Error = type[TexForceHubError]
@@ -92,12 +93,20 @@ def read_bytes(path: str | Path, *, most: int = LONGEST_TEXT, error: Error = Fil
     """
     with open_regular(path, error=error) as file:
         try:
-            data = file.read(most + 1)
+            data = _read_up_to(file, most + 1)
         except OSError as cause:
             raise error(f"{path}: cannot be read: {cause.strerror or cause}") from cause
     if len(data) > most:
         raise error(f"{path}: has more than {most} bytes; expected fewer of a text")
     return data
+
+
+def _read_up_to(file: BufferedReader, most: int) -> bytes:
+    """At most so many bytes; ``file.read(most)`` would take memory for all of them, however small the file."""
+    data = bytearray()
+    while len(data) < most and (block := file.read(min(_BLOCK, most - len(data)))):
+        data += block
+    return bytes(data)
 
 
 def read_text(path: str | Path, *, most: int = LONGEST_TEXT, error: Error = FileError) -> str:

@@ -46,7 +46,7 @@ def check(folder, name, seed):
 
 def check_message(error, damaged, damage):
     message = str(error)
-    assert type(error) is damage.error, message
+    assert isinstance(error, damage.error), message
     assert re.search(damage.phrase, message), message
     assert str(damaged.parent) in message
     assert message.isprintable()
