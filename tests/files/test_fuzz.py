@@ -23,7 +23,9 @@ from texforce_hub.hub.inspect import inspect_file
 from texforce_hub.hub.inspect_many import inspect_files
 from texforce_hub.hub.read import read_adapter
 
-CALLS = 9_000_000  # of one command; the longest pickle that is looked at makes 4 for each of 2,000,000 instructions
+CALLS = (
+    14_000_000  # of one command: the longest pickle that is looked at makes 6 for each of 2,000,000 reads of its stream
+)
 MEGABYTES = 200  # of growth; the files are of kilobytes, the claims in them of terabytes
 IN_SUITE, IN_CAMPAIGN = 200, 2000
 NEEDS_NUMBERS = ("NaN or infinity", "one layer twice, unequal", "shrinks while it is read")
@@ -96,6 +98,7 @@ def test_two_thousand_damaged_files_give_their_errors(tmp_path, name):
 
 READ_ALL = """
 import json, resource, sys, tracemalloc
+import torch
 from pathlib import Path
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.hub.inspect import inspect_file
@@ -104,18 +107,26 @@ from texforce_hub.hub.read import read_adapter
 paths = [Path(path) for path in sys.argv[1:]]
 virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (virtual + 2**29, virtual + 2**29))
-peaks, before = {}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tracemalloc.start()
+def try_to_read(path, read):
+    try:
+        read(path)
+    except TexForceHubError:
+        pass
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in paths:
+    try_to_read(path, read_adapter)
+    try_to_read(path, inspect_file)
+growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+tracemalloc.start()  # a second time: what it notes of a small block is as large as the block
+peaks = {}
 for path in paths:
     for read in (read_adapter, inspect_file):
         tracemalloc.reset_peak()
         held = tracemalloc.get_traced_memory()[0]
-        try:
-            read(path)
-        except TexForceHubError:
-            pass
+        try_to_read(path, read)
         peaks[str(path)] = max(peaks.get(str(path), 0), tracemalloc.get_traced_memory()[1] - held)
-print(json.dumps([peaks, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
+print(json.dumps([peaks, growth]))
 """
 
 
@@ -135,7 +146,7 @@ def test_memory_is_bounded_by_the_size_of_a_damaged_file_whatever_it_claims(tmp_
             peak,
             size,
         )  # brackets in JSON are 40 times themselves, a pickle's marks 65
-    most = 40_000 + 20 * max(Path(path).stat().st_size for path in peaks if Path(path).is_file()) // 1024
+    most = 40_000 + 80 * max(Path(path).stat().st_size for path in peaks if Path(path).is_file()) // 1024
     assert growth < most, f"{growth} KiB"  # what torch holds is not traced; it grew by its first use
 
 
