@@ -27,7 +27,12 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "texforce_hub/formats/plan/patterns.py": ("tests/formats/test_peft_configs.py", "tests/formats/test_alpha.py"),
 }
 """A file, and the tests that answer for it."""
-EQUIVALENT: dict[str, str] = {}
+EQUIVALENT: dict[str, str] = {
+    'if not path.is_file() or os.name == "posix":': "on Linux folders and files are synced alike",
+    'if path.is_file() or os.name is "posix":': "the interpreter holds one text of this name",
+    "def of(self, name: str, stem: str, /, in_folder: bool) -> LayerSettings:": "every caller names the argument",
+    "_STEPS = 2 * 10**8  # a few seconds of matching, for all layers of a file together": "a bound on time, chosen",
+}
 """A mutated line, stripped, and why it changes nothing that can be seen."""
 _ANNOTATIONS = ("ReplaceBinaryOperator_BitOr",)  # ``A | B`` of types
 _SECONDS = 240

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.keys import header_of
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.hadamard import Hadamard
@@ -15,6 +16,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import AdapterError, DialectError, MergeError
 from texforce_hub.families import live_name
+from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.convert import convert_adapter
 from texforce_hub.hub.inspect import inspect_file
 from texforce_hub.hub.measure import measure_file
@@ -283,3 +285,21 @@ def test_scaled_fp8_is_refused_by_name(pipe, tmp_path, end):
     save_file(tensors | {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}, path)
     with pytest.raises(DialectError, match="scaled fp8"):
         read_adapter(path)
+
+
+KOHYA = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "phrase"),
+    [
+        (
+            {".diff": (3072, 768), ".dora_scale": (1, 768)},
+            "a DoRA magnitude (1, 768) beside a difference stored in full",
+        ),
+        ({".lora_down.weight": (2, 768), ".lora_up.weight": (3072,)}, KOHYA),
+    ],
+)
+def test_tensors_that_make_no_layer_together_are_refused_by_name(tensors, phrase):
+    header = header_of({f"{KOHYA}{ending}": torch.ones(shape) for ending, shape in tensors.items()})
+    assert any(phrase in problem for problem in plan(header).problems)
