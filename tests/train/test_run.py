@@ -254,6 +254,12 @@ def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path):
     assert steps == [1, 2, 3]
 
 
+def test_a_run_whose_time_was_up_before_its_first_step_writes_no_adapter(tmp_path):
+    with pytest.raises(NotBetterError, match="before the first step"):
+        run(tmp_path, max_minutes=1e-9, keep="best", validate_every=1)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_training_on_brightness_makes_the_shapes_pipeline_draw_brighter(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
     settings: dict[str, Any] = {"steps": 6, "images_per_prompt": 8, "inference_steps": 6, "learning_rate": 3e-3}

@@ -216,6 +216,8 @@ def train_adapter(
             _start(run)
             _train(run, on_step or (lambda _: None))
         if not run.learner.beaten:
+            if run.learner.step == 0:
+                raise NotBetterError("the time was up before the first step was taken; no adapter is written")
             first, best = run.learner.validations[0][1], max(score for _, score in run.learner.validations[1:])
             raise NotBetterError(
                 f"no step beat the {'adapter it began with' if config.init else 'base'} on the held-out prompts "
