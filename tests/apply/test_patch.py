@@ -13,7 +13,7 @@ from torch import nn
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.apply import patch, roster
+from texforce_hub.apply import adapter_list, patch
 from texforce_hub.apply.attach import attach, detach
 from texforce_hub.apply.model import unwrapped
 from texforce_hub.apply.rounding import summed
@@ -64,7 +64,7 @@ def owner_of(model, path):
 
 def put_beside(model, path, name, layer):
     attachment = attach(owner_of(model, path), Wrappers(name), [(layer, 1.0)])
-    roster.register(model, name, {path: attachment})
+    adapter_list.register(model, name, {path: attachment})
 
 
 def take_off(model, path, name):
@@ -155,7 +155,7 @@ def test_an_attached_pair_adds_its_delta_and_leaves_the_weight_alone(dtype):
     assert unwrapped(model.inner[0]).get_parameter("weight").data_ptr() == storage
     assert torch.allclose(model.inner[0](x).float(), gold, atol=1e-5 if dtype == torch.float32 else 0.15)
     take_off(model, "inner.0", "stack")
-    roster.unregister(model, "stack")
+    adapter_list.unregister(model, "stack")
     take_off(model, "inner.0", "stack")
     assert same_bits(model, before)
     assert not hasattr(model, "peft_config")
@@ -179,11 +179,11 @@ def test_two_stacks_on_one_layer_come_off_in_any_order():
     both = before["inner.0.weight"] + pair((8, 6), 2, 1).delta() + pair((8, 6), 4, 2).delta()
     assert torch.allclose(model.inner[0](x), nn.functional.linear(x, both, before["inner.0.bias"]), atol=1e-5)
     take_off(model, "inner.0", "one")
-    roster.unregister(model, "one")
+    adapter_list.unregister(model, "one")
     alone = before["inner.0.weight"] + pair((8, 6), 4, 2).delta()
     assert torch.allclose(model.inner[0](x), nn.functional.linear(x, alone, before["inner.0.bias"]), atol=1e-5)
     take_off(model, "inner.0", "two")
-    roster.unregister(model, "two")
+    adapter_list.unregister(model, "two")
     assert same_bits(model, before)
 
 
@@ -199,7 +199,7 @@ def test_another_adapter_stays_as_active_and_as_trainable_as_it_was():
     assert model.inner[0].active_adapters == ["theirs", "ours"]
     assert torch.allclose(model.inner[0](x), theirs + x @ pair((8, 6)).delta().T, atol=1e-5)
     take_off(model, "inner.0", "ours")
-    roster.unregister(model, "ours")
+    adapter_list.unregister(model, "ours")
     assert model.inner[0].active_adapters == ["theirs"]
     assert torch.equal(model.inner[0](x), theirs)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
