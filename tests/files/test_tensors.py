@@ -99,7 +99,7 @@ def test_hostile_pickles_cost_neither_memory_nor_work(tmp_path, content):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(FileError), counted() as steps:
         read_tensors(tmp_path / "x.bin", allow_pickle=True)
-    assert steps.calls < 1000
+    assert steps.calls < 50_000  # a log record and its handlers are some 1,000; what is hostile asks for 2**60
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path):
