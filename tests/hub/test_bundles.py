@@ -16,7 +16,8 @@ from texforce_hub.apply.fit import check_adapter
 from texforce_hub.errors import AdapterError, DialectError, FileError, RefError
 from texforce_hub.families import FAMILIES
 from texforce_hub.hub.bundles import bundle_file, bundle_folder, plan_bundle
-from texforce_hub.hub.convert import convert_adapter, plan_conversions
+from texforce_hub.hub.convert import convert_adapter
+from texforce_hub.hub.convert_many import plan_conversions
 from texforce_hub.hub.find import find_bundle, find_bundles
 from texforce_hub.hub.inspect import inspect_file
 from texforce_hub.hub.measure import measure_file

@@ -13,7 +13,8 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, HubError, RefError
 from texforce_hub.hub.catalog import CatalogEntry, read_catalog
-from texforce_hub.hub.convert import convert_adapter, convert_all, plan_conversions
+from texforce_hub.hub.convert import convert_adapter
+from texforce_hub.hub.convert_many import convert_all, plan_conversions
 from texforce_hub.hub.find import find_bundle, find_bundles, pick_file
 from texforce_hub.hub.inspect import inspect_file
 from texforce_hub.hub.read import read_adapter

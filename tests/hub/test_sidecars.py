@@ -15,9 +15,10 @@ from texforce_hub import cli
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import DialectError
-from texforce_hub.hub.convert import carry_sidecars, convert_adapter
+from texforce_hub.hub.convert import convert_adapter
 from texforce_hub.hub.inspect import inspect_file
 from texforce_hub.hub.read import read_adapter
+from texforce_hub.hub.sidecar_copies import carry_sidecars
 from texforce_hub.hub.sidecars import find_contradictions, find_sidecars
 from texforce_hub.hub.write import write_adapter
 
@@ -353,7 +354,7 @@ def test_a_sidecar_that_cannot_be_copied_is_said_and_leaves_nothing_half_written
         target.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("texforce_hub.hub.convert.shutil.copyfile", fill_the_disk)
+    monkeypatch.setattr("texforce_hub.hub.sidecar_copies.shutil.copyfile", fill_the_disk)
     notes = carry_sidecars(path, tmp_path / "out" / "cat.safetensors")
     assert len(notes) == 4
     assert all("not copied" in note and "No space left" in note for note in notes)

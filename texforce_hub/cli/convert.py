@@ -15,7 +15,8 @@ from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
-    from texforce_hub.hub.convert import Conversion, Job
+    from texforce_hub.hub.convert import Conversion
+    from texforce_hub.hub.convert_many import Job
 
 _READING = "How it is read"
 
@@ -73,7 +74,7 @@ def convert(
 
     Example: texforce-hub convert old/adapter_model.bin --for a1111 -o new.safetensors
     """
-    from texforce_hub.hub.convert import convert_all
+    from texforce_hub.hub.convert_many import convert_all
     from texforce_hub.hub.filenames import check_name
 
     if list_dialects:
@@ -116,7 +117,8 @@ def _choose_dialect(dialect: str | None, reader: str | None) -> str:
 
 def _plan(refs: list[str], output: Path, dialect: str) -> "tuple[list[Job], bool]":
     """What to convert, and whether it is one adapter into one file or folder."""
-    from texforce_hub.hub.convert import Job, parse_weights, plan_conversions
+    from texforce_hub.hub.convert import parse_weights
+    from texforce_hub.hub.convert_many import Job, plan_conversions
     from texforce_hub.hub.filenames import is_safetensors
     from texforce_hub.hub.find import find_bundle
 
@@ -127,7 +129,7 @@ def _plan(refs: list[str], output: Path, dialect: str) -> "tuple[list[Job], bool
 
 def _is_one(ref: str, dialect: str) -> bool:
     """Whether a reference means one file, or a folder that is one adapter and becomes PEFT's folder of that name."""
-    from texforce_hub.hub.convert import is_usual
+    from texforce_hub.hub.convert_many import is_usual
     from texforce_hub.hub.find import find_bundles, find_path
 
     path = find_path(ref)
