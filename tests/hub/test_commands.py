@@ -150,7 +150,7 @@ def test_convert_carries_the_sidecars_from_the_hub(hub, tmp_path):
 
 
 def test_a_sidecar_that_cannot_be_fetched_is_a_note_and_stops_nothing(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr("texforce_hub.hub.remote._LONGEST_SIDECAR", 45)
+    monkeypatch.setattr("texforce_hub.hub.remote_sidecars._LONGEST_SIDECAR", 45)
     hub.commit("me/zoo", {"l/000.safetensors": adapter_bytes(1), **SIDECARS})
     hub.fault(r"/resolve/.*civitai", 403)
     status, output = run("convert", "me/zoo/l/000.safetensors", "--output", "new.safetensors", "--json")

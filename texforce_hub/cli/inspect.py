@@ -89,7 +89,7 @@ def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
         if isinstance(adapter, Bundle) and (origin := hub_id_of(adapter.as_one_file)) is not None
     ]
     if origins:
-        from texforce_hub.hub.remote import fetch_sidecars
+        from texforce_hub.hub.remote_sidecars import fetch_sidecars
 
         for text in (text for origin in origins for text in fetch_sidecars(origin)):
             note(text)

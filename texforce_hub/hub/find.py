@@ -46,7 +46,8 @@ def find_bundle(ref: str | Path | AdapterRef, *, allow_pickle: bool = False) -> 
     """
     path = find_local(ref)
     if path is None:
-        from texforce_hub.hub.remote import fetch_adapter, find_remote
+        from texforce_hub.hub.remote import find_remote
+        from texforce_hub.hub.remote_fetch import fetch_adapter
 
         with permitting_pickles(allow=allow_pickle):
             path = fetch_adapter(find_remote(ref), str(source_of(ref)))
@@ -61,7 +62,8 @@ def find_path(ref: str | Path | AdapterRef) -> Path:
     """
     path = find_local(ref)
     if path is None:
-        from texforce_hub.hub.remote import fetch_all, find_remote
+        from texforce_hub.hub.remote import find_remote
+        from texforce_hub.hub.remote_fetch import fetch_all
 
         return fetch_all(find_remote(ref), str(source_of(ref)))
     return path

@@ -10,7 +10,8 @@ from texforce_hub.hub.filenames import is_safetensors
 from texforce_hub.hub.huggingface.ranges import RemoteHeader
 from texforce_hub.hub.huggingface.repository import RemoteFile
 from texforce_hub.hub.inspect import Inspection, describe, with_error
-from texforce_hub.hub.remote import find_remote_sidecars, open_remote_header
+from texforce_hub.hub.remote import open_remote_header
+from texforce_hub.hub.remote_sidecars import find_remote_sidecars
 
 _PICKLE = "a pickle, which cannot be looked into from here; texforce-hub convert --allow-pickle reads it"
 

@@ -14,7 +14,8 @@ from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.huggingface.store import find_cached
 from texforce_hub.hub.lock import Lock, Locked
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.remote import fetch_remote_file, find_remote, list_adapter_files, list_remote_files
+from texforce_hub.hub.remote import find_remote, list_adapter_files, list_remote_files
+from texforce_hub.hub.remote_fetch import fetch_remote_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,18 @@
-"""From a Hub reference to the file that it means, looked for as in a folder here, and fetched when it is read."""
+"""From a Hub reference to the file that it means, looked for as in a folder here, without fetching it."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from texforce_hub.errors import DialectError, FileError, HubError, RefError
 from texforce_hub.files.container import open_header
-from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.header import CONFIG_NAME
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.bundles import lies_in_pieces, shard_names
 from texforce_hub.hub.catalog import CatalogEntry, read_catalog
 from texforce_hub.hub.filenames import (
     PICKLED,
-    SUFFIXES,
     NoAdapterError,
     choose_name,
     choose_only,
@@ -22,19 +20,15 @@ from texforce_hub.hub.filenames import (
     is_safetensors,
     list_names,
 )
-from texforce_hub.hub.huggingface.fetch import fetch_file
 from texforce_hub.hub.huggingface.ranges import RemoteHeader, read_remote_header
 from texforce_hub.hub.huggingface.repository import RemoteFile, Repository, open_repository
 from texforce_hub.hub.huggingface.store import catalogue_lock, find_cached
 from texforce_hub.hub.lock import Lock, Locked, is_locked, pin
-from texforce_hub.hub.pickles import are_pickles_permitted, refuse_pickles
 from texforce_hub.hub.refs.adapter import AdapterRef, source_of
 from texforce_hub.hub.refs.hub_id import HubId
-from texforce_hub.hub.sidecars import ENDINGS, Sidecar, read_sidecar
 
 _LOG = logging.getLogger("texforce_hub")
 _MOST_HEADERS = 16  # that are looked at to find out which of a repository's files is an adapter
-_LONGEST_SIDECAR = 20_000_000  # bytes; previews can be short films
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,52 +171,6 @@ def open_remote_header(file: RemoteFile, *, numbers: bool = True) -> RemoteHeade
     return RemoteHeader(header, len(header.scalars))
 
 
-def find_remote_sidecars(file: RemoteFile, *, read: bool) -> tuple[Sidecar, ...]:
-    """What lies beside a file on the Hub, by its name; if ``read``, its texts are fetched and say what they say."""
-    return tuple(_find_sidecar(file, ending, read=read) for ending in _list_endings(file.repository, file.path))
-
-
-def _find_sidecar(file: RemoteFile, ending: str, *, read: bool) -> Sidecar:
-    beside = file.repository.file(_stem(file.path) + ending)
-    known = Sidecar(ENDINGS[ending], Path(beside.name), ending)
-    if not read or known.kind == "preview" or beside.blob.size > _LONGEST_SIDECAR:
-        return known
-    try:
-        said = read_sidecar(fetch_file(beside), ending)
-    except HubError as error:
-        return replace(known, problem=str(error).removeprefix(f"{beside}: "))
-    return replace(said, path=known.path)
-
-
-def fetch_sidecars(source: HubId) -> Iterator[str]:
-    """Fetch what lies beside a file of a repository into the cache, beside the file there; gives what was not fetched.
-
-    ``source`` need not be a file itself: an adapter in several has its sidecars where an only file would.
-    """
-    try:
-        repository = open_repository(source.repo, source.revision)
-    except HubError as error:
-        yield f"hf://{source}: what lies beside it on the Hub is not known: {error}"
-        return
-    for ending in _list_endings(repository, source.file or ""):
-        beside = repository.file(_stem(source.file or "") + ending)
-        if beside.blob.size > _LONGEST_SIDECAR:
-            yield f"{beside}: {beside.blob.size} bytes long, left on the Hub"
-            continue
-        try:
-            fetch_file(beside)
-        except HubError as error:
-            yield f"{beside}: left on the Hub: {str(error).removeprefix(f'{beside}: ')}"
-
-
-def _list_endings(repository: Repository, path: str) -> list[str]:
-    return [ending for ending in ENDINGS if _stem(path) + ending in repository.blobs]
-
-
-def _stem(path: str) -> str:
-    return path[: path.rindex(".")] if path.lower().endswith(SUFFIXES) else path
-
-
 def list_remote_files(remote: RemotePath) -> list[RemoteFile]:
     """Every tensor file in a folder and the folders in it.
 
@@ -231,43 +179,10 @@ def list_remote_files(remote: RemotePath) -> list[RemoteFile]:
     """
     if remote.is_file:
         return [remote.repository.file(remote.path)]
-    found = [remote.file(name) for name in remote.names if is_candidate(name)]
-    if not found:
+    files = [remote.file(name) for name in remote.names if is_candidate(name)]
+    if not files:
         raise RefError(f"{remote}: holds no tensor file; it holds {list_names(remote.names)}")
-    return found
-
-
-def fetch_remote_file(remote: RemotePath, file: RemoteFile) -> Path:
-    """Where a file of the folder lies in the cache, fetched if it was not there.
-
-    Raises:
-        HubError: it cannot be fetched, or is not what the Hub lists or the catalogue says.
-    """
-    path = fetch_file(file)
-    if remote.sha256:
-        digest = hash_files([path])
-        if digest != remote.sha256:
-            raise HubError(f"{file}: its SHA-256 is {digest[:12]}…, the catalogue's {remote.sha256[:12]}…; not used")
-    return path
-
-
-def fetch_adapter(remote: RemotePath, typed: str) -> Path:
-    """The adapter at a path, fetched: its file in the cache, or the folder there of an adapter in several files.
-
-    ``typed`` is the reference as a user gave it, for messages.
-
-    Raises:
-        RefError: no adapter, or several of equal standing.
-        FileError: it is a pickle, which is not fetched unasked.
-        HubError: a file of it cannot be fetched.
-    """
-    files = list_adapter_files(remote)
-    refuse_pickles(typed, [file.path for file in files if find_cached(file) is None])
-    paths = [fetch_remote_file(remote, file) for file in files]
-    if _lies_in_pieces(remote):
-        inside = files[0].path.removeprefix(remote.path).strip("/")
-        return paths[0].parents[inside.count("/")]
-    return paths[-1]
+    return files
 
 
 def list_adapter_files(remote: RemotePath) -> list[RemoteFile]:
@@ -276,7 +191,7 @@ def list_adapter_files(remote: RemotePath) -> list[RemoteFile]:
     Raises:
         RefError: no adapter, or several of equal standing.
     """
-    if _lies_in_pieces(remote):
+    if lies_in_remote_pieces(remote):
         return list_remote_files(remote)
     file = pick_remote_file(remote)
     folder, _, name = file.path.rpartition("/")
@@ -284,7 +199,8 @@ def list_adapter_files(remote: RemotePath) -> list[RemoteFile]:
     return [*(beside.file(other) for other in shard_names(name, beside.names) if other != name), file]
 
 
-def _lies_in_pieces(remote: RemotePath) -> bool:
+def lies_in_remote_pieces(remote: RemotePath) -> bool:
+    """Whether a folder is one adapter in several files, each with layers of its own, and not shards of a model."""
     return not remote.is_file and lies_in_pieces(remote.names) and not _are_shards_of_a_model(remote)
 
 
@@ -292,32 +208,3 @@ def _are_shards_of_a_model(remote: RemotePath) -> bool:
     """Whether a folder's shards hold no adapter, so that their gigabytes are left where they are."""
     shards = [name for name in remote.names if "/" not in name and len(shard_names(name, remote.names)) > 1]
     return bool(shards) and not _holds_adapter(remote.file(shards[0]))
-
-
-def fetch_all(remote: RemotePath, typed: str) -> Path:
-    """The file in the cache, or the folder in it, that a path means, with all tensor files in it fetched.
-
-    Pickles stay on the Hub, unless they are permitted, or cached already.
-
-    Raises:
-        RefError: there is none.
-        FileError: there are only pickles, which are not fetched unasked.
-        HubError: one of them cannot be fetched.
-    """
-    files = list_remote_files(remote)
-    left = [] if are_pickles_permitted() else [file for file in files if _is_unasked(file)]
-    if len(left) == len(files):
-        refuse_pickles(typed, [file.path for file in files])
-    if left:
-        names = list_names([file.path for file in left])
-        _LOG.warning("%s: pickles, left on the Hub; --allow-pickle fetches them: %s", typed, names)
-    files = [file for file in files if file not in left]
-    if remote.is_file:
-        return fetch_remote_file(remote, files[0])
-    paths = [fetch_remote_file(remote, file) for file in files]
-    inside = files[0].path.removeprefix(remote.path).strip("/")
-    return paths[0].parents[inside.count("/")]
-
-
-def _is_unasked(file: RemoteFile) -> bool:
-    return not is_safetensors(file.path) and find_cached(file) is None

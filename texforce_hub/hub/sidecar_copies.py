@@ -16,7 +16,7 @@ def bring_sidecars(source: Path, target: Path) -> tuple[str, ...]:
     origin = hub_id_of(source)
     if origin is None:
         return carry_sidecars(source, target)
-    from texforce_hub.hub.remote import fetch_sidecars
+    from texforce_hub.hub.remote_sidecars import fetch_sidecars
 
     return (*fetch_sidecars(origin), *carry_sidecars(source, target))
 
