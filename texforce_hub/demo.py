@@ -31,7 +31,8 @@ from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 from texforce_hub.shapes.grammar import NOISY_COLOURS, sample_prompts
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.run import StepReport, train_adapter
+from texforce_hub.train.run import train_adapter
+from texforce_hub.train.training_run import StepReport
 
 TEXT_ADAPTER = "shapes-colour"
 TUNED_UNET = "shapes-refl"

@@ -12,7 +12,7 @@ from texforce_hub.cli.table import put_table
 
 if TYPE_CHECKING:
     from texforce_hub.demo import Demonstration
-    from texforce_hub.train.run import StepReport
+    from texforce_hub.train.training_run import StepReport
 
 
 def register(app: typer.Typer) -> None:

@@ -16,7 +16,7 @@ from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, NotBetterError
 
 if TYPE_CHECKING:
-    from texforce_hub.train.run import StepReport
+    from texforce_hub.train.training_run import StepReport
 
 
 _NO_SETTINGS = ("config", "preset", "dry_run", "as_json")

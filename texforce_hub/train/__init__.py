@@ -2,5 +2,5 @@
 
 Read in this order: ``config`` (every knob), ``algorithms/streaming`` (how a rollout becomes a gradient at the
 embeddings), ``policies/ddim`` (which steps have something to teach), ``judge`` (advantages), ``learner`` (one step of
-the optimiser), ``run`` (from start to finish).
+the optimiser), ``training_run`` (one step of a run), ``run`` (from start to finish).
 """

@@ -1,0 +1,186 @@
+"""The machinery of a run: one step, one validation, one sheet; what a step is made of is the algorithm's affair."""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from texforce_hub.adapter.value import Adapter
+from texforce_hub.files.checkpoint import State, write_checkpoint
+from texforce_hub.generate.prompts.sets import PromptSet, read_prompts
+from texforce_hub.hub.write import write_adapter
+from texforce_hub.rewards.reward import score_images
+from texforce_hub.train.algorithms.algorithm import Algorithm
+from texforce_hub.train.algorithms.direct import direct
+from texforce_hub.train.algorithms.ppo import ppo
+from texforce_hub.train.algorithms.streaming import streaming
+from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.judge import Judge
+from texforce_hub.train.learner import Learner
+from texforce_hub.train.lora import describe_run, read_lora, read_scales
+from texforce_hub.train.policies.stable_diffusion import StableDiffusion, sample_images
+from texforce_hub.train.run_folder import ADAPTER, RunFolder
+
+ALGORITHMS: dict[str, Algorithm] = {"streaming": streaming, "ppo": ppo, "direct": direct}
+_LOG = logging.getLogger("texforce_hub")
+_SHEET_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened in a step; with ``facts`` laid flat, one line of ``metrics.jsonl``."""
+
+    step: int  # counted from 1
+    steps: int  # of the whole run
+    reward: float  # weighted sum of the rewards, mean over the rollout
+    rewards: dict[str, float]  # each reward's mean
+    group_std: float  # mean standard deviation of the weighted sum within a prompt's pictures
+    flat_groups: int  # prompts whose pictures all got the same
+    learning_rate: float
+    grad_norm: float  # of the algorithm's own gradient
+    shift: float  # root mean square of what the embeddings of this step's prompts have moved from the base's
+    seconds: dict[str, float]  # of the step's phases
+    validation: float | None  # mean reward on the validation prompts, in the steps that validate
+    facts: dict[str, float] = field(repr=False)  # what else the algorithm noticed
+
+    def flat(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        facts = asdict(self)
+        return {"clipped": 0.0, "kl_old": 0.0, **facts.pop("facts"), **facts}  # without ppo nothing can be clipped
+
+
+@dataclass
+class TrainingRun:
+    """The machinery of one run."""
+
+    config: TrainConfig
+    policy: StableDiffusion
+    learner: Learner
+    prompts: PromptSet
+    judge: Judge
+    watch: Judge
+    folder: RunFolder
+    started: float = field(default_factory=monotonic)
+
+    def take_step(self) -> StepReport:
+        """One rollout, its rewards, and its updates.
+
+        Raises:
+            RewardError: a reward cannot be used; nothing was updated.
+            TrainingError: the gradient is not finite.
+        """
+        config, learner, policy, judge = self.config, self.learner, self.policy, self.judge
+        torch.manual_seed(mix_seed(config.seed, learner.step, 0))  # for a reward that draws random numbers
+        texts = self.prompts.draw(learner.step, config.prompts_per_step, config.seed)
+        anchors = self.prompts.anchors(learner.step, config.anchor_count, config.seed)
+        rate, updates, norms = learner.set_learning_rate(), [], []
+        began, learning = monotonic(), 0.0
+        for update in ALGORITHMS[config.algorithm](policy, texts, judge, self._generator(1)):
+            before = monotonic()
+            norms.append(learner.learn(policy, policy.texts(texts), update.cotangents, anchors))
+            updates.append(update.facts)
+            learning += monotonic() - before
+        learner.finish_step()
+        seconds = {"rollout": monotonic() - began - learning, "update": learning}
+        before = monotonic()
+        validation = self.validate() if self.due(config.validate_every) else None
+        total = judge.total(judge.scores)
+        return StepReport(
+            step=learner.step,
+            steps=config.steps,
+            reward=total.mean().item(),
+            rewards={r.name: row.mean().item() for r, row in zip(judge.rewards, judge.scores, strict=True)},
+            group_std=total.view(len(texts), -1).std(1).mean().item(),
+            flat_groups=judge.flat_groups,
+            learning_rate=rate,
+            grad_norm=sum(norms) / len(norms),
+            shift=self._shift(texts),
+            seconds=seconds | {"validation": monotonic() - before},
+            validation=validation,
+            facts={name: sum(facts[name] for facts in updates) / len(updates) for name in updates[0]},
+        )
+
+    def validate(self) -> float:
+        """The mean reward on the validation prompts at fixed noise; remembers the best weights, warns of hacking."""
+        config, number = self.config, self.config.validation_images
+        texts = self.prompts.sample(config.validation_prompts)
+        with self.learner.averaged():
+            images = sample_images(self.policy, texts, images=number, steps=config.validation_steps, seed=0)
+        drawn = [text for text in texts for _ in range(number)]
+        scores = self.judge.total(score_images(self.judge.rewards, images, drawn, batch=self.policy.config.batch_size))
+        self.learner.note_validation(scores.mean().item())
+        if self.watch.rewards:
+            rows = score_images(self.watch.rewards, images, drawn, batch=self.policy.config.batch_size)
+            self._watch(self.watch.total(rows))
+        elif _has_fallen(scores, self.learner.validations[0][1]):
+            _LOG.warning("step %d: the held-out reward is below where it began", self.learner.step)
+        return scores.mean().item()
+
+    def _watch(self, scores: Tensor) -> None:
+        """Remember what the rewards that are not trained on say; warn if they fall while the others rise."""
+        learner = self.learner
+        learner.watched.append((learner.step, scores.mean().item()))
+        rose = learner.validations[-1][1] > learner.validations[0][1]
+        if rose and _has_fallen(scores, learner.watched[0][1]):
+            names = ", ".join(reward.name for reward in self.watch.rewards)
+            pair = learner.watched[0][1], learner.watched[-1][1]
+            _LOG.warning(
+                "reward hacking suspected at step %d: held out, the reward rose, but %s fell, %.3f to %.3f",
+                learner.step, names, *pair,
+            )  # fmt: skip
+
+    def adapter(self) -> Adapter:
+        """The weights that the run has to show, as an adapter."""
+        step, weights = self.learner.kept
+        return read_lora(weights, read_scales(self.policy.encoder), describe_run(self.config, step))
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint, and the adapter as it is now if it is better than nothing."""
+        write_checkpoint(self.folder.path, state, keep=self.config.checkpoints)
+        if self.learner.beaten:
+            write_adapter(self.adapter(), self.folder.path / ADAPTER)
+
+    def draw(self) -> None:
+        """The sheet – the same prompts at the same noise, by the base and now – and the run's plots."""
+        samples = self.config.samples
+        texts = list(read_prompts(samples)) if samples else self.prompts.sample(_SHEET_PROMPTS)
+        step, steps = self.learner.step, self.config.validation_steps
+        with self.learner.averaged():
+            policies = (self.policy.reference, self.policy)
+            columns = [sample_images(policy, texts, images=1, steps=steps, seed=1) for policy in policies]
+        self.folder.write_sheet(columns, texts, ["base", f"step {step}"], step=step)
+        self.folder.write_curve(self.learner.validations)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are taken, the time is up, or there has been no new best for long."""
+        config, learner = self.config, self.learner
+        minutes = (monotonic() - self.started) / 60
+        late = config.max_minutes is not None and minutes >= config.max_minutes
+        waited = [step for step, _ in learner.validations if step > learner.best_step]
+        return learner.step >= config.steps or late or bool(config.patience and len(waited) >= config.patience)
+
+    def due(self, every: int) -> bool:
+        """Whether the step just taken is one of every so many, or the last."""
+        return bool(every) and (self.learner.step % every == 0 or self.finished)
+
+    @torch.no_grad()
+    def _shift(self, texts: list[str]) -> float:
+        shift = self.policy.encode(texts) - self.policy.reference.encode(texts)
+        return shift.square().mean().sqrt().item()
+
+    def _generator(self, purpose: int) -> Generator:
+        return Generator().manual_seed(mix_seed(self.config.seed, self.learner.step, purpose))
+
+
+def _has_fallen(scores: Tensor, first: float) -> bool:
+    """Whether a mean is below an earlier one by more than two standard errors."""
+    return len(scores) > 1 and scores.mean().item() < first - 2 * scores.std().item() / len(scores) ** 0.5
+
+
+def mix_seed(seed: int, step: int, purpose: int) -> int:
+    """A seed for one purpose of one step."""
+    return ((seed * 1_000_003 + step) * 8 + purpose) % 2**63
