@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Timed:
-    """The times of one call, in CPU seconds."""
+    """The times of one call, in seconds."""
 
     seconds: tuple[float, ...]
 
@@ -23,24 +23,33 @@ class Timed:
 
     def __str__(self) -> str:
         """In milliseconds, with the quarters around the middle: ``12.3 (11.9–14.0)``."""
+        if len(self.seconds) == 1:
+            return f"{1e3 * self.median:.1f}"
         low, high = statistics.quantiles(self.seconds, n=4, method="inclusive")[::2]
         return f"{1e3 * self.median:.1f} ({1e3 * low:.1f}–{1e3 * high:.1f})"
 
 
 def take_turns(
-    calls: Mapping[str, Callable[[], Any]], repeats: int, *, after: Mapping[str, Callable[[], Any]] | None = None
+    calls: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    *,
+    after: Mapping[str, Callable[[], Any]] | None = None,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, Timed]:
-    """Each call ``repeats`` times and once before that; ``after`` undoes a call, and is timed as ``"NAME off"``."""
+    """Each call ``repeats`` times and once before that; ``after`` undoes a call, and is timed as ``"NAME off"``.
+
+    ``clock`` tells the time in seconds: by default that of the processor which this process has had.
+    """
     seconds: dict[str, list[float]] = {}
     for number in range(repeats + 1):
         for name, call in calls.items():
             for label, action in ((name, call), (f"{name} off", (after or {}).get(name))):
                 if action is None:
                     continue
-                start = time.process_time()
+                start = clock()
                 action()
                 if number:
-                    seconds.setdefault(label, []).append(time.process_time() - start)
+                    seconds.setdefault(label, []).append(clock() - start)
     return {name: Timed(tuple(values)) for name, values in seconds.items()}
 
 
