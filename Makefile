@@ -7,9 +7,9 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= PASSIVE
 QUICK := tests/adapter tests/families tests/files tests/formats tests/merge tests/apply tests/rewards tests/whole
 
-.PHONY: help setup demo test quick check fix docs gpu bench campaign fuzz cube mutants old build clean
+.PHONY: help setup demo test quick check fix docs gpu bench bench-quick bench-gpu campaign fuzz cube mutants old build clean
 help: ## print the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,12 @@ gpu: $(READY) ## the tests that need a CUDA device
 
 bench: $(READY) ## measure what BENCHMARKS.md reports
 	$(BIN)/python -m benchmarks
+
+bench-quick: $(READY) ## six ratios beside the committed ones, under a minute; fails if one fell by more than a third
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quick
+
+bench-gpu: $(READY) ## everything on a GPU, once, in six minutes: a table, and gpu.json
+	$(BIN)/python -m benchmarks.gpu
 
 campaign: $(READY) ## kills and interrupts: training runs, writers, pushes and pulls, stacks on pipelines
 	$(BIN)/pytest -m campaign -s tests/train/test_campaign.py tests/whole/test_kills.py tests/hub/test_kills.py \

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, quick
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +53,39 @@ def test_without_a_gpu_and_not_dry_it_says_so(capsys):
         gpu.main([])
     assert exit.value.code == 2
     assert "no CUDA device here; --dry" in capsys.readouterr().err
+
+
+class Pretended:
+    """A clock that goes on by what the calls cost, and two calls that cost something."""
+
+    def __init__(self, monkeypatch, theirs, ours):
+        self.now = 0.0
+        monkeypatch.setattr(quick, "RATIOS", {"merge": quick.merge_three})
+        monkeypatch.setattr(quick.merge, "merge_as_kohya", lambda *_: self.work(theirs))
+        monkeypatch.setattr(quick, "merge_adapters", lambda *_, **__: self.work(ours))
+
+    def work(self, seconds):
+        self.now += seconds
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.mark.parametrize(("ours", "code"), [(1.0, 0), (1.4, 0), (1.6, 1), (0.5, 0)])
+def test_a_ratio_that_fell_by_more_than_a_third_is_named(tmp_path, monkeypatch, capsys, ours, code):
+    monkeypatch.setattr(quick, "COMMITTED", tmp_path / "quick.json")
+    before = Pretended(monkeypatch, 10.0, 1.0)
+    assert quick.main(["--write"], clock=before) == 0
+    assert json.loads((tmp_path / "quick.json").read_text())["ratios"] == {"merge": 10.0}
+    after = Pretended(monkeypatch, 10.0, ours)
+    capsys.readouterr()
+    assert quick.main([], clock=after) == code
+    shown = capsys.readouterr().out
+    assert f"| merge | 10.00 | {10 / ours:.2f} |" in shown
+    assert ("slower than at the committed ratios: merge" in shown) == bool(code)
+
+
+def test_every_quick_ratio_has_a_committed_one():
+    committed = json.loads(quick.COMMITTED.read_text())["ratios"]
+    assert list(committed) == list(quick.RATIOS)
+    assert all(value > 0 for value in committed.values())
