@@ -98,8 +98,14 @@ def _name_type(kind: Any) -> str:
 def suggest_name(name: str, known: Iterable[str], *, otherwise: str) -> str:
     """``did you mean …?`` with the nearest of the known names; if none is near, ``otherwise`` and all of them."""
     names = list(known)
-    nearest = get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"{otherwise} {', '.join(names)}"
+    nearest = nearest_names(name, names)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"{otherwise} {', '.join(names) or 'none'}"
+
+
+def nearest_names(name: str, known: Iterable[str], *, most: int = 1) -> list[str]:
+    """The known names that are spelled most like one, the nearest first; capitals do not count."""
+    lowered = {other.lower(): other for other in known}
+    return [lowered[key] for key in get_close_matches(name.lower(), lowered, n=most, cutoff=0.5)]
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from texforce_hub.generate.draw import DrawSettings, generate_images
 from texforce_hub.generate.images.png import a1111_parameters, encode_png, read_png_text
 from texforce_hub.generate.images.sheet import contact_sheet
 from texforce_hub.generate.prompts.sets import gather_prompts
-from texforce_hub.generate.recipe import DrawRun, hash_place, record_run, replay_run
+from texforce_hub.generate.recipe import DrawRun, hash_source, record_run, replay_run
 from texforce_hub.generate.schedulers import SCHEDULERS, set_scheduler
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.pipelines.load import load_pipeline
@@ -258,8 +258,8 @@ def test_a_recipe_of_other_files_or_of_nonsense_is_refused(shelf, tmp_path):
     (tmp_path / "bad.toml").write_text(text.replace("inference_steps = 30", "inference_steps = 'many'"))
     with pytest.raises(RecipeError, match="inference_steps"):
         replay_run(tmp_path / "bad.toml")
-    other = hash_place(shelf / "one")
-    (tmp_path / "other.toml").write_text(text.replace(hash_place(where), other))
+    other = hash_source(shelf / "one")
+    (tmp_path / "other.toml").write_text(text.replace(hash_source(where), other))
     with pytest.raises(RecipeError, match="is not what the recipe was made with"):
         replay_run(tmp_path / "other.toml")
 

@@ -141,20 +141,20 @@ def pull(
 
     done = [fetch_adapter(ref, output=output, lock=lock, every=every, dry_run=dry_run) for ref in refs]
     if json:
-        put_json({"adapters": [_describe_fetched(one) for one in done]})
+        put_json({"adapters": [_describe_fetched(adapter) for adapter in done]})
         return
-    for one in done:
-        for file in one.files:
+    for adapter in done:
+        for file in adapter.files:
             state = "is here" if file.was_here else "would be fetched" if dry_run else "fetched"
             digest = f", SHA-256 {file.sha256}" if file.sha256 else ""
-            put_detail(f"{one.repo}/{file.name} → commit {one.commit}{digest}, {file.size:,} bytes, {state}")
-        put(str(one.path) if one.path is not None else f"{one.missing:,} bytes to fetch")
+            put_detail(f"{adapter.repo}/{file.name} → commit {adapter.commit}{digest}, {file.size:,} bytes, {state}")
+        put(str(adapter.path) if adapter.path is not None else f"{adapter.missing:,} bytes to fetch")
 
 
-def _describe_fetched(one: "FetchedAdapter") -> dict[str, Any]:
+def _describe_fetched(adapter: "FetchedAdapter") -> dict[str, Any]:
     from dataclasses import asdict
 
-    return asdict(one) | {"missing": one.missing}
+    return asdict(adapter) | {"missing": adapter.missing}
 
 
 def search(
@@ -187,34 +187,34 @@ def search(
     """
     from texforce_hub.hub.search import search_adapters
 
-    found = search_adapters(
+    adapters = search_adapters(
         " ".join(words or []), base=base, author=author, part=part, sort=sort, limit=limit, inspect=inspect
     )
     if json:
-        put_json({"adapters": [one.as_dict() for one in found]})
+        put_json({"adapters": [adapter.as_dict() for adapter in adapters]})
         return
     looked = inspect or part is not None
     columns = ["adapter", "base", "licence", "downloads", "likes", "updated"]
-    rows = [_describe_found(one) for one in found]
+    rows = [_describe_found(adapter) for adapter in adapters]
     if looked:
         columns += ["parts", "rank", "MB"]
-        rows = [[*row, *_describe_header(one)] for row, one in zip(rows, found)]
+        rows = [[*row, *_describe_header(adapter)] for row, adapter in zip(rows, adapters)]
     put_table(columns, rows, drop=("updated", "likes", "licence"))
-    say(f"{len(found)} found" if found else "nothing found; try fewer words, or another --base")
+    say(f"{len(adapters)} found" if adapters else "nothing found; try fewer words, or another --base")
 
 
-def _describe_found(one: "FoundAdapter") -> list[str]:
-    listed = one.listed
+def _describe_found(adapter: "FoundAdapter") -> list[str]:
+    listed = adapter.listed
     name = f"{listed.repo} (gated)" if listed.gated else listed.repo
     return [name, listed.base, listed.license, f"{listed.downloads:,}", f"{listed.likes:,}", listed.updated]
 
 
-def _describe_header(one: "FoundAdapter") -> list[str]:
-    found = one.inspection
-    if found is None or found.error is not None:
+def _describe_header(adapter: "FoundAdapter") -> list[str]:
+    facts = adapter.inspection
+    if facts is None or facts.error is not None:
         return ["unreadable", "", ""]
-    parts = ", ".join(f"{part} {count}" for part, count in found.parts.items())
-    return [parts, ", ".join("–" if rank is None else str(rank) for rank in found.ranks), f"{found.size / 1e6:.2f}"]
+    parts = ", ".join(f"{part} {count}" for part, count in facts.parts.items())
+    return [parts, ", ".join("–" if rank is None else str(rank) for rank in facts.ranks), f"{facts.size / 1e6:.2f}"]
 
 
 def list_here(
@@ -232,19 +232,19 @@ def list_here(
 
     shelf = list_shelf(adapter_dir or [])
     if json:
-        put_json({"adapters": [one.as_dict() for one in shelf]})
+        put_json({"adapters": [entry.as_dict() for entry in shelf]})
         return
     columns = ["name", "family", "parts", "rank", "MB", "licence", "where"]
     rows = [
         [
-            one.name,
-            one.family,
-            ", ".join(one.parts),
-            ", ".join(map(str, one.ranks)),
-            f"{one.size / 1e6:.2f}" if one.size else "",
-            one.license,
-            one.source,
+            entry.name,
+            entry.family,
+            ", ".join(entry.parts),
+            ", ".join(map(str, entry.ranks)),
+            f"{entry.size / 1e6:.2f}" if entry.size else "",
+            entry.license,
+            entry.source,
         ]
-        for one in shelf
+        for entry in shelf
     ]
     put_table(columns, rows, drop=("licence", "where"))

@@ -103,44 +103,44 @@ def tune(
         def on_generation(_number: int, _generation: "Generation") -> None:
             advance("search", 1)
 
-        found = tune_weights(
+        tuning = tune_weights(
             pipe, [entry.item for entry in entries], texts, rewards, per=per, generations=generations,  # type: ignore[arg-type]
             population=population, bounds=(lowest, highest), sampling=sampling, seed=seed, on_generation=on_generation,
         )  # fmt: skip
-    stack = [f"{entry.weight.source}{str(ref).removeprefix(ref.source)}" for entry, ref in zip(entries, found.refs)]
+    stack = [f"{entry.weight.source}{str(ref).removeprefix(ref.source)}" for entry, ref in zip(entries, tuning.refs)]
     if save_recipe is not None:
-        _record(found, stack, save_recipe, base=base, unet=unet or "", steps=steps, guidance=scale)
+        _record(tuning, stack, save_recipe, base=base, unet=unet or "", steps=steps, guidance=scale)
     if as_json:
-        put_json(_described(found, stack))
+        put_json(_described(tuning, stack))
     else:
-        _print(found, stack)
+        _print(tuning, stack)
 
 
 def _record(
-    found: "Tuning", stack: list[str], path: Path, *, base: str, unet: str, steps: int, guidance: float
+    tuning: "Tuning", stack: list[str], path: Path, *, base: str, unet: str, steps: int, guidance: float
 ) -> None:
     from texforce_hub.generate.draw import DrawSettings
     from texforce_hub.generate.recipe import DrawRun, record_run
     from texforce_hub.hub.refs.adapter import AdapterRef
 
-    settings = DrawSettings(found.evaluation.prompts[:8], inference_steps=steps, guidance=guidance)
+    settings = DrawSettings(tuning.evaluation.prompts[:8], inference_steps=steps, guidance=guidance)
     record_run(DrawRun(base, tuple(map(AdapterRef.parse, stack)), settings, unet=unet), path)
 
 
-def _described(found: "Tuning", stack: list[str]) -> dict[str, object]:
+def _described(tuning: "Tuning", stack: list[str]) -> dict[str, object]:
     from texforce_hub.evaluate.evaluation import describe
 
-    generations = [asdict(generation) for generation in found.generations]
+    generations = [asdict(generation) for generation in tuning.generations]
     return {
         "stack": stack,
         "generations": generations,
-        "searched": found.searched,
-        "held_out": describe(found.evaluation),
+        "searched": tuning.searched,
+        "held_out": describe(tuning.evaluation),
     }
 
 
-def _print(found: "Tuning", stack: list[str]) -> None:
-    result = found.evaluation
+def _print(tuning: "Tuning", stack: list[str]) -> None:
+    result = tuning.evaluation
     for reward in result.rewards:
         rows = []
         for name in result.variants:
@@ -148,7 +148,7 @@ def _print(found: "Tuning", stack: list[str]) -> None:
             rows.append([name, f"{result.mean(name, reward=reward).mean:.3f}", against])
         put_table(["stack", f"{reward}, held out", "tuned minus it, paired"], rows)
     put_detail(
-        f"{len(found.generations)} generations on {len(found.searched)} prompts; reported on {len(result.prompts)} "
+        f"{len(tuning.generations)} generations on {len(tuning.searched)} prompts; reported on {len(result.prompts)} "
         "others, 95 % bootstrap intervals over prompts"
     )
     gain = result.difference("tuned", "equal")

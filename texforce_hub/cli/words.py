@@ -32,12 +32,12 @@ def words(
     from texforce_hub.pipelines.load import load_pipeline
 
     stack = list(Stack.parse(adapter).refs)
-    found = measure_words(load_pipeline(base, device=device), stack, prompt)
+    shifts = measure_words(load_pipeline(base, device=device), stack, prompt)
     if json:
-        put_json([shift.as_dict() for shift in found])
+        put_json([shift.as_dict() for shift in shifts])
         return
-    most = max((word.shift for shift in found for word in shift.words), default=0.0) or 1.0
-    for shift in found:
+    most = max((word.shift for shift in shifts for word in shift.words), default=0.0) or 1.0
+    for shift in shifts:
         rows = [
             [word.word, f"{word.shift:.3f}", f"{word.cosine:+.3f}", "█" * round(_BAR * word.shift / most)]
             for word in shift.words

@@ -83,12 +83,12 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
 def _shift(word: str, before: Tensor, after: Tensor) -> WordShift:
     """One word's shift, from its tokens' embeddings ``(tokens, width)``."""
     cosine = torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)
-    found = WordShift(word, float((after - before).norm() / before.norm()), float(cosine))
-    if not (math.isfinite(found.shift) and math.isfinite(found.cosine)):
+    shift = WordShift(word, float((after - before).norm() / before.norm()), float(cosine))
+    if not (math.isfinite(shift.shift) and math.isfinite(shift.cosine)):
         raise ConfigError(
-            f"the word {word!r} is moved by {found.shift}; expected a finite number: give the stack smaller weights"
+            f"the word {word!r} is moved by {shift.shift}; expected a finite number: give the stack smaller weights"
         )
-    return found
+    return shift
 
 
 def _spans(pipe: Any, prompt: str) -> Iterator[tuple[str, int, int]]:

@@ -194,10 +194,10 @@ def _hash_local(source: str) -> str:
         path = Path(AdapterRef.parse(source).source)
     except RefError:
         return ""
-    return hash_place(path) if is_there(path) else ""
+    return hash_source(path) if is_there(path) else ""
 
 
-def hash_place(path: Path) -> str:
+def hash_source(path: Path) -> str:
     """SHA-256 of a file, or of a folder's weight files in the order of their names.
 
     Raises:

@@ -46,7 +46,7 @@ def list_shelf(folders: Sequence[Path] = ()) -> list[Shelved]:
     shelf = [_describe_entry(entry) for entry in read_catalog().values()]
     shelf += list(_list_cache())
     for folder in folders:
-        shelf += [found for bundle in find_bundles(folder) if (found := _describe(bundle, str(bundle.path), ""))]
+        shelf += [shelved for bundle in find_bundles(folder) if (shelved := _describe(bundle, str(bundle.path), ""))]
     return shelf
 
 
@@ -55,8 +55,8 @@ def _describe_entry(entry: CatalogEntry) -> Shelved:
         where = f"hf://{entry.repo}" + (f"@{entry.revision[:12]}" if entry.revision else "")
         return Shelved(entry.name, entry.family, entry.parts, (), 0, entry.license, f"catalogue, {where}")
     shipped = entry.kind == "adapter" and entry.folder.exists()
-    found = _describe(find_bundles(entry.folder)[0], entry.name, entry.license) if shipped else None
-    size, ranks = (found.size, found.ranks) if found is not None else (0, ())
+    facts = _describe(find_bundles(entry.folder)[0], entry.name, entry.license) if shipped else None
+    size, ranks = (facts.size, facts.ranks) if facts is not None else (0, ())
     return Shelved(entry.name, entry.family, entry.parts, ranks, size, entry.license, "catalogue")
 
 
@@ -66,9 +66,9 @@ def _list_cache() -> Iterator[Shelved]:
             continue
         for bundle in _bundles_of(snapshot):
             origin = hub_id_of(bundle.path)
-            found = _describe(bundle, str(origin), "")
-            if found is not None:
-                yield found
+            shelved = _describe(bundle, str(origin), "")
+            if shelved is not None:
+                yield shelved
 
 
 def _bundles_of(folder: Path) -> list[Bundle]:
@@ -83,13 +83,13 @@ def _describe(bundle: Bundle, name: str, license: str) -> Shelved | None:
     try:
         if sum(path.stat().st_size for path in bundle.files) > _LARGEST:
             return None
-        found = inspect_file(bundle, hashed=False)
+        facts = inspect_file(bundle, hashed=False)
     except (TexForceHubError, OSError):
         return None
-    return None if found.error is not None or not found.parts else _shelve(found, name, license, bundle.path)
+    return None if facts.error is not None or not facts.parts else _shelve(facts, name, license, bundle.path)
 
 
-def _shelve(found: Inspection, name: str, license: str, path: Path) -> Shelved:
-    ranks = tuple(sorted(rank for rank in found.ranks if rank is not None))
-    license = license or found.metadata.get("modelspec.license", "")
-    return Shelved(name, ", ".join(found.families), tuple(found.parts), ranks, found.size, license, str(path))
+def _shelve(facts: Inspection, name: str, license: str, path: Path) -> Shelved:
+    ranks = tuple(sorted(rank for rank in facts.ranks if rank is not None))
+    license = license or facts.metadata.get("modelspec.license", "")
+    return Shelved(name, ", ".join(facts.families), tuple(facts.parts), ranks, facts.size, license, str(path))

@@ -93,7 +93,7 @@ def _read_entry(path: Path) -> CatalogEntry:
 
 
 def _inside(path: Path, folder: str) -> Path:
-    place = (path.parent / folder).resolve()
-    if not place.is_relative_to(path.parent.resolve()):
+    inner = (path.parent / folder).resolve()
+    if not inner.is_relative_to(path.parent.resolve()):
         raise ConfigError(f"catalogue entry {path}: folder {folder!r} lies outside the catalogue")
-    return place
+    return inner

@@ -229,11 +229,11 @@ def find_bundles(ref: str | Path | AdapterRef) -> list[Bundle]:
 def _find_here(path: Path) -> list[Bundle]:
     if not path.is_dir():
         return [bundle_file(path)]
-    found = sorted(_walk(path), key=lambda bundle: bundle.path)
-    if not found:
+    bundles = sorted(_walk(path), key=lambda bundle: bundle.path)
+    if not bundles:
         seen = list_names(list_folder(path)) or "nothing"
         raise RefError(f"{path}: holds no tensor file ({', '.join(SUFFIXES)}); it holds {seen}")
-    return found
+    return bundles
 
 
 def _walk(root: Path) -> Iterator[Bundle]:
@@ -268,7 +268,7 @@ def pin_source(source: str, path: Path) -> tuple[str, str]:
 
     What was found here or in the catalogue's own folders stays as it is named; a Hub reference gets its commit.
     """
-    found = hub_id_of(path)
-    if found is None:
+    hub_id = hub_id_of(path)
+    if hub_id is None:
         return source, ""
-    return source if find_local(source) is not None else f"{_FORCED}{found}", found.revision or ""
+    return source if find_local(source) is not None else f"{_FORCED}{hub_id}", hub_id.revision or ""

@@ -34,20 +34,20 @@ def inspect_remote_file(file: RemoteFile, *, alone: bool = True, hashed: bool = 
     if container == "pickle":
         return replace(known, problems=(_PICKLE,))
     try:
-        found = open_remote_header(file, numbers=alone)
-        planned = plan(found.header, owns_config=owns_config(PurePosixPath(file.path).name))
+        remote = open_remote_header(file, numbers=alone)
+        planned = plan(remote.header, owns_config=owns_config(PurePosixPath(file.path).name))
     except TexForceHubError as error:
         return with_error(known, str(error).removeprefix(f"{file}: "))
-    return _without_unread(describe(known, planned), found, alone=alone)
+    return _without_unread(describe(known, planned), remote, alone=alone)
 
 
-def _without_unread(described: Inspection, found: RemoteHeader, *, alone: bool) -> Inspection:
+def _without_unread(described: Inspection, remote: RemoteHeader, *, alone: bool) -> Inspection:
     """What is described, with no alpha said to be missing that is only unread."""
-    if not found.unread:
+    if not remote.unread:
         return described
     alphas: dict[float | None, int] = {
         alpha: count for alpha, count in (described.alphas or {}).items() if alpha is not None
     }
-    some = f" but for {found.read} of {found.read + found.unread}" if alphas else ""
+    some = f" but for {remote.read} of {remote.read + remote.unread}" if alphas else ""
     note = f"{_SCATTERED}{some}; inspect --weights fetches it" if alone else _LEFT
     return replace(described, alphas=alphas or None, notes=(note,))

@@ -23,11 +23,11 @@ def check_license(license: str) -> str:
     Raises:
         ConfigError: the Hub knows no such licence; the nearest is named.
     """
-    found = license.strip().lower()
-    if found not in KNOWN:
-        hint = suggest_name(found, sorted(KNOWN), otherwise="for one that is not listed there, other; some are")
+    name = license.strip().lower()
+    if name not in KNOWN:
+        hint = suggest_name(name, sorted(KNOWN), otherwise="for one that is not listed there, other; some are")
         raise ConfigError(f"--license {license!r} is no licence that the Hub knows by this id; {hint}")
-    return found
+    return name
 
 
 def is_definite(license: str) -> bool:

@@ -140,8 +140,8 @@ def _spectra(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
     """Singular values of every layer's change; low-rank ones together, by their factors."""
     bare = {name: layer.inner if isinstance(layer, Decomposed) else layer for name, layer in layers.items()}
     factored = {name: pair for name, layer in bare.items() if (pair := _factored(layer)) is not None}
-    found = dict(zip(factored, singular_values(list(factored.values())), strict=True)) if factored else {}
-    return found | {name: _values_of_one(name, layer) for name, layer in bare.items() if name not in factored}
+    spectra = dict(zip(factored, singular_values(list(factored.values())), strict=True)) if factored else {}
+    return spectra | {name: _values_of_one(name, layer) for name, layer in bare.items() if name not in factored}
 
 
 def _factored(layer: Layer) -> LowRank | None:

@@ -27,10 +27,10 @@ def find_pictures(path: Path) -> tuple[list[Path], Path | None]:
         return [path], None
     inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
     sheet = path / SHEET
-    found = [file for file in inside if file != sheet and file.relative_to(path).parts[0] != "base"]
-    if not found and not sheet.is_file():
+    pictures = [file for file in inside if file != sheet and file.relative_to(path).parts[0] != "base"]
+    if not pictures and not sheet.is_file():
         raise ConfigError(f"{path}: holds no picture ({', '.join(ENDINGS)})")
-    return found[:_MOST], sheet if sheet.is_file() else None
+    return pictures[:_MOST], sheet if sheet.is_file() else None
 
 
 def read_prompt(path: Path) -> str:

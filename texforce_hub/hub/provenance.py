@@ -88,8 +88,8 @@ def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training 
             said = None
         if isinstance(said, dict):
             return _describe(said, None, None, "")
-    found = {label: metadata[key] for key, label in _TRAINERS.items() if metadata.get(key) not in (None, "None", "")}
-    return Training({label: strip_paths(value) for label, value in found.items()}) if found else None
+    facts = {label: metadata[key] for key, label in _TRAINERS.items() if metadata.get(key) not in (None, "None", "")}
+    return Training({label: strip_paths(value) for label, value in facts.items()}) if facts else None
 
 
 def _describe(settings: Mapping[str, Any], curve: Path | None, sheet: Path | None, config: str) -> Training:
@@ -109,8 +109,8 @@ def _write(value: Any) -> str:
 
 
 def _newest_sheet(folder: Path) -> Path | None:
-    found = [(int(match[1]), path) for path in folder.glob("samples/step-*.png") if (match := _step(path.name))]
-    return max(found)[1] if found else None
+    sheets = [(int(match[1]), path) for path in folder.glob("samples/step-*.png") if (match := _step(path.name))]
+    return max(sheets)[1] if sheets else None
 
 
 def _step(name: str) -> re.Match[str] | None:
@@ -126,9 +126,9 @@ def read_evaluation(path: Path) -> Measured:
     try:
         said = json.loads(_read_text(path))
         scores = tuple(
-            _read_score(reward, name, found, first=next(iter(variants)), alone=len(variants) == 2)
+            _read_score(reward, name, figures, first=next(iter(variants)), alone=len(variants) == 2)
             for reward, variants in said["rewards"].items()
-            for name, found in variants.items()
+            for name, figures in variants.items()
         )
         sampling = said["sampling"]
         words = (
@@ -140,13 +140,13 @@ def read_evaluation(path: Path) -> Measured:
     return Measured(scores, words)
 
 
-def _read_score(reward: str, name: str, found: Mapping[str, Any], *, first: str, alone: bool) -> Score:
+def _read_score(reward: str, name: str, figures: Mapping[str, Any], *, first: str, alone: bool) -> Score:
     difference = ""
     if name != first:
-        other = found[f"vs_{first}"]
+        other = figures[f"vs_{first}"]
         difference = f"{other['mean']:+.3f} [{other['low']:+.3f}, {other['high']:+.3f}]"
     label = "base" if name == first else "with this adapter" if alone else strip_paths(name)
-    mean, low, high = (float(found[key]) for key in ("mean", "low", "high"))
+    mean, low, high = (float(figures[key]) for key in ("mean", "low", "high"))
     return Score(str(reward), label, mean, low, high, difference)
 
 

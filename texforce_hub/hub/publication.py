@@ -217,14 +217,14 @@ def _bring_companions(adapter: LazyAdapter, request: Request, folder: Path) -> C
 
 
 def _tensors(layer: Any) -> list[Any]:
-    found: list[Any] = []
+    tensors: list[Any] = []
 
     def note(tensor: Any) -> Any:
-        found.append(tensor)
+        tensors.append(tensor)
         return tensor
 
     layer.map(note)
-    return found
+    return tensors
 
 
 def _run_folder(bundle: Bundle) -> Path:
@@ -238,9 +238,9 @@ def _read_measured(given: Path | None, run: Path) -> Measured:
 
 
 def _bring_pictures(given: Path | None, training: Training | None, folder: Path) -> tuple[list[CardImage], str, str]:
-    found, sheet = find_pictures(given) if given is not None else ([], None)
+    pictures, sheet = find_pictures(given) if given is not None else ([], None)
     images: list[CardImage] = []
-    for number, picture in enumerate(found):
+    for number, picture in enumerate(pictures):
         image = CardImage(f"images/sample-{number}.png", read_prompt(picture))
         write_picture(picture, folder / image.path, prompt=image.prompt)
         images.append(image)

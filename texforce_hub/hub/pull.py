@@ -77,7 +77,7 @@ def fetch_adapter(
         raise RefError(f"{local}: is here already; pull is for what is on the Hub, write hf://owner/name for that")
     remote = find_remote(ref)
     files = list_remote_files(remote) if every else list_adapter_files(remote)
-    files = list(dict.fromkeys(one for file in files for one in (file, file.config) if one is not None))
+    files = list(dict.fromkeys(wanted for file in files for wanted in (file, file.config) if wanted is not None))
     here = {file.path: find_cached(file) is not None for file in files}
     repository = remote.repository
     if dry_run:
@@ -87,9 +87,9 @@ def fetch_adapter(
     digests = {name: hash_files([path]) for name, path in paths.items()}
     if lock is not None:
         _note(Path(lock), Locked(repository.repo, repository.revision or "main", repository.commit, digests))
-    found = paths if output is None else _copy(paths, Path(output))
+    copies = paths if output is None else _copy(paths, Path(output))
     described = tuple(FetchedFile(f.path, f.blob.size, digests[f.path], here[f.path]) for f in files)
-    return FetchedAdapter(repository.repo, repository.commit, described, _find_place(found))
+    return FetchedAdapter(repository.repo, repository.commit, described, _common_path(copies))
 
 
 def _note(path: Path, entry: Locked) -> None:
@@ -113,7 +113,7 @@ def _copy(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     return targets
 
 
-def _find_place(paths: Mapping[str, Path]) -> Path:
+def _common_path(paths: Mapping[str, Path]) -> Path:
     """The adapter's only file of tensors; the folder above several."""
     tensors = [path for name, path in paths.items() if is_candidate(name)]
     return tensors[0] if len(tensors) == 1 else Path(os.path.commonpath([path.parent for path in tensors]))

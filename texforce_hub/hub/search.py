@@ -86,14 +86,14 @@ def search_adapters(
     listed = list(_list_all(words, _tags_of(base), author=author, sort=sort, most=most))
     if part is None and not inspect:
         return [FoundAdapter(entry) for entry in listed[:limit]]
-    found: list[FoundAdapter] = []
+    chosen: list[FoundAdapter] = []
     with ThreadPoolExecutor(_WORKERS) as pool:
         for start in range(0, len(listed), _WORKERS):
             judged = pool.map(_look_into, listed[start : start + _WORKERS])
-            found += [one for one in judged if part is None or _changes(one, part)]
-            if len(found) >= limit:
+            chosen += [adapter for adapter in judged if part is None or _changes(adapter, part)]
+            if len(chosen) >= limit:
                 break
-    return found[:limit]
+    return chosen[:limit]
 
 
 def _tags_of(base: str | None) -> list[str]:
@@ -108,12 +108,12 @@ def _tags_of(base: str | None) -> list[str]:
 
 def _list_all(words: str, tags: list[str], *, author: str | None, sort: str, most: int) -> Iterator[Listed]:
     """The results for each tag, each repository once, in the order asked for."""
-    found: dict[str, Listed] = {}
+    listed: dict[str, Listed] = {}
     for tag in tags:
         wanted = ["lora", *([tag] if tag else [])]
         for entry in list_repositories(words, tags=wanted, author=author, sort=sort, most=most):
-            found.setdefault(entry.repo, entry)
-    yield from sorted(found.values(), key=lambda entry: getattr(entry, sort), reverse=True)[:most]
+            listed.setdefault(entry.repo, entry)
+    yield from sorted(listed.values(), key=lambda entry: getattr(entry, sort), reverse=True)[:most]
 
 
 def _look_into(entry: Listed) -> FoundAdapter:
@@ -124,5 +124,5 @@ def _look_into(entry: Listed) -> FoundAdapter:
         return FoundAdapter(entry, Inspection(Path(entry.repo), error=str(error)))
 
 
-def _changes(found: FoundAdapter, part: str) -> bool:
-    return found.inspection is not None and part in found.inspection.parts
+def _changes(adapter: FoundAdapter, part: str) -> bool:
+    return adapter.inspection is not None and part in adapter.inspection.parts

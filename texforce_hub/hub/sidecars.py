@@ -126,19 +126,19 @@ def find_contradictions(sidecar: Sidecar, families: Sequence[str], sha256: str) 
 
 def read_sidecar(path: Path, ending: str) -> Sidecar:
     """One sidecar, read as far as it can be; ``ending``, one of :data:`ENDINGS`, says of what kind it is."""
-    found = Sidecar(ENDINGS[ending], path, ending)
+    sidecar = Sidecar(ENDINGS[ending], path, ending)
     if leads_away(path):
-        return replace(found, problem=_ELSEWHERE)
+        return replace(sidecar, problem=_ELSEWHERE)
     try:
-        if found.kind == "preview":
+        if sidecar.kind == "preview":
             _check_picture(path)
-            return found
-        if found.kind == "text":
-            return replace(found, description=_text(read_text(path, most=_LARGEST)))
+            return sidecar
+        if sidecar.kind == "text":
+            return replace(sidecar, description=_text(read_text(path, most=_LARGEST)))
         said = read_json(path, most=_LARGEST)
     except FileError as error:
-        return replace(found, problem=str(error).removeprefix(f"{path}: ").splitlines()[0][:200])
-    return _READERS[found.kind](found, said)
+        return replace(sidecar, problem=str(error).removeprefix(f"{path}: ").splitlines()[0][:200])
+    return _READERS[sidecar.kind](sidecar, said)
 
 
 def _check_picture(path: Path) -> None:
@@ -149,10 +149,10 @@ def _check_picture(path: Path) -> None:
         raise FileError(f"{path}: no {path.suffix.removeprefix('.').upper()} picture; it begins with {start!r}")
 
 
-def _read_a1111(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
+def _read_a1111(sidecar: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     activation = _text(said.get("activation text"))
     return replace(
-        found,
+        sidecar,
         description=_text(said.get("description")),
         trigger_words=(activation,) if activation else (),
         negative=_text(said.get("negative text")),
@@ -162,11 +162,11 @@ def _read_a1111(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     )
 
 
-def _read_civitai(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
+def _read_civitai(sidecar: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     model = _object(said.get("model"))
     names = [_text(model.get("name")), _text(said.get("name"))]
     return replace(
-        found,
+        sidecar,
         name=" · ".join(name for name in names if name),
         description=_text(said.get("description")) or _text(model.get("description")),
         trigger_words=_words(said.get("trainedWords")),
@@ -177,11 +177,11 @@ def _read_civitai(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     )
 
 
-def _read_lora_manager(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
+def _read_lora_manager(sidecar: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     """Its own facts, and Civitai's answer of that version inside."""
     answer = _object(said.get("civitai"))
     return replace(
-        found,
+        sidecar,
         name=_text(said.get("model_name")),
         description=_text(said.get("modelDescription")),
         trigger_words=_words(answer.get("trainedWords")),
@@ -192,10 +192,10 @@ def _read_lora_manager(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     )
 
 
-def _read_stability_matrix(found: Sidecar, said: Mapping[str, Any]) -> Sidecar:
+def _read_stability_matrix(sidecar: Sidecar, said: Mapping[str, Any]) -> Sidecar:
     names = [_text(said.get("ModelName")), _text(said.get("VersionName"))]
     return replace(
-        found,
+        sidecar,
         name=" · ".join(name for name in names if name),
         description=_text(said.get("ModelDescription")),
         trigger_words=_words(said.get("TrainedWords")),

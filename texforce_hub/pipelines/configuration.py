@@ -80,8 +80,8 @@ def find_class(library: str, kind: str) -> Any:
     """A class by the names in an index; only of the libraries that models come from, and of a pipeline's own module."""
     source = {"diffusers": diffusers, "transformers": transformers}.get(library)
     source = source or getattr(diffusers.pipelines, library, None)
-    found = getattr(source, kind, None)
-    return found if inspect.isclass(found) else None
+    named = getattr(source, kind, None)
+    return named if inspect.isclass(named) else None
 
 
 def _check_file(path: Path) -> None:

@@ -18,7 +18,7 @@ def examine_online() -> Finding:
     try:
         answer = ask_hub()
     except HubError as error:
-        found, _, advice = str(error).partition("; ")
-        return Finding("online", "problem", found, advice or "try again later")
+        problem, _, advice = str(error).partition("; ")
+        return Finding("online", "problem", problem, advice or "try again later")
     known = f", and knows you as {answer.user}" if answer.user else ""
     return Finding("online", "ok", f"{mask_secrets(find_endpoint())} answered in {answer.seconds:.1f} s{known}")

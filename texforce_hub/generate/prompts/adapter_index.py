@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
@@ -17,6 +16,7 @@ from texforce_hub.hub.filenames import PICKLED, PREFERRED
 from texforce_hub.hub.find import find_bundle, find_bundles
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.reading import is_folder
+from texforce_hub.settings import nearest_names
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -150,11 +150,9 @@ def _as_source(bundle: Bundle) -> str:
 
 
 def _not_found(name: str, where: str, known: Iterable[str], way_out: str) -> str:
-    lowered = {other.lower(): other for other in known if not other.startswith("./")}
-    nearest = [lowered[key] for key in get_close_matches(name.lower(), lowered, n=3, cutoff=0.5)]
-    hint = (
-        f"the nearest: {', '.join(nearest)}" if nearest else f"it has {', '.join(list(lowered.values())[:8]) or 'none'}"
-    )
+    names = list(dict.fromkeys(other for other in known if not other.startswith("./")))
+    nearest = nearest_names(name, names, most=3)
+    hint = f"the nearest: {', '.join(nearest)}" if nearest else f"it has {', '.join(names[:8]) or 'none'}"
     return f"<lora:{name}>: no adapter {name!r} in {where}; {hint}{way_out}"
 
 

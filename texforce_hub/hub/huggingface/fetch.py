@@ -35,10 +35,10 @@ def fetch_file(file: RemoteFile) -> Path:
     Raises:
         HubError: it cannot be fetched, or is not what the repository lists.
     """
-    for one in (file.config, file):
-        if one is not None:
-            path = _fetch_one(one)
-            check_locked(one.repository.repo, one.repository.commit, one.path, path)
+    for wanted in (file.config, file):
+        if wanted is not None:
+            path = _fetch_one(wanted)
+            check_locked(wanted.repository.repo, wanted.repository.commit, wanted.path, path)
     return path
 
 
@@ -160,8 +160,8 @@ def _check_bytes(file: RemoteFile, path: Path) -> None:
             f"{file}: cannot be fetched: {size} bytes came of {blob.size}, then the connection ended; try again"
         )
     for kind, listed, find in (("SHA-256", blob.sha256, _sha256), ("git's hash", blob.git_sha1, hash_as_git)):
-        if listed and (found := find(path)) != listed:
-            raise HubError(f"{file}: fetched with {kind} {found[:12]}…, listed with {listed[:12]}…; try again")
+        if listed and (actual := find(path)) != listed:
+            raise HubError(f"{file}: fetched with {kind} {actual[:12]}…, listed with {listed[:12]}…; try again")
 
 
 def _sha256(path: Path) -> str:

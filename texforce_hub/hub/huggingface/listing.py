@@ -44,12 +44,12 @@ def list_repositories(words: str, *, tags: Sequence[str], author: str | None, so
     while address and left > 0:
         with explained("search"):
             page, following = ask_page(address, params)
-            found = [_read(entry) for entry in _entries(page)]
-        yield from found[:left]
-        left -= len(found)
+            entries = [_read(entry) for entry in _entries(page)]
+        yield from entries[:left]
+        left -= len(entries)
         if following and urlsplit(following).netloc != urlsplit(find_endpoint()).netloc:
             raise HubError(f"search: the next page is said to be at {urlsplit(following).netloc}, which is not the Hub")
-        address, params = following if found else "", {}
+        address, params = following if entries else "", {}
 
 
 def _entries(page: Any) -> list[Mapping[str, Any]]:

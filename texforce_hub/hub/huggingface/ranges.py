@@ -83,11 +83,11 @@ class _Ranges:
 
     def __call__(self, offset: int, length: int) -> bytes:
         end = min(offset + length, self._file.blob.size)
-        for place, (start, block) in enumerate(self._blocks):
+        for index, (start, block) in enumerate(self._blocks):
             known = start + len(block)
             if start <= offset < known:  # a header can be longer than the first request: only its rest is asked for
                 grown = block if end <= known else block + self._ask(known, end)[1]
-                self._blocks[place] = (start, grown)
+                self._blocks[index] = (start, grown)
                 return grown[offset - start : end - start]
         self._blocks.append(self._ask(offset, max(end, self._first) if offset == 0 else end))
         return self._blocks[-1][1][: end - offset]

@@ -114,11 +114,11 @@ def _open(repo: str, revision: str | None, endpoint: str, folder: str, *, offlin
     except HubError as error:
         if not is_outage(error.__cause__):
             raise
-        found = _find_cached(repo, revision, Path(folder))
-        if found is None:
+        cached = _find_cached(repo, revision, Path(folder))
+        if cached is None:
             raise
-        _LOG.warning("%s; only what the cache holds of %s is known", error, found)
-        return found
+        _LOG.warning("%s; only what the cache holds of %s is known", error, cached)
+        return cached
 
 
 def ask_repository(repo: str, revision: str | None = None) -> Repository:
@@ -132,8 +132,8 @@ def ask_repository(repo: str, revision: str | None = None) -> Repository:
 
 
 def _ask(repo: str, revision: str | None, endpoint: str) -> Any:
-    place = "" if revision is None else f"/revision/{quote(revision, safe='')}"
-    return ask_json(f"{endpoint}/api/models/{repo}{place}", {"blobs": True})
+    suffix = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+    return ask_json(f"{endpoint}/api/models/{repo}{suffix}", {"blobs": True})
 
 
 def _read_answer(answer: Any, repo: str, revision: str | None) -> Repository:
@@ -188,7 +188,7 @@ def _find_cached(repo: str, revision: str | None, folder: Path) -> Repository | 
         commit = HfApi().resolve_revision(repo, revision=revision, cache_dir=folder, local_files_only=True).resolved
     except (RevisionResolutionError, HFValidationError):
         return None
-    place = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
-    files = {path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()}
+    snapshot = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
+    files = {path.relative_to(snapshot).as_posix(): path for path in sorted(snapshot.rglob("*")) if path.is_file()}
     blobs = {name: Blob(path.stat().st_size) for name, path in files.items()}
     return Repository(repo, commit, MappingProxyType(blobs), revision, cached=True) if blobs else None

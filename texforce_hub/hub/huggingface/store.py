@@ -88,8 +88,8 @@ def catalogue_lock() -> Path:
 
 def find_cached(file: RemoteFile) -> Path | None:
     """Where a file lies in the cache; ``None`` if it was not fetched yet."""
-    found = try_to_load_from_cache(file.repository.repo, file.path, revision=file.repository.commit)
-    return Path(found) if isinstance(found, str) else None
+    cached = try_to_load_from_cache(file.repository.repo, file.path, revision=file.repository.commit)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def list_snapshots() -> list[Path]:

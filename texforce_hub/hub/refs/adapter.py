@@ -89,9 +89,9 @@ class AdapterRef:
         end, window, weight = len(text), WHOLE, 1.0
         parts: tuple[tuple[str, float], ...] = ()
         ramp: Ramp = ()
-        found = _WINDOW.search(text)
-        if found and not is_known(end):
-            end, window = found.start(), _parse_window(text, found)
+        match = _WINDOW.search(text)
+        if match and not is_known(end):
+            end, window = match.start(), _parse_window(text, match)
         colon = _tail_colon(text, begin, end)
         if colon is not None and not is_known(end):
             if "@" in text[colon:end]:
@@ -156,7 +156,7 @@ class AdapterRef:
     def weight_of(self, layer: str) -> float:
         """The weight of one layer, by its canonical name; the longest fitting part or pattern decides."""
         fitting = [(len(part), w) for part, w in self.parts if _covers(part, layer)]
-        return max(fitting, key=lambda found: found[0])[1] if fitting else self.weight
+        return max(fitting, key=lambda pair: pair[0])[1] if fitting else self.weight
 
 
 def source_of(ref: "str | Path | AdapterRef") -> str:
@@ -206,15 +206,15 @@ def _splits_name(text: str) -> bool:
     return bool(equals) and _NAME.fullmatch(head) is not None
 
 
-def _parse_window(text: str, found: re.Match[str]) -> tuple[float, float]:
-    hyphen = _HYPHEN.search(text, found.start(1) + 1, found.end(1))
+def _parse_window(text: str, match: re.Match[str]) -> tuple[float, float]:
+    hyphen = _HYPHEN.search(text, match.start(1) + 1, match.end(1))
     if hyphen is None:
-        fail(text, found.start(1), "a window has no '-'; expected [start-end], e.g. [0-0.4]")
+        fail(text, match.start(1), "a window has no '-'; expected [start-end], e.g. [0-0.4]")
     at = hyphen.start()
-    start = parse_number(text, found.start(1), at, "a fraction of the steps, e.g. [0-0.4]")
-    end = parse_number(text, at + 1, found.end(1), "a fraction of the steps, e.g. [0-0.4]")
+    start = parse_number(text, match.start(1), at, "a fraction of the steps, e.g. [0-0.4]")
+    end = parse_number(text, at + 1, match.end(1), "a fraction of the steps, e.g. [0-0.4]")
     if not 0 <= start <= end <= 1:
-        fail(text, found.start(1), "a window must go forward inside 0 to 1, e.g. [0-0.4]")
+        fail(text, match.start(1), "a window must go forward inside 0 to 1, e.g. [0-0.4]")
     return start, end
 
 

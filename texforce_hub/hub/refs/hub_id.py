@@ -39,14 +39,14 @@ class HubId:
         if not slash or not _REPO_WORD.fullmatch(owner):
             fail(text, start, "not a Hub id; expected owner/name, e.g. me/style@v1/lora.safetensors")
         at = start + len(owner) + 1
-        found = _REPO_WORD.match(rest)
-        if found is None:
+        match = _REPO_WORD.match(rest)
+        if match is None:
             fail(text, at, "not a Hub id; expected a repository's name after the owner")
-        at += found.end()
+        at += match.end()
         if at - start > _LONGEST:
             fail(text, start, f"not a Hub id; the Hub's have at most {_LONGEST} characters")
         revision, file = _parse_revision_and_file(text, at)
-        return cls(f"{owner}/{found[0]}", revision, file)
+        return cls(f"{owner}/{match[0]}", revision, file)
 
     @classmethod
     def _parse_address(cls, text: str) -> "HubId":

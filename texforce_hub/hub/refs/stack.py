@@ -58,10 +58,10 @@ Character = tuple[str, bool]
 
 
 def _read_characters(text: str) -> Iterator[Character]:
-    for found in _TOKEN.finditer(text):
-        single, double, escaped, opened, plain = found.groups()
+    for token in _TOKEN.finditer(text):
+        single, double, escaped, opened, plain = token.groups()
         if opened:
-            fail(text, found.start(), "a quote is not closed")
+            fail(text, token.start(), "a quote is not closed")
         if plain:
             yield plain, False
         quoted = single or escaped or re.sub(r"\\(.)", r"\1", double or "", flags=re.DOTALL)

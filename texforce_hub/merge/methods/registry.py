@@ -1,6 +1,5 @@
 """The table of merge methods: names, options and laws, read from the functions themselves."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from torch import Tensor
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.errors import MergeError
+from texforce_hub.settings import suggest_name
 
 Mergeable = LowRank | Dense | Vector
 MergeFunction = Callable[..., Mergeable]
@@ -114,9 +114,8 @@ class Method:
         """
         for name in options:
             if name not in self.options:
-                near = difflib.get_close_matches(name, self.options, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise MergeError(f"{self.name} has no option {name!r}; it has {_listed(self.options)}{hint}")
+                hint = suggest_name(name, self.options, otherwise="it has")
+                raise MergeError(f"{self.name} has no option {name!r}; {hint}")
         return {
             name: _checked_value(f"{self.name}: {name}", option, options.get(name, option.default))
             for name, option in self.options.items()
@@ -133,10 +132,6 @@ def _checked_value(label: str, option: Option, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
         raise MergeError(f"{label} {value!r}; expected a share in (0, 1]")
     return float(value)
-
-
-def _listed(names: Mapping[str, Any]) -> str:
-    return ", ".join(names) or "none"
 
 
 def merge_method(
@@ -192,6 +187,4 @@ def find_method(name: str) -> Method:
             "upᵢ @ downⱼ; more than 100 % error on independent adapters); 'cat' is the exact sum, 'svd' the exact sum "
             "at a rank"
         )
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise MergeError(f"no merge method {name!r}; {hint}there are {', '.join(METHODS)}")
+    raise MergeError(f"no merge method {name!r}; {suggest_name(name, METHODS, otherwise='there are')}")
