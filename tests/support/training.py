@@ -1,16 +1,23 @@
 """A random-weight shapes pipeline and short runs on it, shared by the tests of training."""
 
+import sys
+import types
 from functools import cache
+from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTokenizer
 
+from texforce_hub.files.checkpoint import read_checkpoint
+from texforce_hub.files.tensors import read_tensors
 from texforce_hub.shapes import WEIGHTS
 from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_unet, make_vae
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.lora import attach_lora
 from texforce_hub.train.policies.stable_diffusion import StableDiffusion
+from texforce_hub.train.run import train_adapter
+from texforce_hub.train.run_folder import ADAPTER
 
 torch.set_num_threads(1)  # on models this small more threads only wait for each other
 
@@ -61,3 +68,36 @@ def make_policy(*, disturbed=True, pipe=None, **changes):
         for parameter in parameters.values():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     return StableDiffusion(pipe, encoder, make_scheduler(), config), parameters
+
+
+class Stopped(Exception):
+    """What a test stops a run with."""
+
+
+def run(output, *, on_step=None, **changes):
+    """A short run in a folder."""
+    return train_adapter(short_config(output, **changes), pipeline=tiny_pipeline(), on_step=on_step)
+
+
+def saved(folder):
+    """The newest checkpoint, which has to be there."""
+    state = read_checkpoint(Path(folder))
+    assert state is not None
+    return state
+
+
+def bits(folder):
+    """The finished file's tensors, byte for byte."""
+    return {name: tensor.numpy().tobytes() for name, tensor in read_tensors(Path(folder) / ADAPTER)[1].items()}
+
+
+def scripted_reward(monkeypatch, values):
+    """A reward for the test to script: the mean of every call's scores, apart from the pictures' own differences."""
+    module, calls = types.ModuleType("scripted"), iter(values)
+
+    def score(images, prompts):
+        return next(calls) + images.mean((1, 2, 3)) * 1e-3
+
+    monkeypatch.setattr(module, "score", score, raising=False)
+    monkeypatch.setitem(sys.modules, "scripted", module)
+    return ("python:scripted:score",)

@@ -1,0 +1,64 @@
+"""Which weights are kept, when a run ends, and what is said if nothing got better."""
+
+import sys
+import types
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.support.training import run, saved, scripted_reward
+from texforce_hub.cli import app
+from texforce_hub.errors import NotBetterError
+from texforce_hub.train.run_folder import ADAPTER
+
+
+def test_the_best_weights_among_the_steps_are_kept_and_remembered(tmp_path, monkeypatch):
+    reward = scripted_reward(monkeypatch, [0.5, 0, 0.6, 0, 0.9, 0, 0.7])  # a validation, then a rollout each
+    adapter = run(tmp_path, keep="best", validate_every=1, reward=reward)
+    assert [round(score, 1) for _, score in saved(tmp_path).facts["validations"]] == [0.5, 0.6, 0.9, 0.7]
+    assert adapter.metadata["texforce_hub.steps"] == "2"
+
+
+def test_a_run_that_beats_nothing_says_so_and_writes_no_adapter(tmp_path, monkeypatch):
+    reward = scripted_reward(monkeypatch, [0.5, 0, 0.1, 0, 0.2, 0, 0.3])
+    with pytest.raises(NotBetterError, match=r"no step beat the base .*0\.30. at best, 0\.50. before.*checkpoint-3"):
+        run(tmp_path, keep="best", validate_every=1, reward=reward)
+    assert not (tmp_path / ADAPTER).exists()
+    assert saved(tmp_path).step == 3
+
+
+def test_a_run_that_beats_nothing_leaves_the_command_line_with_1(tmp_path, monkeypatch):
+    reward = scripted_reward(monkeypatch, [0.5, 0, 0.1])
+    (tmp_path / "run.toml").write_text("prompts_per_step = 1\nimages_per_prompt = 2\ninference_steps = 2\n")
+    arguments = ["--config", str(tmp_path / "run.toml"), "--reward", reward[0], "--steps", "1"]
+    result = CliRunner().invoke(app, ["train", "--output", str(tmp_path / "run"), *arguments])
+    assert result.exit_code == 1
+    assert "no step beat the base" in result.output
+    assert not (tmp_path / "run" / ADAPTER).exists()
+
+
+def test_a_reward_that_is_only_watched_raises_the_alarm_when_it_falls(tmp_path, monkeypatch, caplog):
+    reward = scripted_reward(monkeypatch, [0.5, 0, 0.6, 0, 0.7, 0, 0.8])
+    other = types.ModuleType("watched")
+    values = iter([1.0, 0.9, 0.2, 0.1])
+    monkeypatch.setattr(other, "score", lambda i, p: next(values) + i.mean((1, 2, 3)) * 1e-6, raising=False)
+    monkeypatch.setitem(sys.modules, "watched", other)
+    settings = {"keep": "best", "validate_every": 1, "reward": reward, "watch": ("python:watched:score",)}
+    run(tmp_path, **settings, validation_prompts=4)
+    assert "reward hacking suspected" in caplog.text
+    assert [round(score, 1) for _, score in saved(tmp_path).facts["watched"]] == [1.0, 0.9, 0.2, 0.1]
+
+
+def test_a_run_ends_early_when_nothing_gets_better(tmp_path, monkeypatch):
+    reward = scripted_reward(monkeypatch, [0.1, 0, 0.9, 0, 0.2, 0, 0.3])
+    steps = []
+    settings = {"keep": "best", "validate_every": 1, "reward": reward, "patience": 2}
+    adapter = run(tmp_path, steps=50, on_step=lambda report: steps.append(report.step), **settings)
+    assert steps == [1, 2, 3]
+    assert adapter.metadata["texforce_hub.steps"] == "1"
+
+
+def test_a_run_whose_time_was_up_before_its_first_step_writes_no_adapter(tmp_path):
+    with pytest.raises(NotBetterError, match="before the first step"):
+        run(tmp_path, max_minutes=1e-9, keep="best", validate_every=1)
+    assert not list(tmp_path.glob("*.safetensors"))
