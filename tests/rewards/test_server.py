@@ -5,6 +5,8 @@ import http.server
 import io
 import json
 import random
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -14,9 +16,10 @@ from PIL import Image
 
 from texforce_hub.errors import RewardError
 from texforce_hub.rewards import wire
-from texforce_hub.rewards.remote import remote_reward
+from texforce_hub.rewards.remote import Address, Remote
 from texforce_hub.rewards.reward import Reward, resolve_reward, resolve_rewards
 from texforce_hub.rewards.server import RewardServer
+from texforce_hub.rewards.serving import as_arrays
 
 IMAGES = torch.rand(4, 3, 16, 24, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "ä ☃", "a red circle", "d"]
@@ -38,9 +41,17 @@ def running(server):
         thread.join()
 
 
+def serve(*rewards):
+    return RewardServer({reward.name: as_arrays(reward) for reward in rewards})
+
+
+def workers(*servers):
+    return [Address.parse(server.address) for server in servers]
+
+
 @pytest.fixture
 def server():
-    with running(RewardServer([Reward("mine", first_pixels), *resolve_rewards(["brightness", "jpeg"])])) as server:
+    with running(serve(Reward("mine", first_pixels), *resolve_rewards(["brightness", "jpeg"]))) as server:
         yield server
 
 
@@ -59,7 +70,7 @@ def test_png_pictures_are_read_too(server):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
         files.append(buffer.getvalue())
     images, prompts = wire.read_question(wire.write_png_question(files, PROMPTS))
-    assert torch.equal(images, (IMAGES * 255).round() / 255)
+    assert torch.equal(torch.from_numpy(images), (IMAGES * 255).round() / 255)
     assert prompts == PROMPTS
 
 
@@ -83,7 +94,7 @@ def post(server, path, data, headers=None):
 
 
 def test_what_is_no_question_is_refused_in_one_line(server):
-    good = wire.write_question(IMAGES, PROMPTS)
+    good = wire.write_question(IMAGES.numpy(), PROMPTS)
     bad = [b"", b"x", good[:30], good[:-1], good + b"x", (2**60).to_bytes(8, "little") + b"{}"]
     for header in HEADERS:
         text = header.encode()
@@ -106,7 +117,7 @@ def test_a_reward_that_fails_in_the_server_is_named_once_with_the_prompt(server)
         calls.append(len(prompts))
         raise ValueError("no circles")
 
-    server.rewards["mine"] = Reward("mine", fails)
+    server.scores["mine"] = as_arrays(Reward("mine", fails))
     with pytest.raises(RewardError, match=r"for the prompt 'a'.*no circles"):
         resolve_reward(f"{server.address}/mine")(IMAGES[:1], PROMPTS[:1])
     assert len(calls) == 2  # the call and the search for the culprit; it is not asked again
@@ -120,7 +131,7 @@ def test_an_address_that_is_none_is_refused(address):
 
 def test_a_server_that_is_not_there_is_one_line_after_all_attempts():
     waits = []
-    score = remote_reward("http://127.0.0.1:9", attempts=4, back_off=1, wait=waits.append)
+    score = Remote([Address("127.0.0.1:9", "/")], attempts=4, back_off=1, wait=waits.append)
     with pytest.raises(RewardError, match=r"no reward server answered 4 times for the prompt 'a'.*127\.0\.0\.1:9"):
         score(IMAGES, PROMPTS)
     assert waits == [1, 2, 4]
@@ -132,7 +143,7 @@ class Faulty(RewardServer):
     kinds = ("500", "break", "half", "garbage", "count", "nan", "null", "huge", "status", "silent")
 
     def __init__(self, faults, seed):
-        super().__init__([Reward("mine", first_pixels)])
+        super().__init__({"mine": as_arrays(Reward("mine", first_pixels))})
         self.faults, self.random, self.row, self.injected = faults, random.Random(seed), 0, []
         self.RequestHandlerClass = FaultyHandler
         self.released = threading.Event()
@@ -173,8 +184,7 @@ class FaultyHandler(http.server.BaseHTTPRequestHandler):
 def test_of_two_hundred_faults_none_loses_or_hangs_a_score():
     with running(Faulty(100, seed=1)) as first, running(Faulty(100, seed=2)) as second:
         waits = []
-        addresses = f"{first.address},{second.address}"
-        score = remote_reward(addresses, attempts=9, timeout=0.5, back_off=1e-3, wait=waits.append)
+        score = Remote(workers(first, second), attempts=99, timeout=0.5, wait=waits.append)
         rounds = 0
         while len(first.injected) + len(second.injected) < 200:
             rounds += 1
@@ -187,26 +197,34 @@ def test_of_two_hundred_faults_none_loses_or_hangs_a_score():
         assert {*first.injected, *second.injected} == set(Faulty.kinds)
 
 
-def test_workers_take_turns():
-    with (
-        running(RewardServer([Reward("mine", first_pixels)])) as one,
-        running(RewardServer([Reward("mine", first_pixels)])) as other,
-    ):
-        counts = {one.address: 0, other.address: 0}
-        for server in (one, other):
-            asked = server.score
+def count_pictures(server, counts):
+    asked = server.score
 
-            def count(path, message, *, address=server.address, asked=asked):
-                counts[address] += 1
-                return asked(path, message)
+    def count(path, message):
+        counts[server.address].append(len(wire.read_question(message)[1]))
+        return asked(path, message)
 
-            server.score = count
-        score = remote_reward(f"{one.address},{other.address}")
-        for _ in range(6):
-            score(IMAGES, PROMPTS)
-        assert list(counts.values()) == [3, 3]
+    server.score = count
+
+
+def test_workers_share_the_pictures_in_turn_and_in_order():
+    mine = Reward("mine", first_pixels)
+    with running(serve(mine)) as first, running(serve(mine)) as second:
+        counts = {first.address: [], second.address: []}
+        for server in (first, second):
+            count_pictures(server, counts)
+        score = Remote(workers(first, second))
+        for number in (4, 1, 1, 3):
+            wanted = first_pixels(IMAGES[:number], PROMPTS[:number])
+            assert torch.equal(score(IMAGES[:number], PROMPTS[:number]), wanted)
+        assert list(counts.values()) == [[2, 1, 2], [2, 1, 1]]
 
 
 def test_a_port_that_is_taken_is_one_line(server):
     with pytest.raises(RewardError, match="cannot listen"):
-        RewardServer(resolve_rewards(["jpeg"]), port=server.server_address[1])
+        RewardServer({}, port=server.server_address[1])
+
+
+def test_a_server_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import texforce_hub.rewards.server"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,10 +25,12 @@ def serve(
     from texforce_hub.device import choose_device
     from texforce_hub.rewards.reward import resolve_rewards
     from texforce_hub.rewards.server import RewardServer
+    from texforce_hub.rewards.serving import as_arrays
 
     target = choose_device(device)
-    with RewardServer(resolve_rewards(reward, target), host, port, target) as server:
-        for name in server.rewards:
+    scores = {served.name: as_arrays(served, target) for served in resolve_rewards(reward, target)}
+    with RewardServer(scores, host, port) as server:
+        for name in server.scores:
             put(f"{server.address}/{name}")
         say("serving; Ctrl-C ends it")
         server.serve_forever()

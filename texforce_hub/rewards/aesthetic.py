@@ -10,8 +10,8 @@ from torch import Tensor
 from texforce_hub.errors import RewardError
 from texforce_hub.families.reward_models import from_linear_layers
 from texforce_hub.rewards.clip import LARGE, load_clip
+from texforce_hub.rewards.functions import Score
 from texforce_hub.rewards.networks import LinearLayers, Similarity, fill
-from texforce_hub.rewards.reward import Score
 from texforce_hub.rewards.weights import load_state
 
 logger = logging.getLogger("texforce_hub")

@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from texforce_hub.rewards.reward import Score
+from texforce_hub.rewards.functions import Score
 from texforce_hub.shapes.grammar import parse
 from texforce_hub.shapes.reward import score_scenes
 

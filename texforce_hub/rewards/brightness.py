@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from texforce_hub.rewards.reward import Score
+from texforce_hub.rewards.functions import Score
 
 
 def brightness(device: torch.device) -> Score:

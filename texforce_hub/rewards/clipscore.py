@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from texforce_hub.rewards.clip import LARGE, SMALL, load_clip
+from texforce_hub.rewards.functions import Score
 from texforce_hub.rewards.networks import Similarity
-from texforce_hub.rewards.reward import Score
 from texforce_hub.rewards.weights import say_licence
 
 _SCALE = 2.5  # the paper's, which spreads the cosines of pictures over [0, 1]

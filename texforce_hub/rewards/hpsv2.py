@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from texforce_hub.rewards.clip import VIT_H, convert_open_clip, find_tokenizer, make_similarity
-from texforce_hub.rewards.reward import Score
+from texforce_hub.rewards.functions import Score
 from texforce_hub.rewards.weights import Published, find_file, load_state, say_licence
 
 _COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"

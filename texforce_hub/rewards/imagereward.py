@@ -9,9 +9,9 @@ from torch import Tensor
 
 from texforce_hub.errors import RewardError
 from texforce_hub.families.reward_models import from_image_reward, is_unused
+from texforce_hub.rewards.functions import Score
 from texforce_hub.rewards.networks import CrossReward, fill
 from texforce_hub.rewards.preprocess import prepare
-from texforce_hub.rewards.reward import Score
 from texforce_hub.rewards.weights import Published, find_file, load_state, say_licence
 
 PUBLISHED = Published("zai-org/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", "ImageReward.pt", "Apache-2.0")

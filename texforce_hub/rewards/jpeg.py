@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from texforce_hub.rewards.reward import Score
+from texforce_hub.rewards.functions import Score
 
 
 def jpeg(device: torch.device) -> Score:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from texforce_hub.rewards.clip import load_clip
-from texforce_hub.rewards.reward import Score
+from texforce_hub.rewards.functions import Score
 from texforce_hub.rewards.weights import Published, say_licence
 
 _COMMIT = "a4e4367c6dfa7288a00c550414478f865b875800"

@@ -5,24 +5,20 @@ somebody else's is ``python:module:function`` or ``python:./file.py:function``, 
 a reward returns is checked before it is used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from texforce_hub.errors import RewardError
-from texforce_hub.reading import first_line
 from texforce_hub.rewards.built_in import BUILT_IN
+from texforce_hub.rewards.functions import Score, call_function, import_function
 from texforce_hub.rewards.ref import RewardRef
 from texforce_hub.settings import suggest_name
-
-Score = Callable[[Tensor, Sequence[str]], Any]  # a Tensor; somebody else's code may return anything
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Reward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores ``(b,)``, float32, on the images' device; images ``(b, 3, h, w)`` in [0, 1]."""
-        scores = self._score(images, prompts)
+        scores = call_function(self.name, self.function, images, prompts)
         if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
             seen = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise RewardError(
@@ -54,26 +50,6 @@ class Reward:
             raise RewardError(f"reward {self.name!r} gave {scores[first].item()} for the prompt {prompts[first]!r}")
         checked: Tensor = scores.float().to(images.device)
         return checked
-
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> Any:
-        try:
-            return self.function(images, prompts)
-        except RewardError:
-            raise  # it says all already
-        except Exception as error:
-            culprit = self._find_culprit(images, prompts)
-            raise RewardError(
-                f"reward {self.name!r} raised {type(error).__name__} for the prompt {culprit!r}: {first_line(error)}"
-            ) from error
-
-    def _find_culprit(self, images: Tensor, prompts: Sequence[str]) -> str:
-        """The first prompt that fails alone; the batch's first if none does."""
-        for image, prompt in zip(images, prompts, strict=True):
-            try:
-                self.function(image[None], [prompt])
-            except Exception:  # noqa: BLE001  # which of them it was is all we ask; the error itself is on its way
-                return prompt
-        return prompts[0]
 
 
 def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
@@ -91,7 +67,7 @@ def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
     if weight == 0:
         raise RewardError(f"reward {spec!r} has weight 0; leave it out")
     if name.startswith("python:"):
-        function = _import_function(name)
+        function = import_function(name)
         return Reward(name, function, weight, differentiable=bool(getattr(function, "differentiable", False)))
     if name.startswith(("http://", "https://")):
         from texforce_hub.rewards.remote import remote_reward
@@ -142,41 +118,3 @@ def score_images(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[st
     starts = range(0, len(prompts), batch)
     rows = [[reward(images[i : i + batch], prompts[i : i + batch]) for i in starts] for reward in rewards]
     return torch.stack([torch.cat(row) for row in rows])
-
-
-def _load_file(spec: str, path: Path) -> ModuleType:
-    """The module in a file, whatever folder it lies in."""
-    if not path.is_file():
-        raise RewardError(f"reward {spec!r}: there is no file {path}")
-    source = spec_from_file_location(f"texforce_hub_reward_{path.stem}", path)
-    if source is None or source.loader is None:
-        raise RewardError(f"reward {spec!r}: Python cannot load {path}")
-    module = module_from_spec(source)
-    try:
-        source.loader.exec_module(module)
-    except (ImportError, AttributeError):
-        raise
-    except Exception as error:  # somebody else's code may raise anything
-        raise RewardError(f"reward {spec!r}: {path} raised {type(error).__name__}: {first_line(error)}") from error
-    return module
-
-
-def _import_function(spec: str) -> Score:
-    _, module, function = [*spec.split(":"), "", ""][:3]
-    if not module or not function or spec.count(":") != 2:
-        raise RewardError(f"reward {spec!r}; expected python:module:function or python:./file.py:function")
-    try:
-        loaded = _load_file(spec, Path(module)) if module.endswith(".py") else import_module(module)
-        imported = getattr(loaded, function)
-    except ImportError as error:
-        raise RewardError(f"reward {spec!r}: cannot import {module!r}: {error}") from error
-    except AttributeError as error:
-        raise RewardError(f"reward {spec!r}: module {module!r} has no {function!r}") from error
-    return _check_callable(spec, function, imported)
-
-
-def _check_callable(spec: str, name: str, imported: Any) -> Score:
-    if not callable(imported):
-        raise RewardError(f"reward {spec!r}: {name!r} is a {type(imported).__name__}, not a function")
-    score: Score = imported
-    return score

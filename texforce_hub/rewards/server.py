@@ -1,17 +1,17 @@
-"""A reward server: rewards that want a machine or an environment of their own, asked over HTTP."""
+"""A reward server: rewards that want a machine or an environment of their own, asked over HTTP; without torch."""
 
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import torch
+import numpy as np
 
 from texforce_hub.errors import RewardError
 from texforce_hub.reading import first_line
-from texforce_hub.rewards.reward import Reward
+from texforce_hub.rewards.functions import ArrayScore
 from texforce_hub.rewards.wire import LONGEST_QUESTION, read_question
 
 logger = logging.getLogger("texforce_hub")
@@ -28,15 +28,14 @@ class RewardServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, rewards: Sequence[Reward], host: str = "127.0.0.1", port: int = 0, device: Any = "cpu") -> None:
+    def __init__(self, scores: Mapping[str, ArrayScore], host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen; port 0 takes a free one.
 
         Raises:
             RewardError: the address cannot be listened at.
         """
-        self.rewards = {reward.name: reward for reward in rewards}
-        self.locks = {reward.name: threading.Lock() for reward in rewards}
-        self.device = torch.device(device)
+        self.scores = dict(scores)
+        self.locks = {name: threading.Lock() for name in scores}
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
@@ -53,16 +52,14 @@ class RewardServer(ThreadingHTTPServer):
         Raises:
             RewardError: no such reward, no such message, or the reward fails.
         """
-        name = path.strip("/") or (next(iter(self.rewards)) if len(self.rewards) == 1 else "")
-        if name not in self.rewards:
-            raise RewardError(f"no reward {name!r:.80} here; ask for one of {', '.join(self.rewards)}")
+        name = path.strip("/") or (next(iter(self.scores)) if len(self.scores) == 1 else "")
+        if name not in self.scores:
+            raise RewardError(f"no reward {name!r:.80} here; ask for one of {', '.join(self.scores)}")
         images, prompts = read_question(message)
-        with self.locks[name], torch.no_grad():
-            scores = [
-                self.rewards[name](images[i : i + _BATCH].to(self.device), prompts[i : i + _BATCH])
-                for i in range(0, len(prompts), _BATCH)
-            ]
-        return [float(number) for number in torch.cat(scores)]
+        with self.locks[name]:
+            starts = range(0, len(prompts), _BATCH)
+            rows = [self.scores[name](images[i : i + _BATCH], prompts[i : i + _BATCH]) for i in starts]
+        return [float(number) for number in np.concatenate(rows)]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that broke off is nothing to print a traceback for."""
@@ -75,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: RewardServer
 
     def do_GET(self) -> None:  # the library's name for it
-        self._answer(200, {"rewards": list(self.server.rewards)})
+        self._answer(200, {"rewards": list(self.server.scores)})
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from texforce_hub.errors import RewardError
 
@@ -26,13 +25,16 @@ LONGEST_ANSWER = 2**20
 _LONGEST_HEADER = 16 * 2**20
 _MOST_PICTURES = 4096
 _WIDEST = 8192  # pixels of a side
-_DTYPES = {"float32": (torch.float32, np.float32, 4), "uint8": (torch.uint8, np.uint8, 1)}
+_DTYPES: dict[str, np.dtype[Any]] = {"float32": np.dtype("<f4"), "uint8": np.dtype("u1")}
+
+Pixels = NDArray[np.float32]
+"""Pictures ``(b, 3, h, w)`` in [0, 1]."""
 
 
-def write_question(images: Tensor, prompts: Sequence[str]) -> bytes:
+def write_question(images: Pixels, prompts: Sequence[str]) -> bytes:
     """The message that asks for the scores of pictures ``(b, 3, h, w)`` in [0, 1]."""
-    pixels = images.detach().float().cpu().contiguous()
-    return _pack({"prompts": list(prompts), "shape": list(pixels.shape), "dtype": "float32"}, pixels.numpy().tobytes())
+    pixels = np.ascontiguousarray(images, dtype="<f4")
+    return _pack({"prompts": list(prompts), "shape": list(pixels.shape), "dtype": "float32"}, pixels.tobytes())
 
 
 def write_png_question(pictures: Sequence[bytes], prompts: Sequence[str]) -> bytes:
@@ -45,7 +47,7 @@ def _pack(header: dict[str, Any], data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
-def read_question(message: bytes) -> tuple[Tensor, list[str]]:
+def read_question(message: bytes) -> tuple[Pixels, list[str]]:
     """The pictures ``(b, 3, h, w)``, float32 in [0, 1], and the prompts of a message.
 
     Raises:
@@ -60,7 +62,7 @@ def read_question(message: bytes) -> tuple[Tensor, list[str]]:
         raise RewardError("the question has no prompts, a list of texts")
     if not 1 <= len(prompts) <= _MOST_PICTURES:
         raise RewardError(f"the question has {len(prompts)} prompts; expected 1 to {_MOST_PICTURES}")
-    images = _read_png(header["png"], data) if "png" in header else _read_tensor(header, data)
+    images = _read_png(header["png"], data) if "png" in header else _read_pixels(header, data)
     if len(images) != len(prompts):
         raise RewardError(f"the question has {len(images)} pictures and {len(prompts)} prompts; expected as many")
     return images, prompts
@@ -76,22 +78,22 @@ def _parse(text: bytes, what: str) -> dict[str, Any]:
     return content
 
 
-def _read_tensor(header: dict[str, Any], data: bytes) -> Tensor:
-    shape, dtype = header.get("shape"), header.get("dtype")
+def _read_pixels(header: dict[str, Any], data: bytes) -> Pixels:
+    shape, dtype = header.get("shape"), _DTYPES.get(str(header.get("dtype")))
     sound = isinstance(shape, list) and len(shape) == 4 and all(type(side) is int and side > 0 for side in shape)
-    if not sound or not isinstance(shape, list) or shape[1] != 3 or max(shape[2:]) > _WIDEST or dtype not in _DTYPES:
-        raise RewardError(f"pictures of shape {shape!r:.60} and dtype {dtype!r:.20}; expected [b, 3, h, w], float32")
-    _, kind, size = _DTYPES[dtype]
-    if len(data) != math.prod(shape) * size:
-        raise RewardError(f"{len(data)} bytes of pictures; shape {shape} has {math.prod(shape) * size}")
-    images = torch.from_numpy(np.frombuffer(data, kind).reshape(shape).copy())
-    images = images.float() / 255 if dtype == "uint8" else images
-    if not images.isfinite().all():
+    if not sound or not isinstance(shape, list) or shape[1] != 3 or max(shape[2:]) > _WIDEST or dtype is None:
+        raise RewardError(
+            f"pictures of shape {shape!r:.60} and dtype {header.get('dtype')!r:.20}; expected [b, 3, h, w], float32"
+        )
+    if len(data) != math.prod(shape) * dtype.itemsize:
+        raise RewardError(f"{len(data)} bytes of pictures; shape {shape} has {math.prod(shape) * dtype.itemsize}")
+    images = np.frombuffer(data, dtype).reshape(shape).astype(np.float32)
+    if not np.isfinite(images).all():
         raise RewardError("pictures that are not finite")
-    return images
+    return images / np.float32(255) if dtype.itemsize == 1 else images
 
 
-def _read_png(lengths: Any, data: bytes) -> Tensor:
+def _read_png(lengths: Any, data: bytes) -> Pixels:
     if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths) or sum(lengths) != len(data):
         raise RewardError("png: expected the length in bytes of each picture, and as many bytes")
     pictures, start = [], 0
@@ -100,10 +102,10 @@ def _read_png(lengths: Any, data: bytes) -> Tensor:
         start += length
     if len({picture.shape for picture in pictures}) > 1:
         raise RewardError("pictures of several sizes in one question; ask for them one by one")
-    return torch.stack(pictures)
+    return np.stack(pictures)
 
 
-def _decode(data: bytes) -> Tensor:
+def _decode(data: bytes) -> Pixels:
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             if max(picture.size) > _WIDEST:
@@ -111,11 +113,11 @@ def _decode(data: bytes) -> Tensor:
             pixels = np.asarray(picture.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise RewardError("a picture that is no PNG") from error
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+    return pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
 
 
-def read_answer(text: bytes, count: int) -> Tensor:
-    """The scores ``(count,)`` of an answer, float32.
+def read_answer(text: bytes, count: int) -> list[float]:
+    """The scores of an answer, as many as were asked for.
 
     Raises:
         RewardError: an error, other numbers than asked for, or what is no finite number.
@@ -128,4 +130,4 @@ def read_answer(text: bytes, count: int) -> Tensor:
         raise RewardError(f"{len(scores) if isinstance(scores, list) else 'no'} scores for {count} pictures")
     if not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
         raise RewardError("scores that are no finite numbers")
-    return torch.tensor(scores, dtype=torch.float32)
+    return [float(score) for score in scores]
