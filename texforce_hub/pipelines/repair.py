@@ -9,7 +9,8 @@ import torch
 from texforce_hub.device import Dtype, choose_dtype
 from texforce_hub.errors import PipelineError
 from texforce_hub.pipelines.load import load_folder, load_pipeline
-from texforce_hub.pipelines.spoilt import Reading, repaired_components
+from texforce_hub.pipelines.spoilt import repaired_components
+from texforce_hub.pipelines.verdict import Reading
 
 
 def repair_pipeline(
@@ -26,7 +27,7 @@ def repair_pipeline(
         path: the folder.
         tuned: keep what the adapters learnt; ``False`` gives the base they were trained on.
         base: that base, to see whether the adapters had been fused before saving; without it that is guessed, and
-            said to be a guess.
+            said to be a guess, or refused where the file cannot tell.
         reading: ``live`` or ``fused``, where you know.
         dtype: of the models.
 

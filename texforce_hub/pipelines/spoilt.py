@@ -2,44 +2,28 @@
 
 The libraries fill ``X.weight`` with random numbers when they load such files. What a file cannot say is whether its
 adapters had been fused before it was saved: then its ``base_layer`` holds their change already. A base that is given
-decides; without one it is guessed from how much of the change lies in the weights, and said to be a guess.
+decides; without one it is guessed from how much of the change lies in the weights, and said to be a guess, or refused.
 """
 
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter.decomposed import Decomposed
-from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Layer
 from texforce_hub.apply.rounding import summed
 from texforce_hub.errors import PipelineError
-from texforce_hub.formats.live import LiveState, is_live, take_apart
+from texforce_hub.formats.live import is_live, take_apart
 from texforce_hub.pipelines.build import build_model
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files
+from texforce_hub.pipelines.verdict import Reading, Verdict, judge
 
 logger = logging.getLogger("texforce_hub")
-
-Reading = Literal["live", "fused"]
-_ENOUGH = 5.0  # standard errors of the mean share, below which a guess is none
-_NEAR = 0.4  # of the share of a change that was fused, from 1
-_MISFIT = 0.25  # of the changes' square, that a base may leave unexplained
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How a file's adapters lie: ``share`` of their change is in its weights already; ``certain`` with a base."""
-
-    reading: Reading
-    share: float
-    certain: bool
 
 
 def repair_state(
@@ -60,7 +44,8 @@ def repair_state(
         name: of the file or component, for what is said.
 
     Raises:
-        PipelineError: an adapter that cannot be read, or weights that are neither the base's nor tuned from it.
+        PipelineError: an adapter that cannot be read; weights that are neither the base's nor tuned from it; without
+            a base, weights that do not tell live adapters from fused ones, or fused at a scale that is only estimated.
     """
     live = take_apart(state)
     if not tuned and reading == "live":
@@ -71,106 +56,39 @@ def repair_state(
         if tuned:
             raise
         changes = {}  # of another kind: nobody fuses those, and the base is wanted without them
-    verdict = Verdict(reading, math.nan, certain=True) if reading else judge(live, changes, base)
+    for key in changes:
+        _known(name, key, live.base)
+    try:
+        verdict = Verdict(reading, math.nan, certain=True) if reading else judge(live, changes, base)
+    except PipelineError as error:
+        raise PipelineError(f"{name}: {error}") from error
     _say(name, verdict, tuned=tuned)
     repaired = dict(live.base)
     if tuned:
         repaired |= live.replaced
         return repaired if verdict.reading == "fused" else repaired | _added(name, live.base, changes)
-    return repaired if verdict.reading == "live" else repaired | _removed(name, live.base, changes, base)
-
-
-def judge(live: LiveState, changes: Mapping[str, list[Layer]], base: Mapping[str, Tensor] | None) -> Verdict:
-    """Whether the adapters were live or had been fused when the state was saved.
-
-    Raises:
-        PipelineError: the weights are neither those of the base nor those with the adapters fused into it.
-    """
-    if not changes:
-        return Verdict("live", 0.0, certain=base is not None)
-    return _guess(live, changes) if base is None else _compare(live, changes, base)
-
-
-def _compare(live: LiveState, changes: Mapping[str, list[Layer]], base: Mapping[str, Tensor]) -> Verdict:
-    """By least squares over all layers: ``weight − base = share · change``."""
-    product = square = rest = 0.0
-    for name, layers in changes.items():
-        if name not in base or base[name].shape != live.base[name].shape:
-            raise PipelineError(
-                f"the base has no {name} of shape {tuple(live.base[name].shape)}; give the one it is of"
-            )
-        change, moved = _total(layers, base[name]), wide(live.base[name]) - wide(base[name])
-        product, square = product + _dot(moved, change), square + _dot(change, change)
-        rest += _dot(moved, moved)
-    share = product / square if square else 0.0
-    misfit = rest - share * product
-    rounding = sum(_rounding(base[name], live.base[name]) for name in changes)
-    if misfit > _MISFIT * square + rounding:
+    if verdict.reading == "live":
+        return repaired
+    if base is None and not (reading or verdict.is_once):
         raise PipelineError(
-            "its weights are neither the base's nor the base's with the adapters fused; give the base it was trained on"
+            f"{name}: its adapters were fused at a scale of {verdict.scale:.2f} ± {verdict.error:.2f}, not known "
+            "exactly enough to take them out; give --base, or the base itself"
         )
-    return Verdict("fused" if share > 0.5 else "live", share, certain=True)
-
-
-def _guess(live: LiveState, changes: Mapping[str, list[Layer]]) -> Verdict:
-    """By the share of every change that lies in its weight: all near 1 if they were fused, scattered about 0 if not."""
-    shares, errors = [], []
-    for name, layers in changes.items():
-        weight = wide(live.base[name])
-        if any(isinstance(layer, Decomposed) for layer in layers):
-            return _guess_decomposed(live, changes)
-        change = _total(layers, weight)
-        if weight.dim() > 1 and (square := _dot(change, change)) > 0:
-            shares.append(_dot(weight, change) / square)
-            errors.append(math.sqrt(_dot(weight, weight) / weight.numel() / square))
-    if not shares:
-        return Verdict("live", 0.0, certain=False)
-    share, middle = fmean(shares), median(shares)
-    spread = math.sqrt(fmean((s - share) ** 2 for s in shares))
-    error = max(spread, fmean(errors)) / math.sqrt(len(shares))
-    fused = abs(share - 1) < _NEAR and abs(middle - 1) < _NEAR and share > _ENOUGH * error
-    return Verdict("fused" if fused else "live", share, certain=False)
-
-
-def _guess_decomposed(live: LiveState, changes: Mapping[str, list[Layer]]) -> Verdict:
-    """DoRA that was fused leaves rows of exactly its magnitudes."""
-    fused = []
-    for name, layers in changes.items():
-        for layer in layers:
-            if isinstance(layer, Decomposed):
-                weight = live.base[name]
-                norms, magnitudes = wide(weight).flatten(1).norm(dim=1), wide(layer.magnitude).flatten()
-                tolerance = 4 * torch.finfo(weight.dtype).eps
-                fused.append(bool(((norms / magnitudes - 1).abs() < tolerance).all()))
-    moved = any(_moves(live.base[name], layers) for name, layers in changes.items())
-    return Verdict("fused" if all(fused) and moved else "live", float(fmean(fused)), certain=False)
-
-
-def _moves(weight: Tensor, layers: list[Layer]) -> bool:
-    change = _total(layers, weight)
-    return _dot(change, change) > _rounding(weight, weight)
-
-
-def _total(layers: list[Layer], base: Tensor) -> Tensor:
-    return torch.stack([layer.delta(base) for layer in layers]).sum(0)
-
-
-def _dot(first: Tensor, second: Tensor) -> float:
-    return float((first.double() * second.double()).sum())
-
-
-def _rounding(first: Tensor, second: Tensor) -> float:
-    """The square of what two roundings of such weights may differ by."""
-    coarse = max(torch.finfo(tensor.dtype).eps for tensor in (first, second))
-    return _dot(wide(first), wide(first)) * coarse**2
+    return repaired | _removed(name, live.base, changes, base)
 
 
 def _say(name: str, verdict: Verdict, *, tuned: bool) -> None:
-    fused = verdict.reading == "fused"
-    how = "its adapters fused into the weights" if fused else "live adapters"
-    what = ("kept as it is" if fused else "they are summed in (scale 1)") if tuned else "they are taken out"
+    how = "live adapters"
+    if verdict.reading == "fused":
+        at = "" if verdict.is_once or math.isnan(verdict.scale) else f" at scale {verdict.scale:.2f}"
+        how = f"its adapters fused into the weights{at}"
+    kept = "kept as it is" if verdict.reading == "fused" else "they are summed in, at scale 1: the file stores no alpha"
     logger.warning(
-        "%s was saved with %s: %s%s", name, how, what, "" if verdict.certain else _doubt(verdict, tuned=tuned)
+        "%s was saved with %s: %s%s",
+        name,
+        how,
+        kept if tuned else "they are taken out",
+        "" if verdict.certain else _doubt(verdict, tuned=tuned),
     )
 
 
@@ -182,8 +100,8 @@ def _doubt(verdict: Verdict, *, tuned: bool) -> str:
         ("fused", False): ("live", "they were taken out of weights that did not have them"),
     }[verdict.reading, tuned]
     return (
-        f"; a guess ({verdict.share:.2f} of their change lies in the weights): if they were {other} when it was saved, "
-        f"{wrong}; repair --base BASE looks, --reading {other} decides"
+        f"; a guess ({verdict.scale:.2f} ± {verdict.error:.2f} of their change lies in the weights): if they were "
+        f"{other} when it was saved, {wrong}; repair --base BASE looks, --reading {other} decides"
     )
 
 
