@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from benchmarks import merge
 from benchmarks.apply import PROJECTIONS, RANK, TEXT, UNET, make_adapter
@@ -43,8 +42,8 @@ from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
-from texforce_hub.train.lora import attach_lora
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen
+from texforce_hub.train.policies.choose import make_policy
+from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.training_run import ALGORITHMS
 
 PROMPTS = ("a red circle", "a blue square")
@@ -253,7 +252,7 @@ def training(bench: Bench) -> Iterator[Row]:
     config = TrainConfig("unused", **settings)
     slow = TrainConfig("unused", **settings | {"inference_steps": 4 if bench.dry else STEPS, "uncond": "full"})
     judge = Judge(resolve_rewards(["brightness"], bench.device), config)
-    policies = {"published": make_policy(bench, slow), "ours": make_policy(bench, config)}
+    policies = {"published": make_policy(bench.pipe, slow, seed=1), "ours": make_policy(bench.pipe, config, seed=1)}
     with frozen(bench.pipe):
         policy, parameters = policies["published"]
         optimizer = torch.optim.AdamW(parameters.values(), lr=1e-4)
@@ -270,13 +269,6 @@ def training(bench: Bench) -> Iterator[Row]:
             ours = bench.once(update)
             note = f"{config.images / ours[0]:.2f} pictures/s, {config.images / theirs[0]:.2f}"
             yield Row(f"train on {config.images} pictures, {name}", "the published loop", theirs, ours, note)
-
-
-def make_policy(bench: Bench, config: TrainConfig) -> tuple[StableDiffusion, dict[str, nn.Parameter]]:
-    """The pipeline as a policy with a LoRA of its own."""
-    encoder, parameters = attach_lora(bench.pipe.text_encoder, config, seed=1)
-    scheduler = DDIMScheduler.from_config(bench.pipe.scheduler.config, clip_sample=False, thresholding=False)
-    return StableDiffusion(bench.pipe, encoder, scheduler, config), parameters
 
 
 def demo(bench: Bench) -> Iterator[Row]:

@@ -7,16 +7,15 @@ from torch import Generator
 
 from texforce_hub.train.algorithms.ppo import ppo_losses, sample_rollout
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.ddim import log_probability, step_distribution
-from texforce_hub.train.policies.policy import Rows
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion
+from texforce_hub.train.policies.policy import Policy, Rows, Text
+from texforce_hub.train.policies.steps import log_probability
 
 STEPS = 50
 """Denoising steps of a picture; half of them are trained on."""
 
 
 def published_update(
-    policy: StableDiffusion,
+    policy: Policy,
     prompts: Sequence[str],
     judge: Judge,
     generator: Generator,
@@ -36,12 +35,12 @@ def published_update(
         for step in rollout.graded:
             latents = rollout.latents[rows, step]
             with torch.enable_grad():
-                texts = policy.encode([*prompts, config.negative_prompt])
+                texts = Text(policy.encode([*prompts, config.negative_prompt]))
                 group = rollout.rows.group[rows]
-                pairs = Rows(group, texts[:-1][group], texts[-1:].expand(len(rows), -1, -1))
+                pairs = Rows(group, texts.take(group), texts.take(torch.full_like(group, len(prompts))))
                 prediction = policy.predict(latents, rollout.steps.timesteps[step], pairs)
                 at = torch.full_like(rows, step)
-                mean, std = step_distribution(latents, prediction, at, rollout.steps, config.eta)
+                mean, std = rollout.steps.step(latents, prediction, at)
                 now = log_probability(rollout.latents[rows, step + 1], mean, std)
                 losses = ppo_losses(now - rollout.log_probabilities[rows, step], advantages[rows], clip)
                 torch.autograd.backward(losses.sum() / (len(advantages) * len(rollout.graded)))

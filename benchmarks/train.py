@@ -34,10 +34,12 @@ from texforce_hub.train.algorithms.streaming import sample_scored
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.estimate import count_flops, count_units
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.lora import attach_lora
 from texforce_hub.train.memory import saved_bytes
-from texforce_hub.train.policies import ddim
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen
+from texforce_hub.train.policies import choose
+from texforce_hub.train.policies import steps as schedule
+from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.policy import Text
+from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run import train_adapter
 
 BACKWARD = 1.08
@@ -74,11 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_size()
 
 
-def make_policy(pipeline: Any, config: TrainConfig) -> StableDiffusion:
+def make_policy(pipeline: Any, config: TrainConfig) -> TextToImage:
     """A policy on a pipeline, as a run makes it."""
-    encoder, _ = attach_lora(pipeline.text_encoder, config, seed=1)
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
-    return StableDiffusion(pipeline, encoder, scheduler, config)
+    return choose.make_policy(pipeline, config, seed=1)[0]
 
 
 def print_signal(rounds: int) -> None:
@@ -89,7 +89,7 @@ def print_signal(rounds: int) -> None:
     config = TrainConfig("unused", prompts_per_step=8, images_per_prompt=16, share=1.0, batch_size=32)
     policy = make_policy(load_pipeline("shapes", device="cpu"), config)
     judge = Judge(resolve_rewards(["alignment"]), config)
-    limit, ddim.SENSITIVE = ddim.SENSITIVE, float("inf")  # every step is scored here
+    limit, schedule.SENSITIVE = schedule.SENSITIVE, float("inf")  # every step is scored here
     gradients = []
     with frozen(policy.pipeline):
         for number in range(rounds):
@@ -100,9 +100,9 @@ def print_signal(rounds: int) -> None:
             advantages = judge.advantages(images, [prompts[i] for i in rows.group]).view(-1, 1, 1)
             steps = torch.stack([leaves[0] for leaves in scores.values()])
             gradients.append((advantages * steps).reshape(len(steps), 8, 16, *steps.shape[2:]).mean(2))
-    ddim.SENSITIVE = limit
+    schedule.SENSITIVE = limit
     stack = torch.stack(gradients)  # rounds, denoising steps, prompts, length, width
-    w = ddim.sensitivity(policy.make_steps(config.inference_steps), config.eta)
+    w = schedule.sensitivity(policy.make_steps(config.inference_steps))
     choices = {"all but the last": range(9), "all but the last two": range(8), "the first half": range(5), "first": [0]}
     print(
         f"Signal of the gradient at the base's own policy, {rounds} independent groups of 16 pictures of 8 prompts.\n"
@@ -176,7 +176,7 @@ def measure(pipe: Any, variants: dict[str, Variant], noisy: set[str]) -> Evaluat
 def spent(config: TrainConfig, step: int) -> float:
     """Units after so many steps, validations included."""
     forwards, backwards = count_units(config, len(range(0, config.inference_steps, 2)))
-    validation = 2 * config.validation_prompts * config.validation_images * config.validation_steps
+    validation = 2 * config.validation_prompts * config.validation_images * config.picture_steps
     return step * (forwards + BACKWARD * backwards) + (1 + step // config.validate_every) * validation
 
 
@@ -232,8 +232,8 @@ def print_size(side: int = 128) -> None:
 
         def pull_both() -> None:
             # The published loop encodes twice and sends the gradient through both halves of guidance, each time.
-            texts = policy.encode(["", ""])
-            pair = both._replace(prompt=texts[:1], negative=texts[1:])
+            texts = Text(policy.encode(["", ""]))
+            pair = both._replace(prompt=texts.take(torch.tensor([0])), negative=texts.take(torch.tensor([1])))
             torch.autograd.backward(policy.predict(latents, moment, pair).sum())
 
         seconds = {

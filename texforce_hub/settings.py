@@ -36,7 +36,8 @@ Count = Annotated[int, at_least(1)]
 Natural = Annotated[int, at_least(0)]
 NotNegative = Annotated[float, at_least(0)]
 Positive = Annotated[float, ABOVE_ZERO]
-Share = Annotated[float, Range("a value from 0 to 1", lambda value: 0 <= value <= 1)]
+UNIT = Range("a value from 0 to 1", lambda value: 0 <= value <= 1)
+Share = Annotated[float, UNIT]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ FAST = Sampling(seeds=(0, 1), inference_steps=2, batch_size=3)
 
 def make_adapter():
     policy, parameters = make_policy()
-    return read_lora(parameters, read_scales(policy.encoder), describe_run(short_config("unused"), 0))
+    return read_lora(parameters, read_scales(policy.encoders), describe_run(short_config("unused"), 0))
 
 
 def test_a_variant_equal_to_the_base_differs_by_exactly_nothing():

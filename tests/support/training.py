@@ -14,8 +14,7 @@ from texforce_hub.files.tensors import read_tensors
 from texforce_hub.shapes import WEIGHTS
 from texforce_hub.shapes.models import make_scheduler, make_text_encoder, make_unet, make_vae
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.lora import attach_lora
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion
+from texforce_hub.train.policies import choose
 from texforce_hub.train.run import train_adapter
 from texforce_hub.train.run_folder import ADAPTER
 
@@ -60,14 +59,15 @@ def make_policy(*, disturbed=True, pipe=None, **changes):
     """A policy and its LoRA's parameters, moved off their zeros unless told otherwise."""
     config = short_config("unused", **changes)
     pipe = pipe or tiny_pipeline()
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.requires_grad_(False)
-    encoder, parameters = attach_lora(pipe.text_encoder, config, seed=1)
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
+    policy, parameters = choose.make_policy(pipe, config, seed=1)
     if disturbed:
         generator = torch.Generator().manual_seed(2)
         for parameter in parameters.values():
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return StableDiffusion(pipe, encoder, make_scheduler(), config), parameters
+    return policy, parameters
 
 
 class Stopped(Exception):

@@ -28,15 +28,15 @@ from texforce_hub.train.policies.stable_diffusion import StableDiffusion
 def test_the_units_are_those_that_are_spent(algorithm, changes, monkeypatch):
     policy, _ = make_policy(algorithm=algorithm.__name__, **changes)
     forwards = backwards = 0
-    unet = StableDiffusion._unet
+    unet = StableDiffusion.call_network
 
-    def count(self, latents, timesteps, embeddings):
+    def count(self, latents, timesteps, text):
         nonlocal forwards, backwards
         forwards += len(latents)
-        backwards += len(latents) * embeddings.requires_grad
-        return unet(self, latents, timesteps, embeddings)
+        backwards += len(latents) * text.leaves[0].requires_grad
+        return unet(self, latents, timesteps, text)
 
-    monkeypatch.setattr(StableDiffusion, "_unet", count)
+    monkeypatch.setattr(StableDiffusion, "call_network", count)
     for _ in algorithm(policy, PROMPTS, judge_of(policy), torch.Generator().manual_seed(0)):
         pass
     assert (forwards, backwards) == count_units(policy.config, 2)

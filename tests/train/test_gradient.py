@@ -13,9 +13,11 @@ from texforce_hub.train.algorithms.ppo import draw_timesteps, ppo, ppo_losses, s
 from texforce_hub.train.algorithms.streaming import streaming
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
-from texforce_hub.train.policies.ddim import grade_steps, log_probability, step_distribution
-from texforce_hub.train.policies.policy import pull
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen, sample_images
+from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.policy import Text, pull
+from texforce_hub.train.policies.sample import sample_images
+from texforce_hub.train.policies.stable_diffusion import StableDiffusion
+from texforce_hub.train.policies.steps import grade_steps, log_probability
 
 PROMPTS = ["a crimson circle", "a green square at the top"]
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.5, 0.3, 0.2, -0.5])
@@ -47,17 +49,17 @@ def naive_policy_gradient(policy):
     """Autograd of the whole chain's advantage-weighted log-probability, at the embeddings of the texts."""
     config = policy.config
     rollout = sample_rollout(policy, policy.rows(PROMPTS, 4), torch.Generator().manual_seed(3))
-    leaf = policy.encode(policy.texts(PROMPTS)).detach().requires_grad_()
+    leaf = policy.encode(policy.texts(PROMPTS))[0].detach().requires_grad_()
     rows = policy.rows(PROMPTS, 4)
     negative = rows.negative
     if policy.trains_negative:
-        negative = leaf[-1:].expand_as(rows.prompt)
-    rows = rows._replace(prompt=leaf[rows.group], negative=negative)
-    graded, loss = grade_steps(rollout.steps, config.eta, config.share), torch.zeros(())
+        negative = Text((leaf[-1:].expand(8, -1, -1),))
+    rows = rows._replace(prompt=Text((leaf[rows.group],)), negative=negative)
+    graded, loss = grade_steps(rollout.steps, config.share), torch.zeros(())
     for k in graded:
         latents, at = rollout.latents[:, k], torch.full((8,), k)
         prediction = policy.predict(latents, rollout.steps.timesteps[k], rows)
-        mean, std = step_distribution(latents, prediction, at, rollout.steps, config.eta)
+        mean, std = rollout.steps.step(latents, prediction, at)
         loss = loss - (ADVANTAGES * log_probability(rollout.latents[:, k + 1], mean, std)).mean() / len(graded)
     return torch.autograd.grad(loss, leaf)[0], rollout
 
@@ -70,13 +72,13 @@ def test_streaming_is_ppos_first_gradient_is_autograd_of_the_log_probability(cha
     for algorithm in (streaming, ppo):
         update, judge = first_update(algorithm, policy)
         torch.testing.assert_close(judge.images, rollout.images, rtol=1e-4, atol=1e-4)
-        assert difference(update.cotangents, expected) < 1e-4
+        assert difference(update.cotangents[0], expected) < 1e-4
 
 
 @pytest.mark.parametrize("algorithm", [streaming, ppo, direct])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_slices_change_nothing_but_rounding(algorithm, batch_size):
-    whole, some = (first_update(algorithm, make_policy(batch_size=b)[0])[0].cotangents for b in (64, batch_size))
+    whole, some = (first_update(algorithm, make_policy(batch_size=b)[0])[0].cotangents[0] for b in (64, batch_size))
     assert difference(some, whole) < 1e-5
 
 
@@ -87,7 +89,7 @@ def test_checkpointing_changes_nothing_but_rounding(algorithm):
         policy, _ = make_policy(pipe=copy.deepcopy(tiny_pipeline()))
         with frozen(policy.pipeline, checkpointing=checkpointing):
             assert policy.pipeline.unet.training == checkpointing
-            updates.append(first_update(algorithm, policy)[0].cotangents)
+            updates.append(first_update(algorithm, policy)[0].cotangents[0])
         assert not policy.pipeline.unet.training
         assert not policy.pipeline.unet.is_gradient_checkpointing
     assert difference(*updates) < 1e-5
@@ -135,7 +137,7 @@ def test_ppos_gradient_off_its_own_policy_is_that_of_the_surrogate_by_finite_dif
         now = policy.rows(PROMPTS, 4)
         now = now if uncond == "full" else now._replace(negative=constant)
         prediction = policy.predict(rollout.latents[rows, at], rollout.steps.timesteps[at], now.take(rows))
-        mean, std = step_distribution(rollout.latents[rows, at], prediction, at, rollout.steps, 1.0)
+        mean, std = rollout.steps.step(rollout.latents[rows, at], prediction, at)
         log_ratio = log_probability(rollout.latents[rows, at + 1], mean, std) - rollout.log_probabilities[rows, at]
         return ppo_losses(log_ratio, ADVANTAGES[rows], 1e4).double().mean().item()
 
@@ -208,7 +210,7 @@ def test_the_negative_prompt_has_a_gradient_only_with_full():
     for uncond in ("detach", "base", "full"):
         policy, _ = make_policy(uncond=uncond)
         update, judge = first_update(streaming, policy)
-        results[uncond] = update.cotangents, judge.images
+        results[uncond] = update.cotangents[0], judge.images
     assert results["full"][0].shape[0] == 3
     assert results["full"][0][-1].norm() > 0
     assert torch.allclose(results["full"][0][:2], results["detach"][0])
@@ -244,7 +246,7 @@ def test_an_update_raises_the_probability_of_what_was_good():
     def surrogate():
         now = policy.rows(PROMPTS, 4).take(rows)
         prediction = policy.predict(rollout.latents[rows, at], rollout.steps.timesteps[at], now)
-        mean, std = step_distribution(rollout.latents[rows, at], prediction, at, rollout.steps, 1.0)
+        mean, std = rollout.steps.step(rollout.latents[rows, at], prediction, at)
         return (ADVANTAGES[rows] * log_probability(rollout.latents[rows, at + 1], mean, std)).double().mean().item()
 
     with torch.no_grad():
@@ -260,7 +262,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step():
     learner = Learner(parameters, policy.config)
     before = [p.detach().clone() for p in parameters.values()]
     with pytest.raises(TrainingError, match="not finite"):
-        learner.learn(policy, PROMPTS, torch.full((2, 16, 96), torch.nan), [])
+        learner.learn(policy, PROMPTS, (torch.full((2, 16, 96), torch.nan),), [])
     assert all(torch.equal(a, b) for a, b in zip(before, parameters.values(), strict=True))
 
 
@@ -270,11 +272,11 @@ def test_the_anchor_pulls_embeddings_back_to_where_they_were():
 
     def shift():
         with torch.no_grad():
-            return (policy.encode(PROMPTS) - policy.reference.encode(PROMPTS)).square().mean().item()
+            return (policy.encode(PROMPTS)[0] - policy.reference.encode(PROMPTS)[0]).square().mean().item()
 
     before = shift()
     for _ in range(5):
-        learner.learn(policy, PROMPTS, torch.zeros(2, 16, 96), PROMPTS)
+        learner.learn(policy, PROMPTS, (torch.zeros(2, 16, 96),), PROMPTS)
     assert shift() < 0.5 * before
 
 

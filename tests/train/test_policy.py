@@ -13,7 +13,8 @@ from texforce_hub.train.algorithms.ppo import draw_timesteps, ppo_losses
 from texforce_hub.train.algorithms.streaming import sample_scored
 from texforce_hub.train.diagnostics import describe_scores
 from texforce_hub.train.judge import Judge, group_advantages
-from texforce_hub.train.policies.ddim import grade_steps, log_probability, make_steps, sensitivity, step_distribution
+from texforce_hub.train.policies.ddim import make_ddim_steps
+from texforce_hub.train.policies.steps import grade_steps, log_probability, sensitivity
 
 KINDS = ["epsilon", "v_prediction", "sample"]
 SPACINGS = ["leading", "trailing", "linspace"]
@@ -26,8 +27,8 @@ def scheduler_of(kind, spacing, *, to_one=False):
     )  # fmt: skip
 
 
-def steps_of(kind, spacing, count, *, to_one=False):
-    return make_steps(scheduler_of(kind, spacing, to_one=to_one), count, torch.device("cpu"))
+def steps_of(kind, spacing, count, *, to_one=False, eta=1.0):
+    return make_ddim_steps(scheduler_of(kind, spacing, to_one=to_one), count, eta, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
@@ -36,21 +37,21 @@ def steps_of(kind, spacing, count, *, to_one=False):
 @pytest.mark.parametrize("to_one", [False, True])
 def test_mean_and_std_are_the_ddim_step_of_diffusers(kind, spacing, eta, to_one):
     scheduler = scheduler_of(kind, spacing, to_one=to_one)
-    steps = make_steps(scheduler, 7, torch.device("cpu"))
+    steps = make_ddim_steps(scheduler, 7, eta, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     for k, timestep in enumerate(scheduler.timesteps):
         latents, prediction, noise = (torch.randn(3, 4, 5, 5, generator=generator) for _ in range(3))
         expected = scheduler.step(prediction, timestep, latents, eta=eta, variance_noise=noise).prev_sample
-        mean, std = step_distribution(latents, prediction, torch.full((3,), k), steps, eta)
+        mean, std = steps.step(latents, prediction, torch.full((3,), k))
         torch.testing.assert_close(mean + std * noise, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_picture_may_be_at_any_step_of_its_own():
     steps = steps_of("epsilon", "leading", 5)
     latents, prediction = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    together, spread = step_distribution(latents, prediction, torch.tensor([4, 0, 2]), steps, 1.0)
+    together, spread = steps.step(latents, prediction, torch.tensor([4, 0, 2]))
     for i, k in enumerate((4, 0, 2)):
-        mean, std = step_distribution(latents[i : i + 1], prediction[i : i + 1], torch.tensor([k]), steps, 1.0)
+        mean, std = steps.step(latents[i : i + 1], prediction[i : i + 1], torch.tensor([k]))
         assert torch.equal(together[i], mean[0])
         assert torch.equal(spread[i], std[0])
 
@@ -65,13 +66,13 @@ def test_log_probability_is_the_mean_of_the_normal_distributions():
 def test_sensitivity_is_the_slope_of_the_step_in_deviations():
     steps = steps_of("epsilon", "leading", 10)
     latents = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    for k, w in enumerate(sensitivity(steps, 1.0).tolist()):
+    for k, w in enumerate(sensitivity(steps).tolist()):
         prediction = torch.zeros(1, 1, 4, 4, requires_grad=True)
-        mean, std = step_distribution(latents, prediction, torch.tensor([k]), steps, 1.0)
+        mean, std = steps.step(latents, prediction, torch.tensor([k]))
         (slope,) = torch.autograd.grad(mean[0, 0, 0, 0], prediction)
         assert w == pytest.approx((slope.abs().max() / std).item(), rel=1e-4)
     assert w == pytest.approx(1.0, rel=0.05)  # the last step of Stable Diffusion's spacing is harmless …
-    assert sensitivity(steps, 1.0)[-2] > 8  # … the one before it is where nearly all noise comes from
+    assert sensitivity(steps)[-2] > 8  # … the one before it is where nearly all noise comes from
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -79,8 +80,8 @@ def test_sensitivity_is_the_slope_of_the_step_in_deviations():
 def test_no_graded_step_carries_more_than_twice_its_share_of_the_noise(kind, spacing):
     for count in range(4, 51):
         steps = steps_of(kind, spacing, count)
-        graded = grade_steps(steps, 1.0, 0.5)
-        shares = sensitivity(steps, 1.0)[graded] ** 2
+        graded = grade_steps(steps, 0.5)
+        shares = sensitivity(steps)[graded] ** 2
         assert shares.max() <= 2 * shares.mean() + 1e-6, (count, graded, shares)
         assert graded == sorted(graded)
         assert len(graded) <= (count + 1) // 2
@@ -88,14 +89,14 @@ def test_no_graded_step_carries_more_than_twice_its_share_of_the_noise(kind, spa
 
 def test_graded_steps_of_the_default_recipe_are_the_first_half_of_the_chain():
     steps = steps_of("epsilon", "leading", 10)
-    assert grade_steps(steps, 1.0, 0.5) == [0, 1, 2, 3, 4]
-    assert grade_steps(steps, 1.0, 1.0) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
+    assert grade_steps(steps, 0.5) == [0, 1, 2, 3, 4]
+    assert grade_steps(steps, 1.0) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
 
 
 def test_a_chain_without_noise_is_refused_with_the_way_out():
     for count, to_one in ((1, True), (1, False)):
         with pytest.raises(TrainingError, match=r"none of the 1 denoising steps .*--algorithm direct"):
-            grade_steps(steps_of("epsilon", "trailing", count, to_one=to_one), 1.0, 0.5)
+            grade_steps(steps_of("epsilon", "trailing", count, to_one=to_one), 0.5)
 
 
 rows_of_rewards = st.lists(
@@ -210,4 +211,6 @@ def test_cosines_between_rewards_are_reported():
     judge = Judge([Reward("up", lambda i, p: rewards), Reward("down", lambda i, p: -2 * rewards)], policy.config)
     _, scores = sample_scored(policy, policy.rows(["a red circle", "a lime disc"], 4), torch.Generator())
     judge.advantages(torch.zeros(8, 3, 4, 4), ["a"] * 8)
-    assert describe_scores({k: s[0] for k, s in scores.items()}, judge)["cosine/up/down"] == pytest.approx(-1, abs=1e-4)
+    assert describe_scores({k: s[0].flatten(1) for k, s in scores.items()}, judge)["cosine/up/down"] == pytest.approx(
+        -1, abs=1e-4
+    )

@@ -48,7 +48,8 @@ def test_the_file_does_in_a_plain_pipeline_what_the_trained_encoder_does(whole):
 
     pipe = tiny_pipeline()
     state = saved(whole)
-    encoder, parameters = attach_lora(pipe.text_encoder, short_config(whole), seed=0)
+    encoders, parameters = attach_lora({"text_encoder": pipe.text_encoder}, short_config(whole), seed=0)
+    encoder = encoders["text_encoder"]
     for name, parameter in parameters.items():
         parameter.data.copy_(state.tensors[f"average/{name}"])
     ids = pipe.tokenizer("a lime disc", padding="max_length", return_tensors="pt").input_ids

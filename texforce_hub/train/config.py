@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
 from texforce_hub.errors import ConfigError
-from texforce_hub.settings import ABOVE_ZERO, Count, Natural, NotNegative, Positive, Settings, Share, at_least
+from texforce_hub.settings import ABOVE_ZERO, UNIT, Count, Natural, NotNegative, Positive, Settings, Share, at_least
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class TrainConfig(Settings):
     images_per_prompt: Annotated[int, at_least(2)] = 4  # pictures of each: the group that advantages are relative to
     inference_steps: Count = 10  # denoising steps of a rollout
     guidance: NotNegative = 3.0  # of the rollouts, at most 1 for none; low, so that a prompt's pictures differ enough
-    eta: Annotated[Share, ABOVE_ZERO] = 1.0  # noise of the DDIM steps: 1 is ancestral; 0 would leave no choice
+    eta: Annotated[float | None, ABOVE_ZERO, UNIT] = None  # noise of the denoising steps: of DDIM's, 1 is ancestral and
+    # the default; of rectified flow's, it is Flow-GRPO's noise level, by default 0.7; 0 would leave no choice
     uncond: Literal["detach", "base", "full"] = "detach"  # negative prompt: adapted encoder without or with
     # gradient ("detach", "full"), or the frozen encoder ("base")
 
@@ -79,7 +80,8 @@ class TrainConfig(Settings):
     validate_every: Natural = 20  # steps between validations, 0 = none
     validation_prompts: Count = 48  # prompts of a validation, none of them trained on; the noise is always the same
     validation_images: Count = 1  # pictures of each
-    validation_steps: Count = 10  # denoising steps of a validation picture, without noise (eta 0)
+    validation_steps: Annotated[int | None, at_least(1)] = None  # denoising steps of a validation picture, without
+    # noise (eta 0); by default as many as in a rollout
     keep: Literal["best", "last"] = "best"  # the weights in the finished file: best in validation, or the last
     patience: Natural = 0  # end after so many validations without a new best, 0 = never
 
@@ -99,6 +101,11 @@ class TrainConfig(Settings):
     def images(self) -> int:
         """Pictures in a rollout."""
         return self.prompts_per_step * self.images_per_prompt
+
+    @property
+    def picture_steps(self) -> int:
+        """Denoising steps of a picture that is drawn to be judged, without noise."""
+        return self.validation_steps or self.inference_steps
 
 
 # What may differ when a run is taken up again: where it lies and runs, how long and how often – not what it does.

@@ -16,7 +16,7 @@ def describe_scores(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, flo
     sums over many tell.
 
     Shapes:
-        scores: by denoising step ``(b, length, width)``
+        scores: by denoising step ``(b, numbers of a prompt's embeddings)``
     """
     size, images = judge.scores.shape[1], judge.config.images_per_prompt
     facts: dict[str, float] = {}
@@ -44,8 +44,8 @@ def _half(score: Tensor, judge: Judge, chosen: Tensor) -> Tensor:
 
 
 def _weigh(score: Tensor, advantages: Tensor, images: int) -> Tensor:
-    """The gradient at every prompt's embedding, ``(prompts, length, width)``."""
-    return (advantages.view(-1, 1, 1) * score).reshape(-1, images, *score.shape[1:]).mean(1)
+    """The gradient at every prompt's embeddings, a row a prompt."""
+    return (advantages.view(-1, *[1] * (score.ndim - 1)) * score).reshape(-1, images, *score.shape[1:]).mean(1)
 
 
 def _signal_and_noise(a: Tensor, b: Tensor) -> tuple[float, float]:

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from texforce_hub.device import no_denormals
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.memory import saved_bytes
-from texforce_hub.train.policies.ddim import grade_steps, sensitivity
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen
+from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.steps import grade_steps, sensitivity
+from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run import make_run
 from texforce_hub.train.run_folder import RunFolder
 
@@ -73,9 +74,9 @@ def estimate(config: TrainConfig, *, pipeline: Any = None) -> Estimate:
             seconds = monotonic() - began
             forward, backward = count_flops(policy)
     chain = policy.make_steps(config.inference_steps)
-    graded = grade_steps(chain, config.eta, config.share)
-    w = sensitivity(chain, config.eta)
-    shares = (w.square() / w.square().sum()).tolist()
+    graded = [] if config.algorithm == "direct" else grade_steps(chain, config.share)
+    w = sensitivity(chain)
+    shares = (w.square() / w.square().sum().clamp(min=1e-12)).tolist()
     rows = zip(chain.timesteps.tolist(), w.tolist(), shares, strict=True)
     units, pulls = count_units(config, len(graded))
     return Estimate(
@@ -105,7 +106,7 @@ def count_units(config: TrainConfig, graded: int) -> tuple[int, int]:
     return sides * late.get(config.direct, config.inference_steps) * images, opened * pulls * images
 
 
-def count_flops(policy: StableDiffusion) -> tuple[float, float]:
+def count_flops(policy: TextToImage) -> tuple[float, float]:
     """FLOPs of the U-Net for one picture, forwards and backwards to the text (recomputation included)."""
     rows, leaves = policy.leaves(policy.rows([""], 1)._replace(negative=None))
     latents, time = policy.draw_noise(1, Generator().manual_seed(0)), policy.make_steps(2).timesteps[0]

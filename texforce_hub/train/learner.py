@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from texforce_hub.errors import TrainingError
 from texforce_hub.files.checkpoint import State
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.policy import Leaves, Policy
 
 
 class Learner:
@@ -41,7 +41,7 @@ class Learner:
         best = self.config.keep == "best" and self.best_step > 0
         return (self.best_step, self.best) if best else (self.step, self.average)
 
-    def learn(self, policy: Policy, texts: Sequence[str], cotangents: Tensor, anchors: Sequence[str]) -> float:
+    def learn(self, policy: Policy, texts: Sequence[str], cotangents: Leaves, anchors: Sequence[str]) -> float:
         """One optimiser step: the gradient at the texts' embeddings, and the pull of the anchors to where they were.
 
         The gradient is brought to norm 1, so that the anchor weighs the same whatever the reward, the resolution and
@@ -60,8 +60,9 @@ class Learner:
         torch._foreach_div_(gradients, norm or 1.0)
         if anchors and self.config.anchor:
             with torch.enable_grad():
-                shift = policy.encode(anchors) - policy.reference.encode(anchors).detach()
-                torch.autograd.backward(self.config.anchor * shift.square().mean())
+                pairs = zip(policy.encode(anchors), policy.reference.encode(anchors), strict=True)
+                shifts = [(now - before.detach()).square().mean() for now, before in pairs]
+                torch.autograd.backward(self.config.anchor * torch.stack(shifts).sum())
         self.optimizer.step()
         return norm
 

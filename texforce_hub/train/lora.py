@@ -1,4 +1,4 @@
-"""The trained parameters: a LoRA on a copy of the text encoder that shares the frozen weights."""
+"""The trained parameters: LoRAs on copies of the text encoders that share the frozen weights."""
 
 import copy
 import json
@@ -6,10 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Generator, Tensor, nn
 
 from texforce_hub import __version__
@@ -23,32 +24,42 @@ ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]
 TARGETS = {"attention": ATTENTION, "mlp": MLP, "all": ATTENTION + MLP}
 
 
-def attach_lora(encoder: nn.Module, config: TrainConfig, *, seed: int) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """A copy of the encoder with a LoRA on the layers of ``config.target``, and the LoRA's parameters by name.
+def attach_lora(
+    encoders: Mapping[str, nn.Module], config: TrainConfig, *, seed: int, idle: Mapping[str, int] | None = None
+) -> tuple[dict[str, nn.Module], dict[str, nn.Parameter]]:
+    """Copies of the encoders, by part, with a LoRA on the layers of ``config.target``, and the LoRAs' parameters.
 
-    The copy shares every weight of the original, which stays as it is; the new parameters are float32,
-    ``down`` normal with deviation 1 / rank, ``up`` zero, so that the copy starts as the same function.
+    A copy shares every weight of its original, which stays as it is; the new parameters are float32,
+    ``down`` normal with deviation 1 / rank, ``up`` zero, so that the copy starts as the same function. Their
+    names begin with the part. ``idle`` counts each encoder's last layers that get none.
 
     Raises:
         ConfigError: a pattern that cannot be read.
     """
-    shared = {id(t): t for t in (*encoder.parameters(), *encoder.buffers())}
-    settings = LoraConfig(
+    generator, adapted, parameters = Generator().manual_seed(seed), dict[str, nn.Module](), dict[str, nn.Parameter]()
+    for part, encoder in encoders.items():
+        shared = {id(t): t for t in (*encoder.parameters(), *encoder.buffers())}
+        settings = _lora_settings(encoder, config, (idle or {}).get(part, 0))
+        adapted[part] = inject_adapter_in_model(settings, copy.deepcopy(encoder, memo=dict(shared))).eval()
+        for name, parameter in adapted[part].named_parameters():
+            if ".lora_" in name:
+                parameter.data = _initial(name, parameter.shape, generator).to(parameter.device)
+                parameter.requires_grad = True
+                parameters[f"{part}.{name}"] = parameter
+    return adapted, parameters
+
+
+def _lora_settings(encoder: nn.Module, config: TrainConfig, idle: int) -> LoraConfig:
+    layers = list(range(cast(Any, encoder).config.num_hidden_layers - idle))
+    return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=TARGETS[config.target],
+        layers_to_transform=layers if idle else None,
         lora_dropout=0.0,
         rank_pattern={name: int(value) for name, value in _read_pattern(config.rank_pattern).items()},
         alpha_pattern=_read_pattern(config.alpha_pattern),
     )
-    adapted = inject_adapter_in_model(settings, copy.deepcopy(encoder, memo=dict(shared)))
-    generator = Generator().manual_seed(seed)
-    parameters = {}
-    for name, parameter in adapted.named_parameters():
-        if ".lora_" in name:
-            parameter.data = _initial(name, parameter.shape, generator).to(parameter.device)
-            parameters[name] = parameter.requires_grad_(requires_grad=True)
-    return adapted.eval(), parameters
 
 
 def _read_pattern(entries: Sequence[str]) -> dict[str, float]:
@@ -65,18 +76,24 @@ def _initial(name: str, shape: torch.Size, generator: Generator) -> Tensor:
     return torch.randn(shape, generator=generator) / shape[0] if ".lora_A." in name else torch.zeros(shape)
 
 
-def read_scales(encoder: nn.Module) -> dict[str, float]:
-    """By what every layer's ``up @ down`` is multiplied: alpha / rank."""
-    return {name: module.scaling["default"] for name, module in encoder.named_modules() if hasattr(module, "scaling")}
+def read_scales(encoders: Mapping[str, nn.Module]) -> dict[str, float]:
+    """By what every layer's ``up @ down`` is multiplied: alpha / rank; names begin with the part."""
+    return {
+        f"{part}.{name}": module.scaling["default"]
+        for part, encoder in encoders.items()
+        for name, module in encoder.named_modules()
+        if isinstance(module, LoraLayer)
+    }
 
 
 def _canonical(layer: str) -> str:
     # Published files say text_model. whatever the installed library calls it.
-    return f"text_encoder.text_model.{layer.removeprefix('text_model.')}"
+    part, _, path = layer.partition(".")
+    return f"{part}.text_model.{path.removeprefix('text_model.')}"
 
 
 def read_lora(parameters: Mapping[str, Tensor], scales: Mapping[str, float], metadata: dict[str, str]) -> Adapter:
-    """The parameters as an adapter of the part ``text_encoder``; a layer's scale is folded into ``up``."""
+    """The parameters as an adapter of the text encoders; a layer's scale is folded into ``up``."""
     layers: dict[str, Any] = {}
     for name, down in parameters.items():
         layer, a, _ = name.partition(".lora_A.")

@@ -6,21 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen
+from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.text_to_image import TextToImage
 
 _MOST = 64
 _OF_FREE = 0.7  # the rest is for what the pass itself needs
 
 
-def fit_batch(policy: StableDiffusion) -> int:
+def fit_batch(policy: TextToImage) -> int:
     """Pictures in one U-Net call that memory holds, 1 to 64."""
     return max(1, min(_MOST, int(_OF_FREE * _free_bytes(policy.device) / saved_bytes(policy))))
 
 
-def saved_bytes(policy: StableDiffusion) -> int:
+def saved_bytes(policy: TextToImage) -> int:
     """Bytes that the graph of one picture's U-Net call keeps; weights and what comes in are not counted."""
-    unet = policy.pipeline.unet
-    own = {t.untyped_storage().data_ptr() for t in (*unet.parameters(), *unet.buffers())}
+    network = policy.network
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
     seen: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Any:

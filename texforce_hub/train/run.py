@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.device import no_denormals
@@ -22,9 +21,10 @@ from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.train.config import TrainConfig, differing, make_config
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
-from texforce_hub.train.lora import attach_lora, load_lora, read_scales
+from texforce_hub.train.lora import load_lora, read_scales
 from texforce_hub.train.memory import fit_batch
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, frozen
+from texforce_hub.train.policies.choose import make_policy
+from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.run_folder import RunFolder, Trackers
 from texforce_hub.train.training_run import StepReport, TrainingRun, mix_seed
 
@@ -34,7 +34,7 @@ _LOG = logging.getLogger("texforce_hub")
 def train_adapter(
     config: TrainConfig, *, pipeline: Any = None, on_step: Callable[[StepReport], None] | None = None
 ) -> Adapter:
-    """Train a LoRA on the text encoder of a pipeline and write it to ``config.output``.
+    """Train a LoRA on the CLIP text encoders of a pipeline and write it to ``config.output``.
 
     If the folder holds a run with the same settings, it goes on from its newest checkpoint and ends, on the
     CPU with the same number of threads, with the same bits as a run that was never stopped. Whatever stops
@@ -81,16 +81,12 @@ def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder) -> TrainingR
     prompts = load_prompts(config.prompts, base=config.base, canonical=config.canonical, anchors=config.anchor_prompts)
     if pipeline is None:
         pipeline = load_pipeline(config.base, unet=config.unet, device=config.device, dtype=config.dtype)
-    _check_pipeline(pipeline)
+    policy, parameters = make_policy(pipeline, config, seed=mix_seed(config.seed, 0, 3))
     if not config.allow_cut:
         _refuse_cut(pipeline, [*prompts.texts(), config.negative_prompt])
-    rewards, watch = (resolve_rewards(names, pipeline.unet.device) for names in (config.reward, config.watch))
-    encoder, parameters = attach_lora(pipeline.text_encoder, config, seed=mix_seed(config.seed, 0, 3))
+    rewards, watch = (resolve_rewards(names, policy.device) for names in (config.reward, config.watch))
     if config.init is not None:
-        load_lora(parameters, read_scales(encoder), read_adapter(config.init))
-    # Latents have no range to be clipped to, whatever an old configuration leaves unsaid.
-    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
-    policy = StableDiffusion(pipeline, encoder, scheduler, config)
+        load_lora(parameters, read_scales(policy.encoders), read_adapter(config.init))
     learner = Learner(parameters, config)
     run = TrainingRun(config, policy, learner, prompts, Judge(rewards, config), Judge(watch, config), folder)
     set_batch_size(run, config.batch_size or fit_batch(policy))
@@ -187,14 +183,4 @@ def _refuse_cut(pipeline: Any, texts: list[str]) -> None:
         raise PromptError(
             f"{prompt.text!r} is longer than the text encoder's {limit} tokens: {cut!r} would not be read, "
             "while the reward is asked about all of it; shorten it, or give --allow-cut"
-        )
-
-
-def _check_pipeline(pipeline: Any) -> None:
-    missing = [part for part in ("tokenizer", "text_encoder", "unet", "vae") if getattr(pipeline, part, None) is None]
-    if missing or getattr(pipeline, "text_encoder_2", None) is not None:
-        what = f"has no {missing[0]}" if missing else "has two text encoders"
-        raise TrainingError(
-            f"{type(pipeline).__name__} {what}; training needs a Stable Diffusion 1.x or 2.x pipeline: "
-            "one CLIP text encoder, a U-Net and a VAE"
         )

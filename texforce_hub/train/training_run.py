@@ -21,7 +21,8 @@ from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.lora import describe_run, read_lora, read_scales
-from texforce_hub.train.policies.stable_diffusion import StableDiffusion, sample_images
+from texforce_hub.train.policies.sample import sample_images
+from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run_folder import ADAPTER, RunFolder
 
 ALGORITHMS: dict[str, Algorithm] = {"streaming": streaming, "ppo": ppo, "direct": direct}
@@ -57,7 +58,7 @@ class TrainingRun:
     """The machinery of one run."""
 
     config: TrainConfig
-    policy: StableDiffusion
+    policy: TextToImage
     learner: Learner
     prompts: PromptSet
     judge: Judge
@@ -108,7 +109,7 @@ class TrainingRun:
         config, number = self.config, self.config.validation_images
         texts = self.prompts.sample(config.validation_prompts)
         with self.learner.averaged():
-            images = sample_images(self.policy, texts, images=number, steps=config.validation_steps, seed=0)
+            images = sample_images(self.policy, texts, images=number, steps=config.picture_steps, seed=0)
         drawn = [text for text in texts for _ in range(number)]
         scores = self.judge.total(score_images(self.judge.rewards, images, drawn, batch=self.policy.config.batch_size))
         self.learner.note_validation(scores.mean().item())
@@ -135,7 +136,7 @@ class TrainingRun:
     def adapter(self) -> Adapter:
         """The weights that the run has to show, as an adapter."""
         step, weights = self.learner.kept
-        return read_lora(weights, read_scales(self.policy.encoder), describe_run(self.config, step))
+        return read_lora(weights, read_scales(self.policy.encoders), describe_run(self.config, step))
 
     def save(self, state: State) -> None:
         """Write a checkpoint, and the adapter as it is now if it is better than nothing."""
@@ -147,7 +148,7 @@ class TrainingRun:
         """The sheet – the same prompts at the same noise, by the base and now – and the run's plots."""
         samples = self.config.samples
         texts = list(read_prompts(samples)) if samples else self.prompts.sample(_SHEET_PROMPTS)
-        step, steps = self.learner.step, self.config.validation_steps
+        step, steps = self.learner.step, self.config.picture_steps
         with self.learner.averaged():
             policies = (self.policy.reference, self.policy)
             columns = [sample_images(policy, texts, images=1, steps=steps, seed=1) for policy in policies]
@@ -169,8 +170,8 @@ class TrainingRun:
 
     @torch.no_grad()
     def _shift(self, texts: list[str]) -> float:
-        shift = self.policy.encode(texts) - self.policy.reference.encode(texts)
-        return shift.square().mean().sqrt().item()
+        pairs = zip(self.policy.encode(texts), self.policy.reference.encode(texts), strict=True)
+        return torch.cat([(now - before).flatten() for now, before in pairs]).square().mean().sqrt().item()
 
     def _generator(self, purpose: int) -> Generator:
         return Generator().manual_seed(mix_seed(self.config.seed, self.learner.step, purpose))

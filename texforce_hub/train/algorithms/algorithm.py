@@ -8,10 +8,10 @@ through the text encoder, takes one optimiser step, and comes back for more.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import Generator, Tensor
+from torch import Generator
 
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.policy import Leaves, Policy
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,10 +19,10 @@ class Update:
     """The gradient of one optimiser step's loss, and what is worth knowing about it.
 
     Shapes:
-        cotangents: ``(texts, length, width)``, float32, for the texts of ``policy.texts(prompts)``
+        cotangents: of the shapes of ``policy.encode(policy.texts(prompts))``, float32
     """
 
-    cotangents: Tensor
+    cotangents: Leaves
     facts: dict[str, float] = field(default_factory=dict)
 
 

@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from texforce_hub.errors import ConfigError
 from texforce_hub.train.algorithms.algorithm import Update
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.ddim import Steps, predict_clean, step_distribution
 from texforce_hub.train.policies.policy import Policy, Rows, pull
+from texforce_hub.train.policies.steps import Steps
 
 _COPIES = 2  # fresh noises of a finished picture, draft_lv
 
@@ -62,7 +62,7 @@ def _denoise(
     for k in which:
         at = torch.full((len(latents),), k, device=latents.device)
         prediction = policy.predict(latents, steps.timesteps[k], rows)
-        mean, std = step_distribution(latents, prediction, at, steps, policy.config.eta)
+        mean, std = steps.step(latents, prediction, at)
         latents = mean + std * noise[k]
     return latents
 
@@ -86,16 +86,16 @@ def _climb(
             open_rows, leaves = policy.leaves(rows)
             start, k = latents, min(stop, last)
             if policy.config.direct == "draft_lv":
-                start = steps.alpha[last].sqrt() * latents + (1 - steps.alpha[last]).sqrt() * noise[last + 2 + copy]
+                start = steps.add_noise(latents, noise[last + 2 + copy], torch.full_like(rows.group, last))
             if policy.config.direct == "truncated":
                 clean = _denoise(policy, start, open_rows, steps, noise[1:], range(stop, last + 1))
             else:
                 at = torch.full((len(start),), k, device=start.device)
-                clean = predict_clean(start, policy.predict(start, steps.timesteps[k], open_rows), at, steps)
+                clean = steps.predict_clean(start, policy.predict(start, steps.timesteps[k], open_rows), at)
             push = _decode_gradient(policy, clean, texts, judge)
-            found = pull(clean, leaves, push)
+            gradients = pull(clean, leaves, push)
         scores.append(judge.scores)
-        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
     judge.scores = torch.stack(scores).mean(0)
     return [gradient / len(scores) for gradient in total]
 

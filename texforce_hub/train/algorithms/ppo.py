@@ -8,8 +8,8 @@ from torch import Generator, Tensor
 
 from texforce_hub.train.algorithms.algorithm import Update
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.ddim import Steps, grade_steps, log_probability, step_distribution
 from texforce_hub.train.policies.policy import Policy, Rows, in_slices, pull
+from texforce_hub.train.policies.steps import Steps, grade_steps, log_probability
 
 
 def ppo(policy: Policy, prompts: Sequence[str], judge: Judge, generator: Generator) -> Iterator[Update]:
@@ -42,9 +42,9 @@ class Rollout:
 
 @torch.no_grad()
 def sample_rollout(policy: Policy, rows: Rows, generator: Generator) -> Rollout:
-    """Draw pictures with stochastic DDIM and keep every step."""
+    """Draw pictures and keep every step."""
     config, steps = policy.config, policy.make_steps(policy.config.inference_steps)
-    graded = grade_steps(steps, config.eta, config.share)
+    graded = grade_steps(steps, config.share)
     chain, log_probabilities = [policy.draw_noise(len(rows.group), generator)], []
     index = torch.arange(len(rows.group), device=rows.group.device)
     for k, timestep in enumerate(steps.timesteps):
@@ -54,7 +54,7 @@ def sample_rollout(policy: Policy, rows: Rows, generator: Generator) -> Rollout:
 
         before, noise = chain[-1], policy.draw_noise(len(index), generator)
         prediction = in_slices(predict, config.batch_size, before, index)
-        mean, std = step_distribution(before, prediction, torch.full_like(index, k), steps, config.eta)
+        mean, std = steps.step(before, prediction, torch.full_like(index, k))
         chain.append(mean + std * noise)
         log_probabilities.append(log_probability(chain[-1], mean, std))
     images = policy.decode(chain[-1])
@@ -90,7 +90,7 @@ def surrogate_gradient(
             open_rows, leaves = policy.leaves(now.take(row))
             output = policy.predict(latents, rollout.steps.timesteps[k], open_rows)
             prediction = output.detach().requires_grad_()
-            mean, std = step_distribution(latents, prediction, k, rollout.steps, config.eta)
+            mean, std = rollout.steps.step(latents, prediction, k)
             log_ratio = log_probability(rollout.latents[row, k + 1], mean, std) - rollout.log_probabilities[row, k]
             (push,) = torch.autograd.grad(ppo_losses(log_ratio, advantages[row], clip).sum() / len(rows), prediction)
             gradients.append(pull(output, leaves, push))

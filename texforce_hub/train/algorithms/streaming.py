@@ -13,8 +13,8 @@ from torch import Generator, Tensor
 from texforce_hub.train.algorithms.algorithm import Update
 from texforce_hub.train.diagnostics import describe_scores
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.ddim import Steps, grade_steps, slopes, step_distribution
 from texforce_hub.train.policies.policy import Policy, Rows, pull
+from texforce_hub.train.policies.steps import Steps, grade_steps, slopes
 
 
 def streaming(policy: Policy, prompts: Sequence[str], judge: Judge, generator: Generator) -> Iterator[Update]:
@@ -25,19 +25,22 @@ def streaming(policy: Policy, prompts: Sequence[str], judge: Judge, generator: G
     with torch.no_grad():
         images = policy.decode(latents)
     advantages = judge.advantages(images, [prompts[i] for i in rows.group])
-    weights = -advantages.view(-1, 1, 1) / (len(rows.group) * len(scores))
-    gradients = [weights * torch.stack(leaf).sum(0) for leaf in zip(*scores.values(), strict=True)]
+    weights = -advantages / (len(rows.group) * len(scores))
+    sums = [torch.stack(leaf).sum(0) for leaf in zip(*scores.values(), strict=True)]
+    gradients = [weights.view(-1, *[1] * (total.ndim - 1)) * total for total in sums]
     cotangents = policy.gather(rows.group, gradients, len(prompts))
-    yield Update(cotangents, describe_scores({k: leaves[0] for k, leaves in scores.items()}, judge))
+    number = len(rows.prompt.leaves)
+    flat = {k: torch.cat([leaf.flatten(1) for leaf in leaves[:number]], 1) for k, leaves in scores.items()}
+    yield Update(cotangents, describe_scores(flat, judge))
 
 
 def sample_scored(policy: Policy, rows: Rows, generator: Generator) -> tuple[Tensor, dict[int, list[Tensor]]]:
     """Finished latents ``(b, c, h, w)``, and by graded step what each picture says about its embeddings.
 
-    A score is the gradient of the mean log-probability at every leaf, ``(b, length, width)``.
+    A score is the gradient of the mean log-probability at every leaf, a row a picture.
     """
     config, steps = policy.config, policy.make_steps(policy.config.inference_steps)
-    graded = grade_steps(steps, config.eta, config.share)
+    graded = grade_steps(steps, config.share)
     latents, scores = policy.draw_noise(len(rows.group), generator), dict[int, list[Tensor]]()
     for k in range(len(steps.timesteps)):
         noise = policy.draw_noise(len(rows.group), generator)
@@ -61,13 +64,13 @@ def _advance(
     graded: bool,  # noqa: FBT001
 ) -> tuple[Tensor, list[Tensor]]:
     """The latents after step ``k``, and the step's score if it is graded."""
-    eta, scores = policy.config.eta, list[Tensor]()
+    scores = list[Tensor]()
     with torch.set_grad_enabled(graded):
         open_rows, leaves = policy.leaves(rows) if graded else (rows, ())
         prediction = policy.predict(latents, steps.timesteps[k], open_rows)
         if graded:
-            slope = slopes(steps, eta)[k] / latents[0].numel()
+            slope = slopes(steps)[k] / latents[0].numel()
             scores = pull(prediction, leaves, noise * slope)
     at = torch.full((len(latents),), k, device=latents.device)
-    mean, std = step_distribution(latents, prediction.detach(), at, steps, eta)
+    mean, std = steps.step(latents, prediction.detach(), at)
     return mean + std * noise, scores
