@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export OMP_WAIT_POLICY ?= PASSIVE
 QUICK := tests/adapter tests/families tests/files tests/formats tests/merge tests/apply tests/rewards tests/whole
 
-.PHONY: help setup demo test quick check fix docs gpu bench bench-quick bench-gpu campaign fuzz cube mutants old build clean
+.PHONY: help setup demo test quick check fix docs gpu bench bench-quick bench-gpu paper campaign fuzz cube mutants old build clean
 help: ## print the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
@@ -61,6 +61,9 @@ bench-quick: $(READY) ## six ratios beside the committed ones, under a minute; f
 
 bench-gpu: $(READY) ## everything on a GPU, once, in six minutes: a table, and gpu.json
 	$(BIN)/python -m benchmarks.gpu
+
+paper: $(READY) ## the paper's claims in miniature, from nothing: three training seeds a task, with intervals and a figure
+	$(BIN)/python -m benchmarks.paper
 
 campaign: $(READY) ## kills and interrupts: training runs, writers, pushes and pulls, stacks on pipelines
 	$(BIN)/pytest -m campaign -s tests/train/test_campaign.py tests/whole/test_kills.py tests/hub/test_kills.py \

@@ -46,11 +46,15 @@ BACKWARD = 1.08
 RECIPES: dict[str, dict[str, Any]] = {
     "streaming": {},
     "ppo": {"algorithm": "ppo", "updates": 2},
+    "weaker anchor": {"anchor": 3.0},
     "no anchor": {"anchor": 0.0, "canonical": 0.625},
+    "higher rate": {"learning_rate": 3e-3},
     "direct": {"algorithm": "direct", "learning_rate": 5e-4},
 }
 PARTS = ["signal", "recipes", "size"]
 PLOT = Path(__file__).with_name("train.png")
+FRONTIER = Path(__file__).with_name("frontier.png")
+COLOURS = dict(zip(RECIPES, ("tab:blue", "tab:orange", "tab:cyan", "tab:green", "tab:purple", "tab:red"), strict=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -128,6 +132,7 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
     pipe = load_pipeline("shapes", device="cpu")
     tuned = load_pipeline("shapes", unet=TUNED_UNET, device="cpu").unet
     curves: dict[str, list[list[tuple[float, float]]]] = {}
+    frontier: dict[str, list[tuple[float, float]]] = {}
     print(
         f"`shapes`, noisy colour words; {PROMPTS} test prompts, {len(SEEDS)} pictures each, differences from the base "
     )
@@ -153,6 +158,7 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
             else:
                 variants = {"base": Variant(), "text": Variant(adapter), "both": Variant(adapter, tuned)}
                 noisy, known = (measure(pipe, variants, words) for words in ({"colour"}, set[str]()))
+                frontier.setdefault(name, []).append((known.mean("text").mean, noisy.mean("text").mean))
                 print(
                     f"| {name} | {seed} | {adapter.metadata['texforce_hub.steps']} | {units:,.0f} | "
                     f"{noisy.mean('text').mean:.3f} | {noisy.difference('text', 'base')} | "
@@ -163,7 +169,9 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
             points = [(m["step"], m["validation"]) for m in map(json.loads, lines) if m["validation"] is not None]
             curves.setdefault(name, []).append([(spent(config, step), value) for step, value in points])
     plot(curves)
-    print("\n![held-out reward against units](benchmarks/train.png)\n")
+    plot_frontier(frontier, (known.mean("base").mean, noisy.mean("base").mean))
+    print("\n![held-out reward against units](benchmarks/train.png)")
+    print("\n![reward on noisy words against reward on known words](benchmarks/frontier.png)\n")
 
 
 def measure(pipe: Any, variants: dict[str, Variant], noisy: set[str]) -> Evaluation:
@@ -184,13 +192,32 @@ def plot(curves: dict[str, list[list[tuple[float, float]]]]) -> None:
     """The held-out reward against units: a colour a recipe, a line a seed."""
     figure = new_figure(8.5, 4.5)
     axes = figure.add_subplot()
-    for colour, (name, runs) in zip(("tab:blue", "tab:orange", "tab:green", "tab:red"), curves.items(), strict=False):
+    for name, runs in curves.items():
         for number, points in enumerate(runs):
-            axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=3, label=name if not number else None)
+            label = name if not number else None
+            axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], markersize=3, label=label)
     axes.set(xlabel="units: pictures through the U-Net", ylabel="held-out reward, half in known words")
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8)
     render(figure).save(PLOT)
+
+
+def plot_frontier(frontier: dict[str, list[tuple[float, float]]], base: tuple[float, float]) -> None:
+    """What was learned against what was kept: a point a run, the base's own beside them."""
+    figure = new_figure(7, 4.5)
+    axes = figure.add_subplot()
+    for name, points in frontier.items():
+        axes.plot(*zip(*points, strict=True), "o", color=COLOURS[name], label=name)
+    axes.plot(*base, "x", color="black", label="base")
+    axes.axvline(base[0] - 0.01, color="gray", linewidth=0.8, linestyle=":")
+    axes.axhline(0.70, color="gray", linewidth=0.8, linestyle=":")
+    axes.set(
+        title="What was learned against what was kept (dotted: the aims)",
+        xlabel="reward on test prompts in known words", ylabel="reward on test prompts in noisy words",
+    )  # fmt: skip
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", fontsize=8)
+    render(figure).save(FRONTIER)
 
 
 def sd15(side: int) -> Any:
