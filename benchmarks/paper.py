@@ -80,11 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.quick,
     )
     print("## The paper's claims\n")
+    print(f"`make paper` at commit {commit()}: `shapes`, training seeds {', '.join(map(str, seeds))} for each task,")
     print(
-        f"`make paper` at commit {commit()}: `shapes`, training seeds {', '.join(map(str, seeds))} for each task, {len(lab.prompts(set()))}"
+        f"{len(lab.prompts(set()))} test prompts, two pictures each but where said. Differences of the reward with 95 %"
     )
-    print("test prompts, two pictures each but where said. Differences of the reward with 95 % intervals over prompts;")
-    print("seeds and prompts were fixed before the first run.\n")
+    print("intervals over prompts; seeds and prompts were fixed before the first run.\n")
     for claim in (combine, blend, tune, schedule):
         claim(lab, seeds)
         print(flush=True)

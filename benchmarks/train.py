@@ -132,6 +132,9 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
     pipe = load_pipeline("shapes", device="cpu")
     tuned = load_pipeline("shapes", unet=TUNED_UNET, device="cpu").unet
     curves: dict[str, list[list[tuple[float, float]]]] = {}
+    noisy_base, known_base = (
+        measure(pipe, {"base": Variant()}, words).mean("base").mean for words in ({"colour"}, set[str]())
+    )
     frontier: dict[str, list[tuple[float, float]]] = {}
     print(
         f"`shapes`, noisy colour words; {PROMPTS} test prompts, {len(SEEDS)} pictures each, differences from the base "
@@ -169,7 +172,7 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
             points = [(m["step"], m["validation"]) for m in map(json.loads, lines) if m["validation"] is not None]
             curves.setdefault(name, []).append([(spent(config, step), value) for step, value in points])
     plot(curves)
-    plot_frontier(frontier, (known.mean("base").mean, noisy.mean("base").mean))
+    plot_frontier(frontier, (known_base, noisy_base))
     print("\n![held-out reward against units](benchmarks/train.png)")
     print("\n![reward on noisy words against reward on known words](benchmarks/frontier.png)\n")
 
