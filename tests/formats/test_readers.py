@@ -141,13 +141,32 @@ def test_what_a_program_has_no_slot_for_is_said_and_refused_for_it(tmp_path, cap
 @pytest.mark.parametrize(
     ("family", "block", "width"), [("flux", "single_transformer_blocks", 3072), ("sd3", "transformer_blocks", 1536)]
 )
-def test_diffusers_names_in_comfyuis_own_layout_are_said_to_have_no_slot(family, block, width, tmp_path, caplog):
+def test_diffusers_names_of_a_transformer_are_not_written_in_comfyuis_own_layout(family, block, width, tmp_path):
     name = f"transformer.{block}.0.attn.to_q"
     adapter = Adapter({name: low_rank(width, width)}, {"texforce_hub.family": family})
-    file = write_adapter(adapter, tmp_path / "x.safetensors", dialect="comfy")
-    assert f"for ComfyUI: no slot for 1 of 1 layers, e.g. {name}; they are left out" in caplog.text
+    with pytest.raises(DialectError, match=r"original names in this layout.*write it as 'kohya'"):
+        write_adapter(adapter, tmp_path / "x.safetensors", dialect="comfy")
+    assert not list(tmp_path.iterdir())
+    file = write_adapter(adapter, tmp_path / "x.safetensors", dialect="kohya")
     converted = load_file(convert_adapter(file, tmp_path / "y.safetensors", reader="comfyui"))
     assert all(key.startswith("lora_transformer_") for key in converted)
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_every_transformer_key_of_comfyuis_own_layout_is_a_key_of_the_model(family):
+    """There every weight has the key ``diffusion_model.`` and its name in the authors' code."""
+    template = {"flux": {**FLUX, **XLABS}, "sd3": SD3}[family]
+    written = 0
+    for name in layer_names(family):
+        try:
+            key = DIALECTS["comfy"].write_name(name, "down", family)
+        except DialectError:
+            continue
+        if name.startswith("transformer."):
+            written += 1
+            module = key.removeprefix("diffusion_model.").removesuffix(".lora_A.weight")
+            assert re.sub(r"(?<=blocks\.)[0-9]+", "#", module) in template
+    assert written == len(template)
 
 
 def test_t5_is_refused_for_diffusers_which_drops_it():

@@ -1,11 +1,12 @@
 """ComfyUI's and OneTrainer's spelling: ``text_encoders.clip_l.transformer.…``, ``diffusion_model.…``.
 
-Any LoRA half's end may follow, with an ``.alpha`` beside it. The U-Net is named as in the original code.
+Any LoRA half's end may follow, with an ``.alpha`` beside it. U-Nets and transformers are named as in the original code.
 """
 
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES
 from texforce_hub.families.names import infer_part, publish
+from texforce_hub.families.original_transformer import is_original
 from texforce_hub.families.original_unet import is_ldm, to_ldm
 from texforce_hub.formats.dialects.layout import EVERY_KIND, Dialect, Reading
 from texforce_hub.formats.dialects.suffixes import (
@@ -52,9 +53,18 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
     prefix = _prefix(part, path, family)
     if part == "unet":
         path = to_ldm(path, family) or ""
+    if part == "transformer" and family is not None and not is_original(_module(path)):
+        raise DialectError(
+            f"comfy: ComfyUI knows a transformer's layers by their original names in this layout, and {name} is "
+            "diffusers' name; write it as 'kohya', which it reads"
+        )
     if spelled is None or not path:
         raise DialectError(f"comfy: no spelling for the {role} of {name}")
     return f"{prefix}.{path}{spelled[1]}"
+
+
+def _module(path: str) -> str:
+    return path.removesuffix(".weight").removesuffix(".bias")
 
 
 def _prefix(part: str, path: str, family: str | None) -> str:
