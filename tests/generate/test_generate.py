@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,25 @@ def test_impossible_settings_are_named():
         DrawSettings(("x",), inference_steps=0)
     with pytest.raises(ConfigError, match="no scheduler 'magic'"):
         set_scheduler(tiny_pipeline("sd1"), "magic")
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_noise_that_ends_at_zero_signal_is_kept_or_said_to_be_lost(name, caplog):
+    pipe = tiny_pipeline("sd1")
+    pipe.scheduler = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    set_scheduler(pipe, name)
+    last = float(pipe.scheduler.alphas_cumprod[-1])
+    assert (last > 1e-6) == ("zero signal" in caplog.text)
+    set_scheduler(pipe, "ddim")  # nothing is lost on the way
+    assert pipe.scheduler.config.rescale_betas_zero_snr
+
+
+def test_a_sampler_of_noise_is_refused_on_a_base_of_flow_matching():
+    pipe = tiny_pipeline("sd1")
+    pipe.scheduler = kept = diffusers.FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(ConfigError, match=r"sampled by flow matching .* leave it out"):
+        set_scheduler(pipe, "euler")
+    assert pipe.scheduler is kept
     with pytest.raises(ConfigError, match="no dtype"):
         choose_dtype("int8")
     with pytest.raises(ConfigError, match="no device"):

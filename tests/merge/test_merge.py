@@ -14,7 +14,9 @@ from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.apply.applied import apply_adapter
-from texforce_hub.errors import MergeError
+from texforce_hub.errors import ConfigError, MergeError
+from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.hub.stack import is_pair, read_stack
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.merge.merge import merge_adapters
 from texforce_hub.merge.methods.registry import METHODS
@@ -175,6 +177,29 @@ def test_what_cannot_be_merged_is_refused_in_one_line(arguments, options, words)
     with pytest.raises(MergeError, match=words) as caught:
         merge_adapters(arguments, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_two_references_are_two_adapters_and_a_number_beside_one_is_its_weight(tmp_path):
+    """Of a tuple the same is said wherever a stack is taken."""
+    refs = [
+        AdapterRef(str(write_adapter(a, tmp_path / f"{n}.safetensors")), weight=0.5) for n, a in (("a", A), ("b", B))
+    ]
+    scheduled = refs[1].scheduled("[0-0.4]")
+    assert [is_pair((refs[0], second)) for second in (refs[1], scheduled, 0.5, {"unet": 1.0}, "0.5")] == [
+        *(False, False, True, True, False)
+    ]
+    assert is_pair((A, refs[1]))  # it is read already: the reference says how much of it
+    assert len(read_stack((refs[0], scheduled), scheduled=True)) == 2
+    both = merge_adapters(tuple(refs), "cat").adapter
+    assert distance(both.delta(Q0), 0.5 * (A.delta(Q0) + B.delta(Q0))) < 1e-6
+    for sources in ((refs[0], 0.25), [(refs[0], 0.25)], [[refs[0], 0.25]]):
+        assert distance(merge_adapters(sources, "cat").adapter.delta(Q0), 0.25 * A.delta(Q0)) < 1e-6
+    with pytest.raises(MergeError, match="source of 2 entries"):
+        merge_adapters([(refs[0], refs[1])])
+    with pytest.raises(ConfigError, match="a stack is one list"):
+        read_stack([(refs[0], refs[1])])
+    with pytest.raises(ConfigError, match="changes over the denoising steps"):
+        merge_adapters((refs[0], scheduled))
 
 
 def test_different_families_are_refused_by_name():

@@ -1,9 +1,14 @@
 """The samplers of image tools, by the names that those tools give them."""
 
+import logging
+from inspect import signature
 from typing import Any
 
 from texforce_hub.errors import ConfigError
 from texforce_hub.settings import suggest_name
+
+_LOG = logging.getLogger("texforce_hub")
+_ZERO_SNR = "rescale_betas_zero_snr"
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -59,12 +64,32 @@ def read_scheduler(name: str) -> str:
 
 
 def set_scheduler(pipe: Any, name: str) -> None:
-    """Give a pipeline another sampler, on its own noise schedule.
+    """Give a pipeline another sampler, on its own noise schedule; what that sampler cannot keep of it is logged.
 
     Raises:
-        ConfigError: no such sampler.
+        ConfigError: no such sampler, or the pipeline is sampled by flow matching or EDM, which none of these is.
     """
+    from texforce_hub.pipelines.scheduler_facts import other_rule
+
+    known = read_scheduler(name)
+    if rule := other_rule(pipe.scheduler):
+        raise ConfigError(f"--scheduler {name}: the base is sampled by {rule}, and none of ours is; leave it out")
+    if pipe.scheduler.config.get(_ZERO_SNR) and not _keeps_zero_snr(known):
+        others = ", ".join(other for other in SCHEDULERS if _keeps_zero_snr(other))
+        _LOG.warning(
+            "--scheduler %s: it has no %s, and the base was trained with noise that ends at zero signal: pictures keep "
+            "a medium brightness; %s keep it",
+            *(name, _ZERO_SNR, others),
+        )
+    kind, changes = SCHEDULERS[known]
+    pipe.scheduler = _class_of(kind).from_config(pipe.scheduler.config, **changes)
+
+
+def _keeps_zero_snr(name: str) -> bool:
+    return _ZERO_SNR in signature(_class_of(SCHEDULERS[name][0]).__init__).parameters
+
+
+def _class_of(kind: str) -> Any:
     import diffusers
 
-    kind, changes = SCHEDULERS[read_scheduler(name)]
-    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config, **changes)
+    return getattr(diffusers, kind)

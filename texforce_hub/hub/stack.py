@@ -84,7 +84,7 @@ def read_stack(
         ConfigError: no adapter, or an impossible weight.
         AdapterError: NaN or infinity in a layer.
     """
-    many = isinstance(adapters, list | tuple) and not _is_pair(adapters)
+    many = isinstance(adapters, list | tuple) and not is_pair(adapters)
     items: list[Any] = list(adapters) if many else [adapters]  # type: ignore[arg-type]
     if not items:
         raise ConfigError("an empty stack; expected at least one adapter")
@@ -96,12 +96,20 @@ def read_stack(
     return [replace(entry, label=label) for entry, label in zip(entries, labels)]
 
 
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Real | Mapping | AdapterRef)
+def is_pair(item: Any) -> bool:
+    """Whether this is one adapter and its weight, and not a stack of two.
+
+    A reference beside an adapter that is read already says how much of it; beside another reference it is the second
+    of two adapters.
+    """
+    if not isinstance(item, tuple) or len(item) != 2:
+        return False
+    kinds = Real | Mapping | AdapterRef if isinstance(item[0], Adapter | LazyAdapter) else Real | Mapping
+    return isinstance(item[1], kinds)
 
 
 def _read_entry(item: Any, default: Weight, read: Reader) -> StackEntry:
-    source, weight = item if _is_pair(item) else (item, None)
+    source, weight = item if is_pair(item) else (item, None)
     if isinstance(source, Adapter):
         entry = StackEntry("adapter", source, AdapterRef("adapter"))
         check_finite(source)

@@ -8,7 +8,9 @@ from typing import Any
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
 from texforce_hub.hub.block_weights import is_number, numbers_in
+from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.refs.stack import Stack
+from texforce_hub.hub.stack import is_pair
 from texforce_hub.merge.methods.registry import Method, find_method
 from texforce_hub.merge.resize import Limits
 
@@ -81,12 +83,16 @@ def _check_sources(sources: Any) -> list[Any]:
         return list(Stack.parse(sources).refs)
     if isinstance(sources, Stack):
         return list(sources.refs)
+    if is_pair(sources):
+        return [sources]
     if not isinstance(sources, Sequence) or not sources:
         raise MergeError(f"sources {type(sources).__name__}; expected a list of (adapter or reference, weight)")
-    for item in sources:
-        if isinstance(item, tuple | list) and (len(item) != 2 or isinstance(item[1], bool | str)):
+    items = [tuple(item) if isinstance(item, list) else item for item in sources]  # as a recipe stores pairs
+    for item in items:
+        if not isinstance(item, tuple):
+            continue
+        if not is_pair(item) or isinstance(item[1], bool):
             raise MergeError(f"a source of {len(item)} entries; expected (adapter or reference, weight)")
-        weight = item[1] if isinstance(item, tuple | list) else 1.0
-        if not all(is_number(number) for number in numbers_in(weight)):
-            raise MergeError(f"weight {weight!r:.80}; expected a finite number for each source")
-    return [tuple(item) if isinstance(item, list) else item for item in sources]
+        if not isinstance(item[1], AdapterRef) and not all(is_number(number) for number in numbers_in(item[1])):
+            raise MergeError(f"weight {item[1]!r:.80}; expected a finite number for each source")
+    return items

@@ -42,7 +42,7 @@ def describe_scheduler(scheduler: Any, usual: Mapping[str, Any]) -> tuple[dict[s
     """
     config = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     own = {METADATA_KEY: json.dumps({"class": type(scheduler).__name__, **_plain(config)}, sort_keys=True)}
-    if rule := _other_rule(scheduler, config):
+    if rule := other_rule(scheduler):
         logger.warning("no mark can say that the model is sampled by %s; the file tells it to texforce-hub only", rule)
         return {}, own
     prediction = config.get("prediction_type", "epsilon")
@@ -57,9 +57,9 @@ def describe_scheduler(scheduler: Any, usual: Mapping[str, Any]) -> tuple[dict[s
     return {name: torch.zeros(0) for name, marked in marks.items() if marked}, own
 
 
-def _other_rule(scheduler: Any, config: Mapping[str, Any]) -> str:
+def other_rule(scheduler: Any) -> str:
     """Flow matching or EDM, where a scheduler samples by it; empty for noise that is known by its betas."""
-    kind = type(scheduler).__name__
+    kind, config = type(scheduler).__name__, scheduler.config
     if kind.startswith("Flow") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return f"flow matching ({kind})"
     return f"EDM ({kind})" if "sigma_data" in config else ""
