@@ -34,8 +34,8 @@ class Worker(Protocol):
             RewardError: it cannot be started.
         """
 
-    def give_up(self) -> None:
-        """What to do where it did not answer: one of ours is ended, so that the next question starts it again."""
+    def give_up(self) -> str:
+        """How it is, after it did not answer; one of ours is ended, so that the next question starts it again."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ class Address:
         """Always there."""
         return self.host, self.path
 
-    def give_up(self) -> None:
-        """It is not ours to end."""
+    def give_up(self) -> str:
+        """Nothing is known of it, and it is not ours to end."""
+        return ""
 
 
 class _RefusedError(Exception):
@@ -119,8 +120,7 @@ class Remote:
                     text = f"reward server {host}{path} for the prompt {prompts[0]!r:.200}: {error}"
                     raise RewardError(text) from error
                 except (OSError, http.client.HTTPException, RewardError) as error:
-                    reason = f"{host}{path}: {first_line(error)}"
-                    worker.give_up()
+                    reason = "; ".join(filter(None, [f"{host}{path}: {first_line(error)}", worker.give_up()]))
             if attempt + 1 < self.attempts:
                 self.wait(self.back_off * 2**attempt)
         raise RewardError(

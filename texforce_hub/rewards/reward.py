@@ -73,6 +73,12 @@ def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
         from texforce_hub.rewards.remote import remote_reward
 
         return Reward(name, remote_reward(name), weight)
+    if name.startswith("env:"):
+        from texforce_hub.rewards.environment.resolve import environment_reward
+        from texforce_hub.rewards.environment.spec import EnvironmentRef
+
+        environment = EnvironmentRef.parse(name)
+        return Reward(environment.name, environment_reward(environment), weight)
     return _resolve_built_in(name, weight, torch.device(device))
 
 

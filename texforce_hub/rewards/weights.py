@@ -1,7 +1,6 @@
 """The published weights of learned rewards: found here or on the Hub at one commit, read as tensors, converted once."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from texforce_hub.files.container import sniff
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.files.writing import write_tensors
+from texforce_hub.rewards.cache import cache_folder
 
 logger = logging.getLogger("texforce_hub")
 _said: set[str] = set()
@@ -71,7 +71,7 @@ def load_state(path: Path) -> Mapping[str, Tensor]:
     """
     if sniff(path) == "safetensors":
         return read_tensors(path)[1]
-    copy = _cache() / f"{hash_files([path])}.safetensors"
+    copy = cache_folder("rewards") / f"{hash_files([path])}.safetensors"
     if not copy.is_file():
         tensors = read_tensors(path, allow_pickle=True)[1]
         write_tensors(copy, tensors, {"source": path.name})
@@ -84,8 +84,3 @@ def say_licence(name: str, published: Published) -> None:
     if published.repo not in _said:
         _said.add(published.repo)
         logger.info("reward %s: %s at %.12s, licence %s", name, published.repo, published.revision, published.licence)
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "texforce-hub" / "rewards"
