@@ -8,6 +8,7 @@ import typer
 
 from texforce_hub.cli import names
 from texforce_hub.cli.console import put_detail, put_json
+from texforce_hub.cli.environments import prepare_rewards
 from texforce_hub.cli.options import (
     LARGEST_SEED,
     MOST_SEEDS,
@@ -23,6 +24,7 @@ from texforce_hub.cli.options import (
     NegativePrompt,
     Steps,
     Unet,
+    Yes,
     option,
 )
 from texforce_hub.cli.progress import bars
@@ -52,7 +54,7 @@ def evaluate(
     unet: Unet = None,
     reward: Annotated[
         list[str] | None,
-        option("--reward", metavar="NAME", help="A built-in, python:module:function, or python:./file.py:function.",
+        option("--reward", metavar="NAME", help="A built-in, python:./file.py:function, or a server's address.",
                group=MEASURED, autocompletion=names.rewards),
     ] = None,
     list_rewards: Annotated[bool, option("--list-rewards", help="Show the rewards and stop.", group=MEASURED)] = False,
@@ -74,6 +76,7 @@ def evaluate(
     lock: LockFile = None,
     device: Device = None,
     dtype: Dtype = None,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Score stacks on the same prompts and noise as the base; differences with 95 % intervals paired by prompt."""
@@ -81,6 +84,7 @@ def evaluate(
     if list_rewards:
         print_rewards(as_json=as_json)
         return
+    prepare_rewards(reward or [], yes=yes)
     from texforce_hub.device import choose_device
     from texforce_hub.evaluate.evaluation import Sampling, describe
     from texforce_hub.evaluate.variants import evaluate_variants
@@ -112,8 +116,8 @@ def print_rewards(*, as_json: bool) -> None:
     if as_json:
         put_json({name: asdict(reward) for name, reward in BUILT_IN.items()})
         return
-    rows = [[name, reward.summary, reward.downloads or ""] for name, reward in BUILT_IN.items()]
-    put_table(["reward", "what it measures", "downloads"], rows)
+    rows = [[name, reward.summary, reward.needs] for name, reward in BUILT_IN.items()]
+    put_table(["reward", "what it measures", "needs"], rows)
 
 
 def _make_variants(stacks: list[str]) -> dict[str, "Variant"]:

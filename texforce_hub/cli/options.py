@@ -27,6 +27,7 @@ Refs = Annotated[
 ]
 Output = Annotated[Path, option("--output", "-o", metavar="PATH", help="File or folder for the result.", group=RESULT)]
 Force = Annotated[bool, option("--force", help="Write over what is there.", group=RESULT)]
+Yes = Annotated[bool, option("--yes", help="Install what a reward env:… needs, without a question.", group=WORK)]
 AsJson = Annotated[bool, option("--json", help="Print one JSON object.", group=RESULT)]
 Dialect = Annotated[
     str,

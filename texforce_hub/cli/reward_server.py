@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from texforce_hub.cli.console import put, say
-from texforce_hub.cli.options import Device
+from texforce_hub.cli.environments import prepare_rewards
+from texforce_hub.cli.options import Device, Yes
 
 
 def register(app: typer.Typer) -> None:
@@ -20,6 +21,7 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 0,
     device: Device = None,
+    yes: Yes = False,
 ) -> None:
     """Serve rewards over HTTP until interrupted; prints the addresses that --reward takes elsewhere."""
     from texforce_hub.device import choose_device
@@ -27,6 +29,7 @@ def serve(
     from texforce_hub.rewards.server import RewardServer
     from texforce_hub.rewards.serving import as_arrays
 
+    prepare_rewards(reward, yes=yes)
     target = choose_device(device)
     scores = {served.name: as_arrays(served, target) for served in resolve_rewards(reward, target)}
     with RewardServer(scores, host, port) as server:

@@ -6,7 +6,8 @@ import typer
 
 from texforce_hub.cli.command import App
 from texforce_hub.cli.console import put, put_json
-from texforce_hub.cli.options import AsJson, Device
+from texforce_hub.cli.environments import prepare_rewards
+from texforce_hub.cli.options import AsJson, Device, Yes
 from texforce_hub.cli.table import put_table
 
 
@@ -27,19 +28,21 @@ def list_rewards(as_json: AsJson = False) -> None:
     if as_json:
         put_json({name: asdict(row) for name, row in BUILT_IN.items()})
         return
-    rows = [[name, row.summary, row.downloads or "", row.licence or ""] for name, row in BUILT_IN.items()]
-    put_table(["reward", "what it measures", "weights", "licence"], rows)
+    rows = [[name, row.summary, row.needs, row.licence or ""] for name, row in BUILT_IN.items()]
+    put_table(["reward", "what it measures", "needs", "licence"], rows)
 
 
 def check(
     name: Annotated[str, typer.Argument(metavar="REWARD", help="A reward, as for train --reward.")],
     as_json: AsJson = False,
     device: Device = None,
+    yes: Yes = False,
 ) -> None:
     """Load a reward and score two made-up pictures: finite, the same again, with a gradient if it has one."""
     from texforce_hub.device import choose_device
     from texforce_hub.rewards.selftest import try_reward
 
+    prepare_rewards([name], yes=yes)
     report = try_reward(name, choose_device(device))
     if as_json:
         put_json(report)

@@ -12,6 +12,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from texforce_hub.cli.console import put, put_json, say
+from texforce_hub.cli.environments import prepare_rewards
 from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, NotBetterError
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from texforce_hub.train.training_run import StepReport
 
 
-_NO_SETTINGS = ("config", "preset", "dry_run", "as_json")
+_NO_SETTINGS = ("config", "preset", "dry_run", "yes", "as_json")
 
 
 def register(app: typer.Typer) -> None:
@@ -70,6 +71,7 @@ def train(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: float32, float16 or bfloat16.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is trained on and what it costs.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Install what a reward env:… needs, without a question.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a text-encoder LoRA with a reward (TexForce); writes the adapter, checkpoints, metrics and pictures."""
@@ -85,7 +87,9 @@ def train(
     if dry_run:
         _estimate(make_config({"output": "none", **settings}), as_json)
     else:
-        _run(make_config(settings), as_json)
+        prepared = make_config(settings)
+        prepare_rewards([*prepared.reward, *prepared.watch], yes=yes)
+        _run(prepared, as_json)
 
 
 def _estimate(config: Any, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from texforce_hub.cli import names
 from texforce_hub.cli.console import put, put_detail, put_json
+from texforce_hub.cli.environments import prepare_rewards
 from texforce_hub.cli.options import (
     LARGEST_SEED,
     MOST_SEEDS,
@@ -24,6 +25,7 @@ from texforce_hub.cli.options import (
     NegativePrompt,
     Steps,
     Unet,
+    Yes,
     option,
 )
 from texforce_hub.cli.progress import bars
@@ -76,12 +78,14 @@ def tune(
     batch_size: BatchSize = 64,
     device: Device = None,
     dtype: Dtype = None,
+    yes: Yes = False,
     save_recipe: Annotated[
         Path | None, option("--save-recipe", metavar="FILE", help="The tuned stack, for apply --recipe.", group=RESULT)
     ] = None,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Search the weights of a stack that a reward likes best; say what they are worth on prompts it did not see."""
+    prepare_rewards(reward or [], yes=yes)
     from texforce_hub.evaluate.evaluation import Sampling
     from texforce_hub.evaluate.tune import split_in_half, tune_weights
     from texforce_hub.generate.prompts.sets import held_out_prompts

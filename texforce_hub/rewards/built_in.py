@@ -7,15 +7,22 @@ from dataclasses import dataclass
 class BuiltIn:
     """A row of the table of built-in rewards.
 
-    downloads: the weights that it needs, a Hub id; module, variant: where its factory is, and what it is told
+    downloads: the weights that it needs, a Hub id; package: what it needs in an environment of its own
+    module, variant: where its factory is, and what it is told
     """
 
     summary: str
     differentiable: bool
     downloads: str | None = None
+    package: str | None = None
     licence: str | None = None
     module: str | None = None
     variant: str | None = None
+
+    @property
+    def needs(self) -> str:
+        """The weights, or the package in an environment of its own, that it needs; empty without any."""
+        return self.downloads or self.package or ""
 
 
 _APACHE, _MIT = "Apache-2.0", "MIT"
@@ -71,5 +78,17 @@ BUILT_IN: dict[str, BuiltIn] = {
         licence=_MIT,
         module="clipscore",
         variant="l14",
+    ),
+    "env:hands": BuiltIn(
+        "how whole the hands are: found, five fingers, sharp, 0 to 1",
+        differentiable=False,
+        package="mediapipe",
+        licence=_APACHE,
+    ),
+    "env:faces": BuiltIn(
+        "how whole the faces are: found, symmetric, sharp, 0 to 1",
+        differentiable=False,
+        package="mediapipe",
+        licence=_APACHE,
     ),
 }

@@ -131,7 +131,9 @@ class Detector:
     def _running(self) -> Any:
         graph = self.graph
         running = self._bindings("calculator_graph").CalculatorGraph(graph_config=self._read_config())
-        for name in filter(None, (graph.detections, graph.boxes, graph.kept, graph.points, graph.presence, graph.world)):
+        for name in filter(
+            None, (graph.detections, graph.boxes, graph.kept, graph.points, graph.presence, graph.world)
+        ):
             running.observe_output_stream(name, self._note)
         make = {bool: self._create.create_bool, int: self._create.create_int}
         running.start_run({name: make[type(value)](value) for name, value in graph.settings.items()})

@@ -52,9 +52,8 @@ def count_fingers(points: Points) -> float:
 
 def _sample(chains: Points) -> Points:
     """Points along chains of joints, ``(fingers, joints, 2)`` to ``(fingers, more, 2)``."""
-    shares = np.linspace(0, 1, 8)[:, None]
-    pieces = [first + (second - first) * shares for chain in chains for first, second in zip(chain, chain[1:])]
-    return np.concatenate(pieces).reshape(len(chains), -1, 2)
+    first, second = chains[:, :-1, None], chains[:, 1:, None]
+    return (first + (second - first) * np.linspace(0, 1, 8)[:, None]).reshape(len(chains), -1, 2)
 
 
 def weigh_bones(points: Points) -> float:
@@ -95,10 +94,9 @@ def measure_sharpness(picture: Picture, points: Points) -> float:
         points: ``(n, 2 or more)`` in pixels; the box around them is what is looked at, as far as it is in the picture.
     """
     height, width = picture.shape[:2]
-    (left, top), (right, bottom) = points[:, :2].min(0), points[:, :2].max(0)
-    left, top = (int(np.clip(value, 0, most - 1)) for value, most in ((left, width), (top, height)))
-    right, bottom = (int(np.clip(value, low + 1, most)) for value, low, most in ((right, left, width), (bottom, top, height)))
-    grey = Image.fromarray(picture[top:bottom, left:right].mean(-1).astype(np.float32))
+    low = np.clip(points[:, :2].min(0), 0, (width - 1, height - 1)).astype(int)
+    high = np.maximum(np.clip(points[:, :2].max(0), 0, (width, height)).astype(int), low + 1)
+    grey = Image.fromarray(picture[low[1] : high[1], low[0] : high[0]].mean(-1).astype(np.float32))
     crop = np.asarray(grey.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC), float)
     return min(1.0, min(_lost(crop), _lost(crop.T)) / _SHARP)
 

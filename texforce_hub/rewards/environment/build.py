@@ -1,5 +1,6 @@
 """The virtual environment of pinned packages: made once, whole or not at all, by one process at a time."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -11,8 +12,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from texforce_hub.errors import RewardError, one_line
+from texforce_hub.files.writing import writing
 from texforce_hub.rewards.cache import cache_folder
 from texforce_hub.rewards.environment.requirements import Requirements
+
+logger = logging.getLogger("texforce_hub")
 
 
 def environment_folder(requirements: Requirements) -> Path:
@@ -30,11 +34,12 @@ def is_built(requirements: Requirements) -> bool:
     return find_python(environment_folder(requirements)).is_file()
 
 
-def build_environment(requirements: Requirements, say: Callable[[str], None] = lambda text: None) -> Path:
+def build_environment(requirements: Requirements, say: Callable[[str], None] = logger.info) -> Path:
     """Make the environment, unless it is there; a second process waits for the first.
 
     Raises:
         RewardError: it cannot be made, in the words of ``venv`` or ``pip``; nothing of it is left.
+        FileError: the disk is full, or cannot be written.
     """
     folder = environment_folder(requirements)
     try:
@@ -57,24 +62,17 @@ def _hold(path: Path, say: Callable[[str], None]) -> AbstractContextManager[obje
 
 
 def _build(requirements: Requirements, folder: Path) -> None:
-    """Beside its name first, so that what bears the name is whole; leftovers of a killed process are removed."""
-    part = folder.with_suffix(".part")
-    for leftover in (part, folder):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
+    shutil.rmtree(folder, ignore_errors=True)  # one whose interpreter is gone
+    with writing(folder) as part:
         _run([sys.executable, "-I", "-m", "venv", str(part)], "venv")
         alone = ["--no-deps"] if requirements.only_these else []
         pip = [str(find_python(part)), "-I", "-m", "pip", "install", "--quiet", "--no-input"]
         _run([*pip, "--disable-pip-version-check", *alone, *requirements.packages], "pip")
         (part / "requirements.txt").write_text("\n".join(requirements.packages) + "\n")
-        part.rename(folder)
-    except BaseException:  # an interrupt, too, leaves nothing
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _run(command: Sequence[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", input="")
     if done.returncode:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip()] or ["no word"]
         reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])

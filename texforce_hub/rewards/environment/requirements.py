@@ -70,7 +70,7 @@ def read_requirements(path: Path) -> Requirements:
     named = table.get("dependencies", [])
     if not isinstance(named, list) or not all(isinstance(line, str) for line in named):
         raise RewardError(f"{path}: dependencies {named!r:.80}; expected a list of texts such as numpy==2.3.0")
-    packages = {name: pinned for name, pinned in (_parse(path, line) for line in named)}
+    packages = dict(_parse(path, line) for line in named)
     for name in _OURS:
         packages.setdefault(name, f"{name}=={version(name)}")
     own = _own_table(path, table)

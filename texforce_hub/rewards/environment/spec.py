@@ -40,9 +40,8 @@ class EnvironmentRef:
             known = [name for name in BUILT_IN if name.startswith("env:")]
             hint = suggest_name(f"env:{first}", known, otherwise="built in are")
             raise RewardError(f"no reward {spec!r}; {hint} (your own: env:./file.py:function)")
-        module = BUILT_IN[f"env:{first}"].module or first
-        path = Path(__file__).parents[1] / f"{module}.py"
-        return cls(f"env:{first}", path, f"python:texforce_hub.rewards.{module}:{module}", workers)
+        path = Path(__file__).parents[1] / f"{first}.py"
+        return cls(f"env:{first}", path, f"python:texforce_hub.rewards.{first}:{first}", workers)
 
     @classmethod
     def _parse_file(cls, spec: str, path: Path, words: list[str], workers: int) -> "EnvironmentRef":

@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, Any
 
 from texforce_hub.errors import RewardError, one_line
 
@@ -91,7 +91,7 @@ class EnvironmentWorker:
         return f"it ended with exit status {status}; its last words: {words}"
 
 
-def _read_word(stream: IO[bytes], patience: float) -> dict[str, object]:
+def _read_word(stream: IO[bytes], patience: float) -> dict[str, Any]:
     """The first line, as JSON; empty where the stream ends first."""
     words: queue.Queue[bytes] = queue.Queue()
     threading.Thread(target=lambda: words.put(stream.readline(65536)), daemon=True).start()
