@@ -1,15 +1,17 @@
 """Every family: pictures as its pipeline draws them, gradients as autograd's, runs that write, load and go on."""
 
 import copy
+import re
 from functools import cache
 
 import pytest
 import torch
 
-from tests.support.pipelines_families import FAMILIES, family_config, family_pipeline
+from tests.support.pipelines_families import FAMILIES, SETTINGS, SHORT, family_config, family_pipeline
 from texforce_hub.errors import ConfigError, TrainingError
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.rewards.reward import resolve_rewards
+from texforce_hub.settings import write_settings
 from texforce_hub.train.algorithms.direct import direct
 from texforce_hub.train.algorithms.ppo import ppo, sample_rollout
 from texforce_hub.train.algorithms.streaming import streaming
@@ -215,3 +217,64 @@ def refused(pipe, name="sd1", **changes):
     with pytest.raises((TrainingError, ConfigError)) as caught:
         make_policy(pipe, family_config(name, **changes), seed=0)
     return str(caught.value)
+
+
+def test_what_a_family_cannot_do_is_one_sentence():
+    from diffusers import DDPMScheduler, EulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
+
+    from tests.support.pipelines_families import BETAS
+    from tests.support.pipelines_tiny import tiny_pipeline, tiny_vae
+
+    zero = DDPMScheduler(**{k: v for k, v in BETAS.items() if k != "steps_offset"}, rescale_betas_zero_snr=True)
+    flow = EulerDiscreteScheduler(**BETAS)
+    flow.register_to_config(use_flow_sigmas=True)
+    said = {
+        refused(tiny_pipeline("pixart")): "has a PixArtTransformer2DModel; training knows Stable Diffusion 1.x, 2.x",
+        refused(changed("sdxl", text_encoder=None)): "is SDXL's refiner, which begins in the middle of a chain",
+        refused(changed("sd3", text_encoder_2=None), "sd3"): "has no text_encoder_2; training StableDiffusion3 needs",
+        refused(changed("sd1", vae=tiny_vae(9))): "reads 4 channels where latents have 9: it completes pictures",
+        refused(changed("sd1", scheduler=zero)): 'ends at zero signal.*set prediction_type = "v_prediction"',
+        refused(changed("sd1", scheduler=flow)): "sampled by flow matching .EulerDiscreteScheduler",
+        refused(
+            changed("sd3", scheduler=FlowMatchHeunDiscreteScheduler()), "sd3"
+        ): "sampled by FlowMatchHeunDiscreteScheduler; training needs its FlowMatchEuler",
+        refused(pipeline_of("sdxl"), uncond="full"): "this base takes zeros for an empty one; give a negative_prompt",
+        refused(pipeline_of("flux"), "flux", negative_prompt="ugly"): "Flux reads no negative prompt",
+        refused(pipeline_of("flux"), "flux", uncond="full"): "Flux reads no negative prompt",
+    }
+    for message, expected in said.items():
+        assert re.search(expected, message), message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["sd-turbo", "sdxl-turbo"])
+def test_one_step_has_nothing_to_learn_from_by_reinforcement_and_says_what_has(name):
+    policy, parameters = policy_of(name, inference_steps=1)
+    with pytest.raises(TrainingError, match=r"none of the 1 denoising steps has noise .*--algorithm direct"):
+        gradient_of(streaming, policy, parameters)
+
+
+def test_a_resolution_that_the_base_cannot_draw_is_refused():
+    policy, _ = policy_of("flux", resolution=9)
+    with pytest.raises(ConfigError, match="resolution = 9; expected a multiple of 2"):
+        policy.draw_noise(1, torch.Generator())
+
+
+def test_every_family_trains_from_the_command_line(tmp_path):
+    from typer.testing import CliRunner
+
+    from texforce_hub.cli import app
+
+    (tmp_path / "p.txt").write_text("a cat\na red dot\nthe sun\n")
+    shared = {k: v for k, v in family_config("sd1").__dict__.items() if k in SHORT}
+    for name in FAMILIES:
+        folder = tmp_path / name
+        pipeline_of(name).save_pretrained(folder)
+        settings = {**shared, **SETTINGS.get(name, {}), "steps": 1, "reward": ["brightness"], "validate_every": 0}
+        (tmp_path / "run.toml").write_text(write_settings(settings))
+        given = ["--base", str(folder), "--prompts", str(tmp_path / "p.txt"), "--device", "cpu"]
+        run = ["train", "--config", str(tmp_path / "run.toml"), *given, "--output", str(tmp_path / f"{name}-run")]
+        result = CliRunner().invoke(app, run)
+        assert result.exit_code == 0, (name, result.output)
+        parts = {key.split(".")[0] for key in read_tensors(tmp_path / f"{name}-run" / ADAPTER)[1]}
+        assert parts == set(policy_of(name)[0].trained)
