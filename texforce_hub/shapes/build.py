@@ -163,7 +163,7 @@ def train_unet(
 
 def build(output: Path, recipe: BuildSize) -> None:
     """Train what is not trained yet and write the pipeline, in fp16, with its card, to ``output``."""
-    with own_folder(output / "build") as folder, _as_trained(), _bar() as bar:
+    with own_folder(output / "build") as folder, as_trained(2), progress_bar() as bar:
         task = bar.add_task("draw", total=1, loss="")
         album = make_album(recipe.pictures, recipe.seed)
         bar.update(task, completed=1)
@@ -196,10 +196,10 @@ def _load_as_float32(config: Path) -> None:
 
 
 @contextmanager
-def _as_trained() -> Iterator[None]:
-    """Two threads and no denormals, as the shipped weights were trained; other settings differ in the last bits."""
+def as_trained(threads: int) -> Iterator[None]:
+    """So many threads and no denormals, as the shipped weights were trained; others differ in the last bits."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     try:
         with no_denormals():
             yield
@@ -207,7 +207,8 @@ def _as_trained() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
+    """A line a stage, with its loss."""
     return Progress(
         TextColumn("{task.description:>5}"),
         BarColumn(),

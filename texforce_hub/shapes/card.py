@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from texforce_hub.files.writing import writing
-from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
+from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS, WEIGHTS
 from texforce_hub.shapes.grammar import NOISY_WORDS, REPLACED, RIGHT, sample_prompts
 from texforce_hub.shapes.measure import score
 
@@ -20,14 +20,17 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def measure_base(pipeline: Any) -> dict[str, dict[str, float]]:
-    """Alignment by split and words, one picture a prompt from the same noise: ``{"test": {"canonical": …}, …}``."""
-    return {split: {name: _measure(pipeline, split, words) for name, words in _WORDS.items()} for split in _SPLITS}
+def measure_base(pipeline: Any, **how: Any) -> dict[str, dict[str, float]]:
+    """Alignment by split and words, one picture a prompt from the same noise: ``{"test": {"canonical": …}, …}``.
+
+    ``how`` as for :func:`~texforce_hub.shapes.measure.draw`.
+    """
+    return {split: {name: _measure(pipeline, split, words, how) for name, words in _WORDS.items()} for split in _SPLITS}
 
 
-def _measure(pipeline: Any, split: str, words: tuple[str, ...]) -> float:
+def _measure(pipeline: Any, split: str, words: tuple[str, ...], how: Mapping[str, Any]) -> float:
     prompts = sample_prompts(PROMPTS, PROMPT_SEED, split=split, noisy=set(words))
-    return round(score(pipeline, prompts, NOISE_SEED).mean().item(), 4)
+    return round(score(pipeline, prompts, NOISE_SEED, **how).mean().item(), 4)
 
 
 def write_card(
@@ -43,9 +46,64 @@ def write_card(
         },
         "sampler": {"scheduler": "DDIM", "inference_steps": INFERENCE_STEPS, "guidance": GUIDANCE},
     }
-    for name, text in (("figures.json", json.dumps(figures, indent=2) + "\n"), ("README.md", _text(figures))):
+    _write(folder, figures, _text(figures))
+
+
+def write_turbo_card(
+    folder: Path, size: Mapping[str, int], seconds: float, means: Mapping[int, Mapping[str, Mapping[str, float]]]
+) -> None:
+    """Write ``figures.json`` and ``README.md`` of shapes-turbo; ``means`` by the number of denoising steps."""
+    figures = {
+        "recipe": dict(size),
+        "seconds": round(seconds),
+        "measured": {"prompts": PROMPTS, "prompt_seed": PROMPT_SEED, "noise_seed": NOISE_SEED, "guidance": 1.0},
+        "steps": {str(steps): of for steps, of in means.items()},
+    }
+    _write(folder, figures, _turbo_text(figures))
+
+
+def _write(folder: Path, figures: Mapping[str, Any], card: str) -> None:
+    for name, text in (("figures.json", json.dumps(figures, indent=2) + "\n"), ("README.md", card)):
         with writing(folder / name) as part:
             part.write_text(text, encoding="utf-8")
+
+
+def _turbo_text(figures: Mapping[str, Any]) -> str:
+    size, measured, steps = figures["recipe"], figures["measured"], figures["steps"]
+    known = json.loads((WEIGHTS / "figures.json").read_text(encoding="utf-8"))
+    columns = [(f"{n} step{'s' if n != '1' else ''}", of) for n, of in steps.items()]
+    columns.append((f"shapes, {INFERENCE_STEPS} steps, guidance {GUIDANCE:g}", known))
+    words = [("canonical", "canonical"), ("noisy colour words", "noisy_colour"), ("noisy shape words", "noisy_shape")]
+    rows = [
+        f"| {title}, {label} | " + " | ".join(f"{of[split][key]:.3f}" for _, of in columns) + " |"
+        for split, label in (("test", "held out"), ("unseen", "unseen"))
+        for title, key in words
+    ]
+    return f"""---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# shapes-turbo: shapes in one step
+
+A U-Net and a scheduler for the parts of shapes: `--base shapes-turbo`. It was distilled from shapes alone; no picture
+of the renderer went in. It is meant for one step, and takes up to four; guidance is in it, so it is drawn without
+(`--guidance 1`). Weights are stored in fp16.
+
+## How it was made
+`python -m texforce_hub.shapes.distil --output DIR` makes it again, from seed {size["seed"]}, on one CPU core: the
+teacher drew {size["pairs"]:,} pictures from known noise by {size["teacher_steps"]} deterministic steps at guidance
+{GUIDANCE:g}; the student, which begins as the teacher's U-Net and predicts v, learnt their latents from the noise and
+from the latents under less noise, {size["steps"]:,} steps of 64 ({figures["seconds"]} s).
+
+## How good it is
+Alignment reward, 0 to 1, on {measured["prompts"]} prompts (seed {measured["prompt_seed"]}), one picture each (noise
+from seed {measured["noise_seed"]}), without guidance; the last column is its teacher as it is meant to be sampled.
+
+| words | {" | ".join(title for title, _ in columns)} |
+|---|{"---|" * len(columns)}
+{chr(10).join(rows)}
+"""
 
 
 def _text(figures: Mapping[str, Any]) -> str:

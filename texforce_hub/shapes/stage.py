@@ -103,4 +103,4 @@ def _rate(stage: Stage, step: int) -> float:
 
 
 def _step_seed(seed: int, stage: str, step: int) -> int:
-    return (seed * 10 + ["text", "vae", "unet"].index(stage)) * 1_000_003 + step
+    return (seed * 10 + ["text", "vae", "unet", "turbo"].index(stage)) * 1_000_003 + step
