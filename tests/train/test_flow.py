@@ -92,7 +92,7 @@ def test_the_first_half_of_the_chain_is_graded_and_none_of_it_drowns_the_others(
         graded, w = grade_steps(steps, 0.5), sensitivity(steps)
         assert graded == sorted(graded)
         assert 1 <= len(graded) <= (count + 1) // 2
-        assert w[graded].max() <= max(2.0, 2 * w.median()) + 1e-6
+        assert w[graded].max().item() <= max(2.0, 2 * w.median().item()) + 1e-6
 
 
 def test_dynamic_shifting_follows_the_pictures_size():

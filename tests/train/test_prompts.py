@@ -70,3 +70,17 @@ def test_a_prompt_that_would_be_cut_is_refused_unless_that_is_wanted(tmp_path):
 def test_prompts_that_cannot_be_are_refused(source, base):
     with pytest.raises(PromptError):
         load_prompts(source, base=base, canonical=0.5)
+
+
+def test_the_adapter_and_its_card_say_how_many_prompts_there_were_and_under_which_licence(tmp_path):
+    from texforce_hub.hub.provenance import read_training
+
+    lists = 'prompts = ["a {colour} circle"]\nlicense = "cc0-1.0"\n[lists]\ncolour = ["red", "lime", "red"]\n'
+    (tmp_path / "words.toml").write_text(lists)
+    metadata = run(tmp_path / "run", prompts=str(tmp_path / "words.toml"), steps=1).metadata
+    assert (metadata["texforce_hub.prompts_count"], metadata["texforce_hub.prompts_license"]) == ("2", "cc0-1.0")
+    for folder in (None, tmp_path / "run"):
+        training = read_training(metadata, folder)
+        assert training is not None
+        assert (training.prompts, training.prompts_license) == ("words.toml", "cc0-1.0")
+    assert run(tmp_path / "own", steps=1).metadata["texforce_hub.prompts_license"] == "apache-2.0"

@@ -145,15 +145,15 @@ def test_a_text_is_read_up_to_a_bound(tmp_path):
 
 def test_a_byte_order_mark_is_no_word(tmp_path):
     files = {
-        "prompts": "a red circle\r\n\r\na blue square\r\n",
-        "comment": "# my prompts\r\na blue square\r\n",
-        "settings": 'output = "run"\r\n',
-        "recipe": HEAD + SOURCE,
+        "prompts.txt": "a red circle\r\n\r\na blue square\r\n",
+        "comment.txt": "# my prompts\r\na blue square\r\n",
+        "settings.toml": 'output = "run"\r\n',
+        "recipe.toml": HEAD + SOURCE,
     }
     for name, text in files.items():
-        (tmp_path / f"{name}.toml").write_text(text, encoding="utf-8-sig")
-    assert read_prompts(tmp_path / "prompts.toml") == ("a red circle", "a blue square")
-    assert read_prompts(tmp_path / "comment.toml") == ("a blue square",)
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert read_prompts(tmp_path / "prompts.txt") == ("a red circle", "a blue square")
+    assert read_prompts(tmp_path / "comment.txt") == ("a blue square",)
     assert read_settings(tmp_path / "settings.toml") == {"output": "run"}
     assert read_recipe(tmp_path / "recipe.toml").sources[0].source == "shapes-colour"
     assert Recipe.parse("\ufeff" + HEAD + SOURCE).method == "svd"

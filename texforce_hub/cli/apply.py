@@ -69,7 +69,8 @@ def apply(
         option("--prompt", metavar="TEXT", help="What to draw, with <lora:NAME:WEIGHT> too.", group=_PROMPTS),
     ] = None,
     prompts: Annotated[
-        Path | None, option("--prompts", metavar="FILE", help="A text file, one prompt a line.", group=_PROMPTS)
+        str | None,
+        option("--prompts", metavar="LIST", help="A prompt a line; or FILE.csv:COLUMN, hub:NAME …", group=_PROMPTS),
     ] = None,
     adapter_dir: Annotated[
         Path | None, option("--adapter-dir", metavar="DIR", help="Where names in tags are; default: the catalogue.",

@@ -60,7 +60,7 @@ def evaluate(
     list_rewards: Annotated[bool, option("--list-rewards", help="Show the rewards and stop.", group=MEASURED)] = False,
     prompts: Annotated[
         str,
-        option("--prompts", metavar="FILE", help="One a line; or shapes:colour, shapes:shape, shapes:canonical.",
+        option("--prompts", metavar="LIST", help="A prompt a line; FILE.csv:COLUMN, hub:NAME, shapes:colour …",
                group=MEASURED),
     ] = "shapes:colour",
     seeds: Annotated[

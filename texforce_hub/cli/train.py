@@ -41,7 +41,8 @@ def train(
         list[str] | None, typer.Option(help="A reward that is not trained on, to notice when the others are fooled.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="File, one prompt a line; for shapes also shapes:colour, shapes:shape.")
+        str | None,
+        typer.Option(help="A prompt a line; FILE.csv:COLUMN, hub:NAME, a .toml of templates, shapes:colour."),
     ] = None,
     anchor_prompts: Annotated[str | None, typer.Option(help="File of prompts that are to stay as they are.")] = None,
     samples: Annotated[str | None, typer.Option(help="File of prompts to draw on the run's sheets.")] = None,
@@ -49,6 +50,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Rollouts, each followed by its updates.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="End after so long.")] = None,
     inference_steps: Annotated[int | None, typer.Option(help="Denoising steps of a rollout.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Of the rollouts; at most 1 for none, as turbo has.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings; options win.")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings for a GPU's memory: 8gb, 24gb or 80gb.")] = None,

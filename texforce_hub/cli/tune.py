@@ -54,7 +54,7 @@ def tune(
                autocompletion=names.rewards),
     ] = None,
     prompts: Annotated[
-        str, option("--prompts", metavar="FILE", help="Half for the search, half for the report.", group=SEARCH)
+        str, option("--prompts", metavar="LIST", help="Half for the search, half for the report.", group=SEARCH)
     ] = "shapes:colour",
     per: Annotated[str, option("--per", metavar="WHAT", help="A weight per adapter, part or block.", group=SEARCH)] = (
         "adapter"

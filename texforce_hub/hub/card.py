@@ -90,6 +90,7 @@ class CardFacts:
     training: Sequence[tuple[str, str]] = ()
     reward: str = ""
     prompts: str = ""
+    prompts_license: str = ""
     sources: Sequence[MergeSource] = ()
     method: str = ""
     recipe: str = ""

@@ -53,6 +53,7 @@ class Training:
     settings: Mapping[str, str]
     reward: str = ""
     prompts: str = ""
+    prompts_license: str = ""
     curve: Path | None = None
     sheet: Path | None = None
     config: str = ""
@@ -79,7 +80,11 @@ def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training 
         lines = [line for line in strip_paths(text).splitlines() if not line.startswith(("output", "device"))]
         curve = folder / "reward.png"
         return _describe(
-            settings, curve if curve.is_file() else None, _newest_sheet(folder), "\n".join(lines).strip() + "\n"
+            settings,
+            metadata,
+            curve if curve.is_file() else None,
+            _newest_sheet(folder),
+            "\n".join(lines).strip() + "\n",
         )
     if "texforce_hub.config" in metadata:
         try:
@@ -87,17 +92,20 @@ def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training 
         except (ValueError, RecursionError):
             said = None
         if isinstance(said, dict):
-            return _describe(said, None, None, "")
+            return _describe(said, metadata, None, None, "")
     facts = {label: metadata[key] for key, label in _TRAINERS.items() if metadata.get(key) not in (None, "None", "")}
     return Training({label: strip_paths(value) for label, value in facts.items()}) if facts else None
 
 
-def _describe(settings: Mapping[str, Any], curve: Path | None, sheet: Path | None, config: str) -> Training:
+def _describe(
+    settings: Mapping[str, Any], metadata: Mapping[str, str], curve: Path | None, sheet: Path | None, config: str
+) -> Training:
     shown = {name: _write(settings[name]) for name in _SHOWN if settings.get(name) not in (None, "")}
     return Training(
         {name.replace("_", " "): value for name, value in shown.items()},
         reward=shown.get("reward", ""),
         prompts=shown.get("prompts", ""),
+        prompts_license=metadata.get("texforce_hub.prompts_license", ""),
         curve=curve,
         sheet=sheet,
         config=config,

@@ -209,6 +209,7 @@ def _bring_companions(adapter: LazyAdapter, request: Request, folder: Path) -> C
         training=() if training is None else tuple(training.settings.items()),
         reward="" if training is None else training.reward,
         prompts="" if training is None else training.prompts,
+        prompts_license="" if training is None else training.prompts_license,
         sources=() if recipe is None else describe_sources(recipe),
         method="" if recipe is None else recipe.method,
         recipe=text,

@@ -21,7 +21,8 @@ class TrainConfig(Settings):
     init: str | None = None  # an adapter to go on from; None: from nothing
     reward: tuple[str, ...] = ("alignment",)  # rewards, each NAME or NAME=WEIGHT
     watch: tuple[str, ...] = ()  # rewards that are not trained on: if they part from the others, that is said
-    prompts: str | None = None  # file with a prompt a line; "shapes:colour", "shapes:shape" or "shapes:both"
+    prompts: str | None = None  # a list: file with a prompt a line, "file.csv:column", "hub:owner/name", a .toml of
+    # templates; or "shapes:colour", "shapes:shape", "shapes:both"
     canonical: Share = 0.0  # of the shapes prompts, the share whose words the base already knows
     anchor_prompts: str | None = None  # file of prompts to leave alone; default: known words of shapes, else prompts
     samples: str | None = None  # file of prompts to draw on the sheets; by default held-out ones

@@ -17,6 +17,7 @@ from texforce_hub import __version__
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import ConfigError, TrainingError
+from texforce_hub.generate.prompts.sources import source_name
 from texforce_hub.reading import is_there
 from texforce_hub.train.config import TrainConfig
 
@@ -128,15 +129,20 @@ def load_lora(parameters: Mapping[str, nn.Parameter], scales: Mapping[str, float
         up[:, : layer.rank] = layer.up * (layer.scale / scales[trained[name]])
 
 
-def describe_run(config: TrainConfig, step: int) -> dict[str, str]:
+def describe_run(config: TrainConfig, step: int, prompts: Mapping[str, str] | None = None) -> dict[str, str]:
     """Where an adapter comes from, as metadata of its file; ``step`` is the step its weights are of.
+
+    ``prompts`` is what else is known of them.
 
     Folders of this machine are named by their last component only, and where the run lay is left out.
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "device")}
-    paths = ("base", "prompts", "unet", "init", "anchor_prompts", "samples")
+    paths = ("base", "unet", "init")
+    lists = ("prompts", "anchor_prompts", "samples")
     settings |= {k: Path(settings[k]).name for k in paths if settings[k] and is_there(settings[k])}
+    settings |= {k: source_name(settings[k]) for k in lists if settings[k]}
     facts = {"version": __version__, "reward": " ".join(config.reward), "steps": str(step)}
     facts |= {name: str(settings[name]) for name in ("base", "uncond", "seed")}
+    facts |= prompts or {}
     facts["config"] = json.dumps(settings, sort_keys=True)
     return {f"texforce_hub.{name}": value for name, value in facts.items()}

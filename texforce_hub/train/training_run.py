@@ -136,7 +136,9 @@ class TrainingRun:
     def adapter(self) -> Adapter:
         """The weights that the run has to show, as an adapter."""
         step, weights = self.learner.kept
-        return read_lora(weights, read_scales(self.policy.encoders), describe_run(self.config, step))
+        return read_lora(
+            weights, read_scales(self.policy.encoders), describe_run(self.config, step, self.prompts.facts)
+        )
 
     def save(self, state: State) -> None:
         """Write a checkpoint, and the adapter as it is now if it is better than nothing."""

@@ -1,10 +1,11 @@
-"""Where prompts come from: a file, or the shapes world's own grammar.
+"""Which prompts a run draws, validates on and leaves alone: of a list, or the shapes world's own grammar.
 
 A training step's prompts depend on the run's seed and the step's number alone, so a resumed run asks what
 the uninterrupted one would have asked.
 """
 
 import hashlib
+import logging
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,12 @@ from typing import Protocol
 
 from texforce_hub.errors import PromptError
 from texforce_hub.generate.prompts.emphasis import is_weighted
+from texforce_hub.generate.prompts.sources import PromptList, read_source
 from texforce_hub.generate.prompts.tags import refuse_tags
-from texforce_hub.reading import read_text
+from texforce_hub.shapes import SHAPES
 from texforce_hub.shapes.grammar import KINDS, caption, sample_prompts, sample_scene
+
+_LOG = logging.getLogger("texforce_hub")
 
 _KINDS = {"single": 0.3, "place": 0.7}  # of noisy prompts: with two noisy words a pair is too much a matter of chance
 _WORDS = {
@@ -43,6 +47,10 @@ class PromptSet(Protocol):
     def texts(self) -> list[str]:
         """All prompts, where they can be listed."""
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a run's record says of them."""
+
 
 @dataclass(frozen=True)
 class ListedPrompts:
@@ -51,6 +59,14 @@ class ListedPrompts:
     prompts: tuple[str, ...]
     held_out: tuple[str, ...] = ()
     anchored: tuple[str, ...] = ()
+    source: PromptList | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """How many prompts there are, and their licence."""
+        count = str(len(self.prompts) + len(self.held_out))
+        said = self.source.license if self.source is not None else ""
+        return {"prompts_count": count} | ({"prompts_license": said} if said else {})
 
     def draw(self, step: int, count: int, seed: int) -> list[str]:
         """The next ``count`` prompts of the endless shuffled sequence."""
@@ -101,6 +117,11 @@ class ShapesPrompts:
             return _take_shuffled(self.anchored, step, min(count, len(self.anchored)), seed)
         return ["", *self._prompts(random.Random(f"anchors {seed} {step}"), count - 1, 1.0)]
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """The licence of sentences that the package itself makes."""
+        return {"prompts_license": "apache-2.0"}
+
     def texts(self) -> list[str]:
         """The anchors; the world's own sentences are all short."""
         return list(self.anchored)
@@ -135,32 +156,37 @@ def split_prompts(prompts: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def load_prompts(source: str | None, *, base: str, canonical: float, anchors: str | None = None) -> PromptSet:
-    """The prompt set that ``source`` names: a file, ``shapes:WORDS``, or ``None`` for the base's own.
+    """The prompt set that ``source`` names: a list, ``shapes:WORDS``, or ``None`` for the base's own.
 
-    ``anchors`` is a file of prompts whose meaning is to stay as it is.
+    ``anchors`` is a list of prompts whose meaning is to stay as it is.
 
     Raises:
-        PromptError: a base without prompts of its own, an unknown selection, or a file that cannot be used.
+        PromptError: a base without prompts of its own, an unknown selection, or a list that cannot be used.
     """
-    anchored = _read_plain(anchors) if anchors is not None else ()
-    if source is None and base != "shapes":
+    anchored = _read_plain(anchors).prompts if anchors is not None else ()
+    if source is None and base not in SHAPES:
         raise PromptError(f"the base {base!r} brings no prompts of its own; give a file with --prompts FILE")
     if source is None:
         source = "shapes:colour"
     if source.startswith("shapes:"):
         return ShapesPrompts(_find_words(source), canonical, anchored)
-    return ListedPrompts(*split_prompts(_read_plain(source)), anchored)
+    listed = _read_plain(source)
+    prompts, held_out = split_prompts(listed.prompts)
+    _LOG.info("%s; %s", listed, f"{len(held_out):,} held out" if held_out else "too few to hold any out")
+    return ListedPrompts(prompts, held_out, anchored, listed)
 
 
 def held_out_prompts(source: str) -> list[str]:
-    """The prompts to evaluate on that ``source`` names: a file's, or held-out ones of ``shapes:WORDS``.
+    """The prompts to evaluate on that ``source`` names: a list's, or held-out ones of ``shapes:WORDS``.
 
     Raises:
-        PromptError: an unknown selection, or a file that cannot be used.
+        PromptError: an unknown selection, or a list that cannot be used.
     """
     if source.startswith("shapes:"):
         return sample_prompts(_HELD_OUT, 0, split="test", noisy=_find_words(source))
-    return list(_read_plain(source))
+    listed = _read_plain(source)
+    _LOG.info("%s", listed)
+    return list(listed.prompts)
 
 
 def _find_words(source: str) -> frozenset[str]:
@@ -172,10 +198,10 @@ def _find_words(source: str) -> frozenset[str]:
     return _WORDS[words]
 
 
-def _read_plain(source: str) -> tuple[str, ...]:
-    prompts = read_prompts(source)
-    refuse_markup(prompts)
-    return prompts
+def _read_plain(source: str) -> PromptList:
+    listed = read_source(source)
+    refuse_markup(listed.prompts)
+    return listed
 
 
 def refuse_markup(prompts: Iterable[str]) -> None:
@@ -190,26 +216,25 @@ def refuse_markup(prompts: Iterable[str]) -> None:
             raise PromptError(f"{prompt!r} holds weights, which only apply reads; write the words alone")
 
 
-def gather_prompts(given: Sequence[str], file: Path | None) -> tuple[str, ...]:
-    """The prompts of a command line, then those of a file.
+def gather_prompts(given: Sequence[str], source: str | None) -> tuple[str, ...]:
+    """The prompts of a command line, then those of a list.
 
     Raises:
-        PromptError: there is none, or the file cannot be read or holds none.
+        PromptError: there is none, or the list cannot be read or holds none.
     """
-    prompts = (*given, *(read_prompts(file) if file is not None else ()))
+    listed = read_source(source) if source is not None else None
+    if listed is not None:
+        _LOG.info("%s", listed)
+    prompts = (*given, *(listed.prompts if listed is not None else ()))
     if not prompts:
         raise PromptError("no prompt; give --prompt TEXT or --prompts FILE")
     return prompts
 
 
-def read_prompts(path: str | Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; empty lines and lines that begin with ``#`` are left out.
+def read_prompts(source: str | Path) -> tuple[str, ...]:
+    """The prompts of a list, as :func:`~texforce_hub.generate.prompts.sources.read_source`.
 
     Raises:
-        PromptError: the file cannot be read, or holds no prompt.
+        PromptError: it cannot be read, or holds no prompt.
     """
-    lines = read_text(path, error=PromptError).splitlines()
-    prompts = tuple(line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#"))
-    if not prompts:
-        raise PromptError(f"{path} holds no prompt; expected one a line")
-    return prompts
+    return read_source(source).prompts
