@@ -24,6 +24,7 @@ COMMANDS: tuple[str, ...] = (
     "apply",
     "train",
     "evaluate",
+    "report",
     "inspect",
     "convert",
     "check",

@@ -70,7 +70,7 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
     """
     if not prompts:
         raise PromptError("no prompt to measure words in; give at least one")
-    spans = [list(_spans(pipe, prompt)) for prompt in prompts]
+    spans = [list(word_spans(pipe, prompt)) for prompt in prompts]
     how: dict[str, Any] = {"guided": False, "prompt_weights": "off"}
     before = encode_prompts(pipe, prompts, [None] * len(prompts), **how)["prompt_embeds"].float()
     after = encode_prompts(pipe, prompts, [stack] * len(prompts), **how)["prompt_embeds"].float()
@@ -91,8 +91,12 @@ def _shift(word: str, before: Tensor, after: Tensor) -> WordShift:
     return shift
 
 
-def _spans(pipe: Any, prompt: str) -> Iterator[tuple[str, int, int]]:
-    """Words with their first token and the one after their last, as the pipeline's CLIP tokenizer cuts them."""
+def word_spans(pipe: Any, prompt: str) -> Iterator[tuple[str, int, int]]:
+    """Words with their first token and the one after their last, as the pipeline's CLIP tokenizer cuts them.
+
+    Raises:
+        FamilyError: a pipeline whose embeddings do not lie token by token so.
+    """
     tokenizer: Any = getattr(pipe, "tokenizer", None)
     if not hasattr(pipe, "unet") or not hasattr(tokenizer, "convert_ids_to_tokens"):
         raise FamilyError(f"{type(pipe).__name__}: words are measured in SD1, SD2 and SDXL pipelines only")

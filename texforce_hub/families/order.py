@@ -4,9 +4,17 @@ import re
 
 from texforce_hub.families.names import PARTS
 
+_BLOCK = re.compile(r"mid_block|.*?(?:blocks|layers|block)\.\d+|[^.]+")
 _DIGITS = re.compile(r"(\d+)")
 _BLOCKS = ("conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out")
 """A U-Net from its input to its output; its last layer, and everything else, comes after."""
+
+
+def block_of(name: str) -> str:
+    """The block that a layer lies in, with its part: ``unet.down_blocks.1`` of ``unet.down_blocks.1.attentions.0…``."""
+    part, _, path = name.partition(".")
+    match = _BLOCK.match(path)
+    return f"{part}.{match[0] if match else path}"
 
 
 def natural(name: str) -> tuple[tuple[int, int, str], ...]:

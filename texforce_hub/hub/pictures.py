@@ -39,7 +39,7 @@ def read_prompt(path: Path) -> str:
     Raises:
         ConfigError: it is no picture.
     """
-    parameters = _open(path).info.get("parameters", "")
+    parameters = open_picture(path).info.get("parameters", "")
     prompt = str(parameters).partition("\nNegative prompt:")[0].partition("\nSteps:")[0]
     return strip_paths(prompt.strip())
 
@@ -50,7 +50,7 @@ def write_picture(source: Path, target: Path, *, prompt: str = "") -> None:
     Raises:
         ConfigError: it is no picture.
     """
-    image = _open(source)
+    image = open_picture(source)
     info = PngInfo()
     if prompt:
         info.add_text("parameters", prompt)
@@ -63,7 +63,12 @@ def write_picture(source: Path, target: Path, *, prompt: str = "") -> None:
         part.write_bytes(buffer.getvalue())
 
 
-def _open(path: Path) -> Image.Image:
+def open_picture(path: Path) -> Image.Image:
+    """A picture, wholly read.
+
+    Raises:
+        ConfigError: it is no picture that can be read, or so large that it could be meant to fill the memory.
+    """
     try:
         with open_regular(path, error=ConfigError) as file, Image.open(file) as image:
             image.load()

@@ -1,6 +1,5 @@
 """How alike two adapters are, layer by layer or block by block, as coloured columns."""
 
-import re
 from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from texforce_hub.families.order import natural
+from texforce_hub.families.order import block_of, natural
 from texforce_hub.generate.images.figure import new_figure, render
 
 Numbers = tuple[float, float, float]
@@ -22,7 +21,6 @@ _COLUMNS = (
     ("overlap", "Greens", 0.0, "0 apart,\n1 the same"),
     ("interference", "RdBu_r", -1.0, "below 0 gains,\nabove 0 loses"),
 )
-_BLOCK = re.compile(r"^(mid_block|.*?(?:blocks|layers|block)\.\d+|[^.]+)")
 
 
 def draw_comparison(layers: Mapping[str, Numbers], *, title: str = "") -> Image.Image:
@@ -78,8 +76,6 @@ def _by_block(layers: Mapping[str, Numbers]) -> tuple[dict[str, Numbers], bool]:
     """The mean of each block: ``unet.down_blocks.1``, ``text_encoder.text_model.encoder.layers.3``."""
     groups: dict[str, list[Numbers]] = {}
     for name, numbers in layers.items():
-        part, _, path = name.partition(".")
-        match = _BLOCK.match(path)
-        groups.setdefault(f"{part}.{match[1] if match else path}", []).append(numbers)
+        groups.setdefault(block_of(name), []).append(numbers)
     means = {name: np.mean(group, axis=0) for name, group in groups.items()}
     return {name: (float(mean[0]), float(mean[1]), float(mean[2])) for name, mean in means.items()}, True

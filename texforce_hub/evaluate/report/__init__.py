@@ -1,0 +1,1 @@
+"""One self-contained page of what was drawn, measured and trained."""
