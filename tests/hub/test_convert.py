@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from texforce_hub import cli
+from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import AdapterError, ConfigError, DialectError, FileError, HubError, RefError
@@ -66,7 +67,8 @@ def test_the_command_converts_one_and_says_where(tmp_path):
     run = CliRunner().invoke(
         cli.app, ["convert", str(PEFT), "--dialect", "kohya", "--output", str(output), "--dtype", "float16"]
     )
-    assert (run.exit_code, run.stdout.strip()) == (0, f"{output}: 12 layers, rank 16, 0.03 MB, kohya layout")
+    whole = "read whole by whoever reads its base, which is none we know"
+    assert (run.exit_code, run.stdout.strip()) == (0, f"{output}: 12 layers, rank 16, 0.03 MB, kohya layout; {whole}")
     assert set(inspect_file(output).dtypes) == {"F16"}
     same(read_adapter(PEFT), read_adapter(output), atol=1e-2)
 
@@ -296,3 +298,22 @@ def test_a_catalogue_name_is_its_folder(tmp_path, monkeypatch):
         read_adapter("away")
     with pytest.raises(RefError, match="not in this installation"):
         read_adapter("lost")
+
+
+def test_what_was_written_is_said_with_those_who_read_all_of_it(tmp_path):
+    def written(*arguments):
+        return CliRunner().invoke(cli.app, [*map(str, arguments), "--force"]).stdout.splitlines()
+
+    norm = "text_encoder.text_model.encoder.layers.0.layer_norm1"
+    norms = Adapter({f"{norm}.{end}": Vector(torch.randn(768)) for end in ("weight", "bias")})
+    file = write_adapter(norms, tmp_path / "norms.safetensors", dialect="kohya")
+    for dialect, readers in {"kohya": ["A1111"], "comfy": ["ComfyUI"]}.items():
+        lines = written("convert", file, "-o", tmp_path / "x.safetensors", "--dialect", dialect, "--json")
+        assert json.loads("\n".join(lines))["files"][0]["readers"] == readers
+    query = "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q"
+    t5 = Adapter({query: LowRank(torch.randn(2, 4096), torch.randn(4096, 2))})
+    file = write_adapter(t5, tmp_path / "t5.safetensors", dialect="kohya")
+    merged = tmp_path / "merged.safetensors"
+    lines = written("merge", f"{file}:0.5", "-o", merged)
+    assert f"{merged}: 1 layer, rank 2, 0.07 MB, diffusers layout; read whole by texforce-hub only" in lines
+    assert written("merge", f"{file}:0.5", "-o", merged, "-q") == [str(merged)]

@@ -9,6 +9,7 @@ from typing import Any
 from texforce_hub.apply.base import BaseShapes, read_base
 from texforce_hub.apply.targets import Answer, Fitting, Idle, Misfit, Outline, fit
 from texforce_hub.errors import DialectError
+from texforce_hub.families.order import natural
 from texforce_hub.files.container import find_zeros
 from texforce_hub.formats.plan.idle import find_idle
 from texforce_hub.formats.plan.layers import LayerPlan
@@ -89,8 +90,9 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
     outcome = _Sorted(notes=[*planned.notes, *planned.faults])
     outcome.unreadable |= {layer.name: layer.faults[0] for layer in planned.layers.values() if layer.faults}
     readable = {name: layer for name, layer in planned.layers.items() if not layer.faults}
-    for name, answer in _fit_or_idle(readable, base, bundle).items():
-        outcome.take(name, answer)
+    answers = _fit_or_idle(readable, base, bundle)
+    for name in sorted(answers, key=natural):
+        outcome.take(name, answers[name])
     if outcome.renamed:
         outcome.notes.append(
             f"{len(outcome.renamed)} layers have the names of the authors' own code, e.g. {outcome.renamed[0]}: "

@@ -10,7 +10,7 @@ from texforce_hub.cli import names
 from texforce_hub.cli.console import LOUDNESS, note, put, put_json
 from texforce_hub.cli.options import RESULT, AsJson, Dtype, Force, option, refuse_existing
 from texforce_hub.cli.progress import track
-from texforce_hub.cli.summary import count_of, written
+from texforce_hub.cli.summary import Written, count_of, read_back, span
 from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, FileError
 
@@ -98,9 +98,9 @@ def convert(
     if json:
         put_json({"files": [_as_dict(conversion) for conversion in done]})
     elif alone:
-        put(written(done[0].output))
+        put(str(read_back(done[0].output)))
     else:
-        _print(done)
+        _print(done, dialect)
     failed = sum(conversion.error is not None for conversion in done)
     if failed:
         raise FileError(f"{failed} of {len(done)} files could not be converted; the table says why")
@@ -139,16 +139,26 @@ def _is_one(ref: str, dialect: str) -> bool:
     return len(bundles) == 1 and is_usual(bundles[0], path)
 
 
-def _print(done: "list[Conversion]") -> None:
+def _print(done: "list[Conversion]", dialect: str) -> None:
+    results = {c.output: read_back(c.output) for c in done if c.error is None}
     if LOUDNESS.quiet:
-        for conversion in done:
-            if conversion.error is None:
-                put(str(conversion.output))
-    put_table(
-        ["from", "to"],
-        [[str(conversion.source), conversion.error or str(conversion.output)] for conversion in done],
-    )
-    put(f"{count_of(sum(conversion.error is None for conversion in done), 'adapter')} written")
+        for path in results:
+            put(str(path))
+    readers = {result.read_by for result in results.values()}
+    rows = [_row(conversion, results.get(conversion.output)) for conversion in done]
+    columns = ["from", "to", "layers", "rank", "MB", "read whole by"]
+    if len(readers) == 1:  # one line says it of all
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    put_table(columns, rows, drop=("MB", "rank", "layers", "read whole by"))
+    by = f"; read whole by {readers.pop()}" if len(readers) == 1 else ""
+    put(f"{count_of(len(results), 'adapter')} written in {dialect} layout{by}")
+
+
+def _row(conversion: "Conversion", result: Written | None) -> list[str]:
+    if conversion.error is not None or result is None:
+        return [str(conversion.source), conversion.error or "", "", "", "", ""]
+    facts = [str(result.layers), span(result.ranks), f"{result.size / 1e6:.2f}", result.read_by]
+    return [str(conversion.source), str(conversion.output), *facts]
 
 
 def _print_dialects(*, json: bool) -> None:
@@ -172,4 +182,5 @@ def _gathered(notes: Iterable[str]) -> Iterator[str]:
 
 def _as_dict(conversion: "Conversion") -> dict[str, Any]:
     values = {"source": str(conversion.source), "output": str(conversion.output), "error": conversion.error}
-    return values | {"notes": list(conversion.notes)}
+    held = {} if conversion.error is not None else read_back(conversion.output).as_dict()
+    return values | {"notes": list(conversion.notes)} | held

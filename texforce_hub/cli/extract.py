@@ -22,7 +22,7 @@ from texforce_hub.cli.options import (
     option,
     refuse_existing,
 )
-from texforce_hub.cli.summary import count_of, written
+from texforce_hub.cli.summary import count_of, read_back
 from texforce_hub.cli.table import put_table
 
 
@@ -69,7 +69,7 @@ def extract(
     if extracted.left_out:
         note(f"{count_of(len(extracted.left_out), 'change')} are left out; --rest keeps them in full")
     if json:
-        put_json({"output": str(path), **extracted.as_dict()})
+        put_json({"output": str(path), "written": read_back(path).as_dict(), **extracted.as_dict()})
         return
     if LOUDNESS.verbose:
         rows = [
@@ -78,7 +78,7 @@ def extract(
         ]
         put_table(["layer", "rank", "kept", "relative change", ""], rows)
     put_detail(f"{count_of(extracted.unchanged, 'weight')} unchanged")
-    put(written(path))
+    put(str(read_back(path)))
 
 
 def _open(model: str, unet: str | None) -> Any:

@@ -33,7 +33,7 @@ def inspect(
     json: AsJson = False,
     weights: Annotated[bool, option("--weights", help="Read the numbers too: norms, ranks, NaN.", group=SHOWN)] = False,
     part: Annotated[
-        str | None, option("--part", metavar="NAME", help="Only files that change it, e.g. text_encoder.", group=SHOWN,
+        str | None, option("--part", metavar="NAME", help="Only files, and their layers, of it.", group=SHOWN,
                            autocompletion=names.parts)
     ] = None,
     family: Annotated[
@@ -69,10 +69,11 @@ def inspect(
         inspections, measured = _measure(
             inspections, {bundle.path: bundle for bundle in adapters if isinstance(bundle, Bundle)}
         )
+        measured = {path: [layer for layer in layers if _is_of(layer, part)] for path, layers in measured.items()}
     if json:
         put_json({"files": [describe(inspection, measured) for inspection in inspections]})
     elif len(inspections) == 1:
-        print_one(inspections[0], measured.get(inspections[0].path))
+        print_one(inspections[0], measured.get(inspections[0].path), part)
     else:
         print_many(inspections)
     _fail_on_errors(inspections)
@@ -93,6 +94,10 @@ def _bring_sidecars(adapters: "Sequence[Bundle | RemoteFile]") -> None:
 
         for text in (text for origin in origins for text in fetch_sidecars(origin)):
             note(text)
+
+
+def _is_of(layer: "LayerFacts", part: str | None) -> bool:
+    return part is None or layer.name.partition(".")[0] == part
 
 
 def _check_choices(family: str | None, part: str | None, sort: str) -> tuple[str | None, str | None]:

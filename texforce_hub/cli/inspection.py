@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from texforce_hub.cli.console import LOUDNESS, first_of, put, put_detail
 from texforce_hub.cli.summary import count_of, span
 from texforce_hub.cli.table import put_table
-from texforce_hub.families.order import natural
 
 if TYPE_CHECKING:
     from texforce_hub.hub.inspect import Inspection
@@ -32,8 +31,8 @@ def describe(inspection: "Inspection", measured: "Mapping[Path, list[LayerFacts]
     return values
 
 
-def print_one(inspection: "Inspection", measured: "list[LayerFacts] | None") -> None:
-    """One file: every fact that it has, and its layers' numbers if they were measured."""
+def print_one(inspection: "Inspection", measured: "list[LayerFacts] | None", part: str | None = None) -> None:
+    """One file: every fact that it has, and its layers' numbers if they were measured; how much of a part."""
     if LOUDNESS.quiet:
         put(f"{inspection.path}: {inspection.verdict or 'unreadable'}")
         return
@@ -64,7 +63,9 @@ def print_one(inspection: "Inspection", measured: "list[LayerFacts] | None") -> 
     ]
     put_table(["", ""], [row for row in rows if row[1]])
     if measured is not None:
-        _put_weights(sorted(measured, key=lambda layer: natural(layer.name)))
+        _put_weights(measured)
+    if part is not None and not inspection.error:
+        put(f"{part}: {inspection.parts[part]} of {count_of(inspection.layers, 'layer')}")
 
 
 def _sidecar_rows(inspection: "Inspection") -> Iterator[list[str]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from texforce_hub.cli import names
-from texforce_hub.cli.console import LOUDNESS, note, put, put_json
+from texforce_hub.cli.console import LOUDNESS, note, put, put_detail, put_json
 from texforce_hub.cli.merge_methods import METHODS
 from texforce_hub.cli.options import (
     RESULT,
@@ -25,7 +25,7 @@ from texforce_hub.cli.options import (
     option,
     refuse_existing,
 )
-from texforce_hub.cli.summary import MOST, count_of, span, written
+from texforce_hub.cli.summary import MOST, count_of, read_back, span
 from texforce_hub.cli.table import put_table
 from texforce_hub.errors import MergeError, RecipeError
 
@@ -199,7 +199,7 @@ def _write(merged: "Merged", output: Path, dialect: str, *, json: bool) -> None:
     for warning in report.warnings:
         note(warning)
     if json:
-        put_json({"output": str(path), **report.as_dict()})
+        put_json({"output": str(path), "written": read_back(path).as_dict(), **report.as_dict()})
         return
     if LOUDNESS.verbose:
         put_table(COLUMNS, report.rows(), title=f"{report.method}: {' + '.join(report.labels)}", drop=COLUMNS[1:2])
@@ -208,5 +208,5 @@ def _write(merged: "Merged", output: Path, dialect: str, *, json: bool) -> None:
         put_table(["cosine", *labels], [[a, *(f"{c:.3f}" for c in row)] for a, row in zip(labels, report.cosines)])
     if report.removed:
         put(f"{count_of(len(report.removed), 'layer')} cancelled out and are not in the result")
-    put(written(path))
-    put(f"kept {report.kept:.2%} of the merged change")
+    put(str(read_back(path)))
+    put_detail(f"kept {report.kept:.2%} of the merged change")

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from texforce_hub.cli import names
-from texforce_hub.cli.console import LOUDNESS, put, put_json
+from texforce_hub.cli.console import LOUDNESS, put, put_detail, put_json
 from texforce_hub.cli.options import (
     RESULT,
     AsJson,
@@ -24,7 +24,7 @@ from texforce_hub.cli.options import (
     option,
     refuse_existing,
 )
-from texforce_hub.cli.summary import written
+from texforce_hub.cli.summary import read_back
 from texforce_hub.cli.table import put_table
 
 
@@ -69,7 +69,8 @@ def resize(
     )
     path = write_adapter(resized.adapter, output, dialect=dialect)
     if json:
-        put_json({"output": str(path), "kept": resized.kept, "layers": [asdict(layer) for layer in resized.layers]})
+        facts = {"output": str(path), "written": read_back(path).as_dict(), "kept": resized.kept}
+        put_json({**facts, "layers": [asdict(layer) for layer in resized.layers]})
         return
     if LOUDNESS.verbose:
         rows = [
@@ -77,5 +78,5 @@ def resize(
             for layer in resized.layers
         ]
         put_table(["layer", "rank before", "rank", "kept", "norm"], rows, drop=("norm", "rank before"))
-    put(written(path))
-    put(f"kept {resized.kept:.2%} of the change")
+    put(str(read_back(path)))
+    put_detail(f"kept {resized.kept:.2%} of the change")

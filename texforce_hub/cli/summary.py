@@ -2,8 +2,11 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from texforce_hub.cli.console import LOUDNESS
 from texforce_hub.families.names import part_of
 
 MOST = 8
@@ -42,14 +45,50 @@ def span(values: Sequence[int]) -> str:
     return "" if not values else str(values[0]) if len(set(values)) == 1 else f"{min(values)} to {max(values)}"
 
 
-def written(path: Path) -> str:
-    """What was just written, read back from its header: ``both.safetensors: 12 layers, rank 16, 0.21 MB, kohya``."""
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a file that was just written holds, read back from its header, and who reads all of it exactly.
+
+    ``readers`` is ``None`` where it is not known who: the layers fit no base that we know.
+    """
+
+    path: Path
+    layers: int
+    ranks: tuple[int, ...]
+    size: int
+    layouts: tuple[str, ...]
+    readers: tuple[str, ...] | None
+
+    @property
+    def read_by(self) -> str:
+        """``A1111, ComfyUI, Forge``, ``texforce-hub only``, or that it is not known."""
+        if self.readers is None:
+            return "whoever reads its base, which is none we know"
+        return ", ".join(self.readers) or "texforce-hub only"
+
+    def __str__(self) -> str:
+        """``both.safetensors: 12 layers, rank 16, 0.21 MB, kohya layout; read whole by A1111, ComfyUI, Forge``."""
+        if LOUDNESS.quiet:
+            return str(self.path)
+        facts = [count_of(self.layers, "layer"), *([f"rank {span(self.ranks)}"] if self.ranks else [])]
+        facts += [f"{self.size / 1e6:.2f} MB", f"{', '.join(self.layouts)} layout"]
+        return f"{self.path}: {', '.join(facts)}; read whole by {self.read_by}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "path"}
+
+
+def read_back(path: Path) -> Written:
+    """The facts of what was just written."""
+    from texforce_hub.formats.codec.fitting import list_readers
     from texforce_hub.hub.find import find_bundle
     from texforce_hub.hub.inspect import inspect_file
+    from texforce_hub.hub.read import open_adapter
 
-    inspection = inspect_file(find_bundle(path), hashed=False)
-    ranks = [rank for rank in inspection.ranks if rank is not None]
-    facts = [count_of(sum(inspection.parts.values()), "layer")]
-    facts += [f"rank {span(ranks)}"] if ranks else []
-    facts += [f"{inspection.size / 1e6:.2f} MB", f"{', '.join(inspection.dialects)} layout"]
-    return f"{path}: {', '.join(facts)}"
+    bundle = find_bundle(path)
+    inspection = inspect_file(bundle, hashed=False)
+    outline = open_adapter(bundle).outline
+    readers = list_readers(outline, inspection.dialects) if outline.family_verdict.candidates else None
+    ranks = tuple(sorted(rank for rank in inspection.ranks if rank is not None))
+    return Written(path, inspection.layers, ranks, inspection.size, inspection.dialects, readers)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.families.names import part_of
+from texforce_hub.families.order import natural
 from texforce_hub.files.container import sniff
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.formats.plan.planning import Plan
@@ -117,7 +118,7 @@ def describe(known: Inspection, planned: Plan) -> Inspection:
         families=families,
         verdict=planned.family.summary,
         evidence=planned.family.evidence,
-        parts=_counted(part_of(layer.name) for layer in layers),
+        parts=dict(Counter(sorted((part_of(layer.name) for layer in layers), key=natural))),
         ranks=_counted(layer.rank for layer in layers),
         alphas=_counted(layer.alpha for layer in layers),
         kinds=_counted(("DoRA" if layer.decomposed else layer.kind) or "unreadable" for layer in layers),

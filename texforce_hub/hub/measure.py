@@ -19,6 +19,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.tensors import wide
 from texforce_hub.adapter.value import Layer, LayerName
 from texforce_hub.errors import AdapterError
+from texforce_hub.families.order import natural
 from texforce_hub.hub.bundles import Bundle, bundle_file
 from texforce_hub.hub.inspect import Inspection, with_error
 from texforce_hub.hub.read import open_adapter
@@ -63,7 +64,8 @@ def measure_file(source: str | Path | Bundle, *, device: str | torch.device | No
         FileError, DialectError, AdapterError: the file cannot be read as an adapter.
     """
     bundle = source if isinstance(source, Bundle) else bundle_file(Path(source))
-    return list(measure_layers(open_adapter(bundle, device=device, checked=False).layers.items()))
+    measured = measure_layers(open_adapter(bundle, device=device, checked=False).layers.items())
+    return sorted(measured, key=lambda layer: natural(layer.name))
 
 
 def measure_layers(layers: Iterable[tuple[LayerName, Layer]]) -> Iterator[LayerFacts]:

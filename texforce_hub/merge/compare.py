@@ -15,6 +15,7 @@ from texforce_hub.adapter.tensors import wide_alike
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.errors import MergeError
+from texforce_hub.families.order import natural
 from texforce_hub.formats.codec.renaming import share_names
 from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.stack import Source, read_stack
@@ -97,13 +98,15 @@ def compare_adapters(
         1.0
     """
     a, b = share_names([_opened(adapter, device) for adapter in (a, b)])
-    shared = [name for name in a.layers if name in b.layers]
+    shared = sorted((name for name in a.layers if name in b.layers), key=natural)
     if not shared:
         raise MergeError(f"no layer in common: one has {next(iter(a.layers), None)!r}, the other {_first(b)!r}")
     layers = tuple(_compare_named(name, a.layers[name], b.layers[name], base) for name in shared)
     inner = math.fsum(layer.cosine * layer.norms[0] * layer.norms[1] for layer in layers)
     squares = [math.fsum(layer.norms[side] ** 2 for layer in layers) for side in (0, 1)]
-    only = tuple(tuple(name for name in mine.layers if name not in other.layers) for mine, other in ((a, b), (b, a)))
+    only = tuple(
+        tuple(sorted(mine.layers.keys() - other.layers.keys(), key=natural)) for mine, other in ((a, b), (b, a))
+    )
     return Comparison(layers, (only[0], only[1]), _cosine(inner, *squares), _interference(inner, *squares))
 
 
@@ -113,6 +116,10 @@ def _opened(source: Source | LazyAdapter, device: str | torch.device | None) -> 
     (entry,) = read_stack(source, read=lambda ref: open_adapter(ref, device=device))
     assert isinstance(entry.content, LazyAdapter)  # as it was opened
     return entry.content.weighted(entry.weight.weight_of)
+
+
+def _missing_in(other: Adapter | LazyAdapter, mine: Adapter | LazyAdapter) -> tuple[LayerName, ...]:
+    return tuple(sorted(mine.layers.keys() - other.layers.keys(), key=natural))
 
 
 def _first(adapter: Adapter | LazyAdapter) -> LayerName | None:

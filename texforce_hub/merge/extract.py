@@ -16,6 +16,7 @@ from texforce_hub.apply.model import parts_of, plain
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
 from texforce_hub.families.names import part_of
+from texforce_hub.families.order import natural
 from texforce_hub.merge.overflow import check_result, naming_overflow
 from texforce_hub.merge.resize import Limits, shrink_dense
 from texforce_hub.reading import is_folder
@@ -119,6 +120,7 @@ def extract_adapter(
             layers[fact.name] = layer
     if not facts:
         raise MergeError(f"nothing changed: {unchanged} weights are alike to a share of {threshold:g}")
+    facts.sort(key=lambda fact: natural(fact.name))
     return Extracted(Adapter(layers).to(dtype=kind), tuple(facts), unchanged)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.adapter.value import LayerName
+from texforce_hub.families.order import natural
 from texforce_hub.merge.gather import Gathered, Group
 from texforce_hub.merge.methods.registry import Mergeable
 from texforce_hub.merge.report import LayerReport, MergeReport, kept_share
@@ -60,14 +61,14 @@ class Tally:
             LayerReport(
                 name, type(layer).__name__, layer.rank, self.norms[name], self.kept.get(name, 1.0), self._sources(name)
             )
-            for name, layer in layers.items()
+            for name, layer in sorted(layers.items(), key=lambda item: natural(item[0]))
         ]
         return MergeReport(
             method=method,
             labels=self.gathered.labels,
             layers=tuple(facts),
             cosines=tuple(tuple(row) for row in cosines),
-            removed=tuple(name for name in self.gathered.names if name in self.removed),
+            removed=tuple(sorted(self.removed, key=natural)),
             warnings=tuple(self._warnings(facts)),
         )
 

@@ -10,6 +10,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.model import Base
 from texforce_hub.device import choose_dtype
+from texforce_hub.families.order import natural
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.read import open_adapter
 from texforce_hub.hub.refs.adapter import AdapterRef
@@ -62,7 +63,8 @@ def plan_merge(request: MergeRequest, *, base: Base | None = None) -> MergePlan:
         if group.layers:
             ranks[group.name] = planned = _planned_rank(group, request)
             size += width * _entries(group.layers[0].shape, planned)
-    return MergePlan(request.method, tuple(_planned_sources(gathered)), ranks, size)
+    in_order = {name: ranks[name] for name in sorted(ranks, key=natural)}
+    return MergePlan(request.method, tuple(_planned_sources(gathered)), in_order, size)
 
 
 def _planned_rank(group: Group, request: MergeRequest) -> int | None:

@@ -19,6 +19,7 @@ from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
+from texforce_hub.families.order import natural
 from texforce_hub.merge.methods.resolve import resolve
 from texforce_hub.merge.methods.spaces import as_low_rank
 from texforce_hub.merge.overflow import check_result, naming_overflow
@@ -206,7 +207,8 @@ def resize_adapter(
     for name, layer in layers.items():
         check_result(name, layer)
     before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
-    facts = tuple(_fact(before.layers[name], name, layer, kept.get(name)) for name, layer in layers.items())
+    names = sorted(layers, key=natural)
+    facts = tuple(_fact(before.layers[name], name, layers[name], kept.get(name)) for name in names)
     return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=kind), facts)
 
 

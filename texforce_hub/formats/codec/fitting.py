@@ -1,6 +1,6 @@
 """An adapter as another program reads it exactly: filled up with zeros where that helps, refused where it does not."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -51,6 +51,19 @@ def describe_gaps(adapter: Adapter, layout: str) -> Iterator[str]:
             gaps.setdefault(gap, []).append(reader.title)
     for gap, titles in gaps.items():
         yield f"for {', '.join(titles)}: {gap}"
+
+
+def list_readers(adapter: Adapter, layouts: Collection[str]) -> tuple[str, ...]:
+    """The titles of the programs that read all of an adapter's layers, and exactly, as they lie in a file of these."""
+    return tuple(
+        reader.title
+        for reader in READERS.values()
+        if all(_reads(reader, adapter, layout) for layout in layouts or [""])
+    )
+
+
+def _reads(reader: Reader, adapter: Adapter, layout: str) -> bool:
+    return layout in reader.layouts and not [*_find_gaps(reader, adapter, layout), *_missing(reader, adapter)]
 
 
 def _find_readers(adapter: Adapter, layout: str) -> list[Reader]:
