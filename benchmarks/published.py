@@ -27,8 +27,8 @@ def published_update(
     halves of guidance into the text encoder: what our algorithms save.
     """
     config = policy.config
-    rollout = sample_rollout(policy, policy.rows(prompts, config.images_per_prompt), generator)
-    advantages = judge.advantages(rollout.images, [prompts[i] for i in rollout.rows.group])
+    rollout = sample_rollout(policy, prompts, judge, generator)
+    advantages = judge.advantages()
     clip = config.clip / rollout.latents[0, 0].numel()
     optimizer.zero_grad(set_to_none=True)
     for rows in torch.split(torch.arange(len(advantages), device=advantages.device), config.batch_size):

@@ -97,11 +97,8 @@ def print_signal(rounds: int) -> None:
     gradients = []
     with frozen(policy.pipeline):
         for number in range(rounds):
-            rows = policy.rows(prompts, config.images_per_prompt)
-            latents, scores = sample_scored(policy, rows, Generator().manual_seed(number))
-            with torch.no_grad():
-                images = policy.decode(latents)
-            advantages = judge.advantages(images, [prompts[i] for i in rows.group]).view(-1, 1, 1)
+            _, scores = sample_scored(policy, prompts, judge, Generator().manual_seed(number))
+            advantages = judge.advantages().view(-1, 1, 1)
             steps = torch.stack([leaves[0] for leaves in scores.values()])
             gradients.append((advantages * steps).reshape(len(steps), 8, 16, *steps.shape[2:]).mean(2))
     schedule.SENSITIVE = limit

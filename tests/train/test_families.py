@@ -43,8 +43,11 @@ def policy_of(name, *, disturbed=True, **changes):
 
 
 class FixedJudge(Judge):
-    def advantages(self, images, texts):
-        self.scores, self.images = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), images
+    def see(self, images, texts):
+        pass
+
+    def advantages(self):
+        self.scores, self.own = torch.randn(1, 4, generator=torch.Generator().manual_seed(0)), slice(0, 4)
         return ADVANTAGES
 
 
@@ -63,7 +66,8 @@ def carried(outputs, cotangents, parameters):
 
 def whole_gradient(policy, parameters):
     """Autograd of the chain's advantage-weighted log-probability, from the text encoders to the last step."""
-    rollout = sample_rollout(policy, policy.rows(PROMPTS, 2), torch.Generator().manual_seed(3))
+    judge = FixedJudge([], policy.config)
+    rollout = sample_rollout(policy, PROMPTS, judge, torch.Generator().manual_seed(3))
     graded, group = grade_steps(rollout.steps, policy.config.share), torch.tensor([0, 0, 1, 1])
     texts = Text(policy.encode(PROMPTS), policy.encode_frozen(PROMPTS))
     negative = policy.rows(PROMPTS, 2).negative

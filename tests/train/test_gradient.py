@@ -26,8 +26,13 @@ ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.5, 0.3, 0.2, -0.5])
 class FixedJudge(Judge):
     """Gives every picture the advantage that the test wants."""
 
-    def advantages(self, images, texts):
-        self.scores, self.images = torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), images
+    images = torch.empty(0)
+
+    def see(self, images, texts):
+        self.images = torch.cat([self.images, images]) if len(self.images) else images
+
+    def advantages(self):
+        self.scores, self.own = torch.randn(1, 8, generator=torch.Generator().manual_seed(0)), slice(0, 8)
         return ADVANTAGES
 
 
@@ -47,8 +52,8 @@ def difference(a, b):
 
 def naive_policy_gradient(policy):
     """Autograd of the whole chain's advantage-weighted log-probability, at the embeddings of the texts."""
-    config = policy.config
-    rollout = sample_rollout(policy, policy.rows(PROMPTS, 4), torch.Generator().manual_seed(3))
+    config, judge = policy.config, judge_of(policy)
+    rollout = sample_rollout(policy, PROMPTS, judge, torch.Generator().manual_seed(3))
     leaf = policy.encode(policy.texts(PROMPTS))[0].detach().requires_grad_()
     rows = policy.rows(PROMPTS, 4)
     negative = rows.negative
@@ -61,17 +66,17 @@ def naive_policy_gradient(policy):
         prediction = policy.predict(latents, rollout.steps.timesteps[k], rows)
         mean, std = rollout.steps.step(latents, prediction, at)
         loss = loss - (ADVANTAGES * log_probability(rollout.latents[:, k + 1], mean, std)).mean() / len(graded)
-    return torch.autograd.grad(loss, leaf)[0], rollout
+    return torch.autograd.grad(loss, leaf)[0], judge.images
 
 
 @pytest.mark.parametrize("changes", [{}, {"uncond": "base"}, {"uncond": "full"}, {"guidance": 1.0}, {"share": 1.0}])
 def test_streaming_is_ppos_first_gradient_is_autograd_of_the_log_probability(changes):
     policy, _ = make_policy(**changes)
-    expected, rollout = naive_policy_gradient(policy)
+    expected, images = naive_policy_gradient(policy)
     assert expected.norm() > 0
     for algorithm in (streaming, ppo):
         update, judge = first_update(algorithm, policy)
-        torch.testing.assert_close(judge.images, rollout.images, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(judge.images, images, rtol=1e-4, atol=1e-4)
         assert difference(update.cotangents[0], expected) < 1e-4
 
 
@@ -125,7 +130,9 @@ def carried_to_the_lora(policy, parameters, cotangents):
 @pytest.mark.parametrize("uncond", ["detach", "full"])
 def test_ppos_gradient_off_its_own_policy_is_that_of_the_surrogate_by_finite_differences(uncond):
     policy, parameters = make_policy(uncond=uncond, clip=1e4)
-    rollout = sample_rollout(policy, policy.rows(PROMPTS, 4), torch.Generator().manual_seed(3))
+    judge = judge_of(policy)
+    rollout = sample_rollout(policy, PROMPTS, judge, torch.Generator().manual_seed(3))
+    advantages = judge.advantages()
     for name, parameter in parameters.items():
         if ".lora_B." in name:
             parameter.data *= 1.05  # half a step away from the policy that drew the pictures
@@ -141,7 +148,7 @@ def test_ppos_gradient_off_its_own_policy_is_that_of_the_surrogate_by_finite_dif
         log_ratio = log_probability(rollout.latents[rows, at + 1], mean, std) - rollout.log_probabilities[rows, at]
         return ppo_losses(log_ratio, ADVANTAGES[rows], 1e4).double().mean().item()
 
-    update = surrogate_gradient(policy, PROMPTS, rollout, ADVANTAGES, rows, at)
+    update = surrogate_gradient(policy, PROMPTS, rollout, advantages, judge, (rows, at))
     gradient = carried_to_the_lora(policy, parameters, update.cotangents)
     assert finite_slope(parameters, gradient, surrogate, step=3e-3) == pytest.approx(gradient.norm().item(), rel=0.02)
 
@@ -239,8 +246,8 @@ def test_ppo_takes_several_updates_a_rollout_and_clips_what_has_moved():
 
 def test_an_update_raises_the_probability_of_what_was_good():
     policy, parameters = make_policy()
-    update, _ = first_update(streaming, policy)
-    rollout = sample_rollout(policy, policy.rows(PROMPTS, 4), torch.Generator().manual_seed(3))
+    update, judge = first_update(streaming, policy)
+    rollout = sample_rollout(policy, PROMPTS, judge, torch.Generator().manual_seed(3))
     rows, at = draw_timesteps(torch.arange(8), rollout.graded, None, torch.Generator())
 
     def surrogate():

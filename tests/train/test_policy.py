@@ -162,7 +162,8 @@ def test_leaving_the_picture_itself_out_is_comparing_with_the_others():
 def test_flat_groups_are_counted():
     policy, _ = make_policy()
     judge = Judge([Reward("mine", lambda images, prompts: torch.tensor([1.0, 1, 1, 1, 0, 1, 2, 3]))], policy.config)
-    judge.advantages(torch.zeros(8, 3, 4, 4), ["a"] * 8)
+    judge.see(torch.zeros(8, 3, 4, 4), ["a"] * 8)
+    judge.advantages()
     assert judge.flat_groups == 1
 
 
@@ -193,7 +194,8 @@ def test_diagnostics_find_signal_where_it_is_and_noise_where_it_is():
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randn(64, generator=generator)
     judge = Judge([Reward("a", lambda i, p: rewards), Reward("b", lambda i, p: -rewards)], policy.config)
-    judge.advantages(torch.zeros(64, 3, 4, 4), ["a"] * 64)
+    judge.see(torch.zeros(64, 3, 4, 4), ["a"] * 64)
+    judge.advantages()
     judge.rewards = judge.rewards[:1]
     judge.scores = judge.scores[:1]
     signal = rewards.view(-1, 1, 1) * torch.ones(64, 2, 3)
@@ -209,8 +211,8 @@ def test_cosines_between_rewards_are_reported():
     policy, _ = make_policy()
     rewards = torch.tensor([0.0, 1, 2, 3, 5, 1, 2, 3])
     judge = Judge([Reward("up", lambda i, p: rewards), Reward("down", lambda i, p: -2 * rewards)], policy.config)
-    _, scores = sample_scored(policy, policy.rows(["a red circle", "a lime disc"], 4), torch.Generator())
-    judge.advantages(torch.zeros(8, 3, 4, 4), ["a"] * 8)
+    _, scores = sample_scored(policy, ["a red circle", "a lime disc"], judge, torch.Generator())
+    judge.advantages()
     assert describe_scores({k: s[0].flatten(1) for k, s in scores.items()}, judge)["cosine/up/down"] == pytest.approx(
         -1, abs=1e-4
     )

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from texforce_hub.cli.console import put, put_json, say
 from texforce_hub.cli.environments import prepare_rewards
 from texforce_hub.cli.table import put_table
-from texforce_hub.errors import ConfigError, NotBetterError
+from texforce_hub.errors import ConfigError, NotBetterError, TexForceHubError
 
 if TYPE_CHECKING:
     from texforce_hub.train.training_run import StepReport
@@ -112,8 +112,12 @@ def _estimate(config: Any, as_json: bool) -> None:
 def _run(config: Any, as_json: bool) -> None:
     from texforce_hub.train.run import train_adapter
     from texforce_hub.train.run_folder import ADAPTER
+    from texforce_hub.train.team import follows
 
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
+    if follows():
+        _follow(config)
+        return
     with _progress(config.steps) as show:
         try:
             adapter = train_adapter(config, on_step=show)
@@ -129,6 +133,24 @@ def _run(config: Any, as_json: bool) -> None:
         put_json({"adapter": str(path), "steps": config.steps, "weights_of_step": step, "seed": config.seed})
     else:
         put(f"{path}: weights of step {step} of {config.steps}")
+
+
+def _follow(config: Any) -> None:
+    """Train behind another process, which says all there is to say but that it is lost."""
+    import logging
+
+    from texforce_hub.train.run import train_adapter
+    from texforce_hub.train.team import LostProcessError
+
+    logging.getLogger("texforce_hub").setLevel(logging.CRITICAL)
+    try:
+        train_adapter(config)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except LostProcessError:
+        raise
+    except TexForceHubError as error:
+        raise typer.Exit(1 if isinstance(error, NotBetterError) else 2) from None
 
 
 def _how_to_resume(config: Any) -> str:

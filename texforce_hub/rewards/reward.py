@@ -34,6 +34,7 @@ class Reward:
     function: Score
     weight: float = 1.0
     differentiable: bool = False
+    remote: bool = False  # the work is done elsewhere: there is other work to do here meanwhile
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores ``(b,)``, float32, on the images' device; images ``(b, 3, h, w)`` in [0, 1]."""
@@ -72,13 +73,13 @@ def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:
     if name.startswith(("http://", "https://")):
         from texforce_hub.rewards.remote import remote_reward
 
-        return Reward(name, remote_reward(name), weight)
+        return Reward(name, remote_reward(name), weight, remote=True)
     if name.startswith("env:"):
         from texforce_hub.rewards.environment.resolve import environment_reward
         from texforce_hub.rewards.environment.spec import EnvironmentRef
 
         environment = EnvironmentRef.parse(name)
-        return Reward(environment.name, environment_reward(environment), weight)
+        return Reward(environment.name, environment_reward(environment), weight, remote=True)
     return _resolve_built_in(name, weight, torch.device(device))
 
 

@@ -16,31 +16,40 @@ def describe_scores(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, flo
     sums over many tell.
 
     Shapes:
-        scores: by denoising step ``(b, numbers of a prompt's embeddings)``
+        scores: by denoising step, of this process's pictures, ``(b, numbers of a prompt's embeddings)``
     """
-    size, images = judge.scores.shape[1], judge.config.images_per_prompt
+    facts = _cosines(scores, judge) if len(judge.rewards) > 1 else {}
+    # A half of one picture has nobody to be compared with.
+    return facts | (_signals(scores, judge) if judge.config.images_per_prompt >= 4 else {})
+
+
+def _cosines(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
+    own, total = judge.scores[:, judge.own], torch.stack([*scores.values()]).sum(0)
+    names, images = [reward.name for reward in judge.rewards], judge.config.images_per_prompt
+    alone = [_weigh(total, judge.compare(own, only=i), images).flatten() for i in range(len(names))]
+    products = torch.stack(alone) @ torch.stack(alone).T
+    judge.team.add([products])
+    norms = products.diagonal().sqrt().clamp(min=torch.finfo(products.dtype).tiny)
+    cosines = products / norms / norms[:, None]
+    return {f"cosine/{names[j]}/{names[i]}": cosines[i, j].item() for i in range(len(names)) for j in range(i)}
+
+
+def _signals(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
+    own, images = judge.scores[:, judge.own], judge.config.images_per_prompt
+    halves = torch.arange(own.shape[1], device=own.device).view(-1, images)[:, : images // 2 * 2].chunk(2, 1)
+    pairs = [[_half(score, own, judge, half.flatten()) for half in halves] for score in scores.values()]
+    pairs.append([torch.stack(half).sum(0) for half in zip(*pairs, strict=True)])
+    squares = torch.stack([_signal_and_noise(a, b) for a, b in pairs])
+    judge.team.add([squares])
     facts: dict[str, float] = {}
-    if len(judge.rewards) > 1:
-        total = torch.stack([*scores.values()]).sum(0)
-        names = [reward.name for reward in judge.rewards]
-        gradients = [_weigh(total, judge.compare(judge.scores, only=i), images) for i in range(len(names))]
-        for i, one in enumerate(gradients):
-            for j in range(i):
-                facts[f"cosine/{names[j]}/{names[i]}"] = _cosine(gradients[j], one)
-    if images < 4:  # a half of one has nobody to be compared with
-        return facts
-    halves = torch.arange(size, device=judge.scores.device).view(-1, images)[:, : images // 2 * 2].chunk(2, 1)
-    pairs = {k: [_half(score, judge, half.flatten()) for half in halves] for k, score in scores.items()}
-    for k, (a, b) in pairs.items():
-        facts[f"signal/{k}"], facts[f"noise/{k}"] = _signal_and_noise(a, b)
-    whole = (torch.stack(half).sum(0) for half in zip(*pairs.values(), strict=True))
-    facts["signal"], facts["noise"] = _signal_and_noise(*whole)
+    for name, (signal, noise) in zip([*(f"/{k}" for k in scores), ""], squares.tolist(), strict=True):
+        facts |= {f"signal{name}": signal, f"noise{name}": noise}
     return facts
 
 
-def _half(score: Tensor, judge: Judge, chosen: Tensor) -> Tensor:
+def _half(score: Tensor, own: Tensor, judge: Judge, chosen: Tensor) -> Tensor:
     images = judge.config.images_per_prompt // 2
-    return _weigh(score[chosen], judge.compare(judge.scores[:, chosen], images=images), images)
+    return _weigh(score[chosen], judge.compare(own[:, chosen], images=images), images)
 
 
 def _weigh(score: Tensor, advantages: Tensor, images: int) -> Tensor:
@@ -48,10 +57,6 @@ def _weigh(score: Tensor, advantages: Tensor, images: int) -> Tensor:
     return (advantages.view(-1, *[1] * (score.ndim - 1)) * score).reshape(-1, images, *score.shape[1:]).mean(1)
 
 
-def _signal_and_noise(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Of the mean of two independent estimates: the square of what is common to both, and its variance."""
-    return (a * b).sum().item(), (a - b).square().sum().item() / 4
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0).item()
+def _signal_and_noise(a: Tensor, b: Tensor) -> Tensor:
+    """Of the mean of two independent estimates: the square of what is common to both, and its variance, ``(2,)``."""
+    return torch.stack([(a * b).sum(), (a - b).square().sum() / 4])

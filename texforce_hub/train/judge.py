@@ -1,37 +1,96 @@
 """What pictures are worth: rewards, and how much better than its group each picture is."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from threading import Thread
 
 import torch
 from torch import Tensor
 
 from texforce_hub.rewards.reward import Reward, score_images
 from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.team import ALONE, Team
 
 _ROUNDING = 1e-5  # a group whose rewards differ by less than this share of their size does not differ
 
 
 @dataclass
 class Judge:
-    """The rewards of a run; it remembers the scores of the rollout last judged.
+    """The rewards of a run; it sees a rollout's pictures one slice after the other, and remembers their scores.
 
     Shapes:
-        scores: ``(rewards, b)``
+        scores: ``(rewards, b)``, of the rollout last closed, pictures grouped prompt by prompt; those of all
+        processes, of which ``own`` are this one's
     """
 
     rewards: Sequence[Reward]
     config: TrainConfig
+    team: Team = ALONE
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    own: slice = field(default_factory=lambda: slice(0))
+    _seen: list[Future[Tensor]] = field(default_factory=list)
 
-    def advantages(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """``(b,)``, pictures grouped prompt by prompt.
+    def begin(self) -> None:
+        """A new rollout: nothing has been seen yet."""
+        self._seen.clear()
+
+    def see(self, images: Tensor, texts: Sequence[str]) -> None:
+        """Have some more pictures of a rollout scored; rewards elsewhere answer while the next are drawn.
+
+        Raises:
+            RewardError: a reward cannot be used; the message names the prompt. One elsewhere says so in :meth:`close`.
+        """
+        answer = Future[Tensor]()
+        if any(reward.remote for reward in self.rewards):
+            Thread(target=self._answer, args=(answer, images, texts), daemon=True).start()
+        else:
+            answer.set_result(self.score(images, texts))
+        self._seen.append(answer)
+
+    def _answer(self, answer: Future[Tensor], images: Tensor, texts: Sequence[str]) -> None:
+        try:
+            answer.set_result(self.score(images, texts))
+        except BaseException as error:  # noqa: BLE001  # whoever waits for the answer gets it
+            answer.set_exception(error)
+
+    def note(self, scores: Tensor) -> None:
+        """Remember scores ``(rewards, b)`` of some more pictures of a rollout."""
+        answer = Future[Tensor]()
+        answer.set_result(scores)
+        self._seen.append(answer)
+
+    def close(self) -> None:
+        """The rollout is drawn, here and in the other processes: ``scores`` are its pictures'.
 
         Raises:
             RewardError: a reward cannot be used; the message names the prompt.
         """
-        self.scores = score_images(self.rewards, images, texts, batch=self.config.batch_size)
-        return self.compare(self.scores)
+        self.scores, self.own = self.collect(torch.cat([answer.result() for answer in self._seen], 1))
+        self._seen.clear()
+
+    def collect(self, scores: Tensor) -> tuple[Tensor, slice]:
+        """Scores ``(rewards, b)`` of all processes' pictures, and which of them are this one's."""
+        parts = self.team.gather(scores.cpu())
+        first = sum(part.shape[1] for part in parts[: self.team.rank])
+        return torch.cat(parts, 1).to(scores.device), slice(first, first + scores.shape[1])
+
+    def advantages(self) -> Tensor:
+        """Close the rollout; the advantages ``(b,)`` of this process's pictures.
+
+        Raises:
+            RewardError: as :meth:`close`.
+        """
+        self.close()
+        return self.compare(self.scores)[self.own]
+
+    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        """Every reward of some pictures, ``(rewards, b)``.
+
+        Raises:
+            RewardError: a reward cannot be used; the message names the prompt.
+        """
+        return score_images(self.rewards, images, texts, batch=self.config.batch_size)
 
     def compare(self, scores: Tensor, *, images: int | None = None, only: int | None = None) -> Tensor:
         """The advantages ``(b,)`` of scores ``(rewards, b)``, in groups of ``images``; by one reward ``only``."""
@@ -44,14 +103,13 @@ class Judge:
         """The weighted sum of the rewards, ``(b,)``."""
         return torch.stack([r.weight * row for r, row in zip(self.rewards, scores, strict=True)]).sum(0)
 
-    def ascend(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """The gradient of the weighted sum at the images, of their shape, for rewards that are differentiable."""
+    def ascend(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The gradient of the weighted sum at the images, of their shape, and the scores ``(rewards, b)``."""
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
             rows = torch.stack([reward(leaf, texts) for reward in self.rewards])
             (gradient,) = torch.autograd.grad(self.total(rows).sum(), leaf)
-        self.scores = rows.detach()
-        return gradient
+        return gradient, rows.detach()
 
     @property
     def flat_groups(self) -> int:

@@ -13,14 +13,15 @@ from texforce_hub.errors import TrainingError
 from texforce_hub.files.checkpoint import State
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.policies.policy import Leaves, Policy
+from texforce_hub.train.team import ALONE, Team
 
 
 class Learner:
     """The trained parameters and everything that remembers them; :meth:`snapshot` and :meth:`restore` are inverse."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: TrainConfig, team: Team = ALONE) -> None:
         self.parameters = dict(parameters)
-        self.config = config
+        self.config, self.team = config, team
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.learning_rate, betas, weight_decay=decay)
         self.average, self.best = self._copies(), self._copies()
@@ -45,7 +46,7 @@ class Learner:
         """One optimiser step: the gradient at the texts' embeddings, and the pull of the anchors to where they were.
 
         The gradient is brought to norm 1, so that the anchor weighs the same whatever the reward, the resolution and
-        the algorithm. Returns its norm before.
+        the algorithm. Texts and cotangents are this process's, the anchors those of all. Returns the norm before.
 
         Raises:
             TrainingError: the gradient is not finite; the parameters are as before.
@@ -53,18 +54,29 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             torch.autograd.backward(policy.encode(texts), cotangents)
-        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        pulls = self._pull_back(policy, anchors, trained) if anchors and self.config.anchor else []
+        self.team.add([*gradients, *pulls])
         norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             raise TrainingError('the gradient is not finite; use dtype = "float32" or "bfloat16"')
         torch._foreach_div_(gradients, norm or 1.0)
-        if anchors and self.config.anchor:
-            with torch.enable_grad():
-                pairs = zip(policy.encode(anchors), policy.reference.encode(anchors), strict=True)
-                shifts = [(now - before.detach()).square().mean() for now, before in pairs]
-                torch.autograd.backward(self.config.anchor * torch.stack(shifts).sum())
+        if pulls:
+            torch._foreach_add_(gradients, pulls)
         self.optimizer.step()
         return norm
+
+    def _pull_back(self, policy: Policy, anchors: Sequence[str], trained: Sequence[nn.Parameter]) -> list[Tensor]:
+        """This process's share of the gradient of how far the anchors' embeddings have moved."""
+        own = anchors[self.team.share(len(anchors))]
+        if not own:
+            return [torch.zeros_like(parameter) for parameter in trained]
+        with torch.enable_grad():
+            pairs = zip(policy.encode(own), policy.reference.encode(own), strict=True)
+            shifts = [(now - before.detach()).square().mean() for now, before in pairs]
+            loss = self.config.anchor * torch.stack(shifts).sum() * (len(own) / len(anchors))
+            return list(torch.autograd.grad(loss, trained))
 
     def set_learning_rate(self) -> float:
         """The learning rate of the step to come."""
@@ -106,7 +118,7 @@ class Learner:
             tensors |= {f"adam/{name}/{k}": value for k, value in self.optimizer.state.get(parameter, {}).items()}
         facts: dict[str, Any] = {"best_step": self.best_step, "batch_size": self.batch_size}
         facts |= {name: [list(v) for v in getattr(self, name)] for name in ("validations", "watched")}
-        facts |= {"config": asdict(self.config), "threads": torch.get_num_threads()}
+        facts |= {"config": asdict(self.config), "threads": torch.get_num_threads(), "processes": self.team.size}
         return State(self.step, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}, facts)
 
     def restore(self, state: State) -> None:

@@ -1,8 +1,12 @@
 """A training run from start to finish; it can be stopped at any moment and goes on where it was."""
 
 import logging
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +30,8 @@ from texforce_hub.train.memory import fit_batch
 from texforce_hub.train.policies.choose import make_policy
 from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.run_folder import RunFolder, Trackers
+from texforce_hub.train.team import ALONE, Team, joined
 from texforce_hub.train.training_run import StepReport, TrainingRun, mix_seed
-
-_LOG = logging.getLogger("texforce_hub")
 
 
 def train_adapter(
@@ -55,71 +58,95 @@ def train_adapter(
         >>> train_adapter(config)  # doctest: +SKIP
     """
     # A reward may draw from torch's own random numbers: the caller's state of them is put back.
-    with own_folder(config.output) as folder, no_denormals(), torch.random.fork_rng(devices=[]):
-        run = make_run(config, pipeline, RunFolder(folder))
+    with joined() as team, no_denormals(), torch.random.fork_rng(devices=[]), ExitStack() as stack:
+        with team.together():
+            folder = stack.enter_context(own_folder(config.output)) if team.leads else Path(config.output)
+            run = make_run(config, pipeline, RunFolder(folder), team)
         with frozen(run.policy.pipeline, checkpointing=config.checkpointing, tiling=config.tiling):
-            _start(run)
+            with team.together():
+                _start(run)
             _train(run, on_step or (lambda _: None))
-        if not run.learner.beaten:
-            if run.learner.step == 0:
-                raise NotBetterError("the time was up before the first step was taken; no adapter is written")
-            first, best = run.learner.validations[0][1], max(score for _, score in run.learner.validations[1:])
-            raise NotBetterError(
-                f"no step beat the {'adapter it began with' if config.init else 'base'} on the held-out prompts "
-                f"({best:.3f} at best, {first:.3f} before), so no adapter is written; take more steps or another "
-                f'learning rate, or give keep = "last"; the last weights are in checkpoint-{run.learner.step}'
-            )
+        _refuse_no_better(run)
         return run.adapter()
 
 
-def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder) -> TrainingRun:
+def _refuse_no_better(run: TrainingRun) -> None:
+    config, learner = run.config, run.learner
+    if learner.beaten:
+        return
+    if learner.step == 0:
+        raise NotBetterError("the time was up before the first step was taken; no adapter is written")
+    first, best = learner.validations[0][1], max(score for _, score in learner.validations[1:])
+    raise NotBetterError(
+        f"no step beat the {'adapter it began with' if config.init else 'base'} on the held-out prompts "
+        f"({best:.3f} at best, {first:.3f} before), so no adapter is written; take more steps or another "
+        f'learning rate, or give keep = "last"; the last weights are in checkpoint-{learner.step}'
+    )
+
+
+def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder, team: Team = ALONE) -> TrainingRun:
     """Load what a run needs.
 
     Raises:
         ConfigError, PromptError, RewardError, TrainingError: as :func:`train_adapter`.
     """
+    if team.size > config.prompts_per_step:
+        raise ConfigError(
+            f"{team.size} processes for prompts_per_step = {config.prompts_per_step}; expected at least a prompt for "
+            f"each: set it to {team.size} or more, or start fewer"
+        )
     prompts = load_prompts(config.prompts, base=config.base, canonical=config.canonical, anchors=config.anchor_prompts)
     if pipeline is None:
-        pipeline = load_pipeline(config.base, unet=config.unet, device=config.device, dtype=config.dtype)
+        device = team.device if config.device in (None, "cuda") and team.device else config.device
+        pipeline = load_pipeline(config.base, unet=config.unet, device=device, dtype=config.dtype)
     policy, parameters = make_policy(pipeline, config, seed=mix_seed(config.seed, 0, 3))
     if not config.allow_cut:
         _refuse_cut(pipeline, [*prompts.texts(), config.negative_prompt])
     rewards, watch = (resolve_rewards(names, policy.device) for names in (config.reward, config.watch))
     if config.init is not None:
         load_lora(parameters, read_scales(policy.encoders), read_adapter(config.init))
-    learner = Learner(parameters, config)
-    run = TrainingRun(config, policy, learner, prompts, Judge(rewards, config), Judge(watch, config), folder)
-    set_batch_size(run, config.batch_size or fit_batch(policy))
+    learner = Learner(parameters, config, team)
+    judge, watcher = Judge(rewards, config, team), Judge(watch, config, team)
+    run = TrainingRun(config, policy, learner, prompts, judge, watcher, folder, team)
+    set_batch_size(run, min(team.gather(config.batch_size or fit_batch(policy))))
     return run
 
 
 def set_batch_size(run: TrainingRun, size: int) -> None:
     """So many pictures in a U-Net call from now on."""
     run.policy = replace(run.policy, config=replace(run.config, batch_size=size))
-    run.judge.config = run.policy.config
+    run.judge.config = run.watch.config = run.policy.config
     run.learner.batch_size = size
 
 
 def _start(run: TrainingRun) -> None:
-    state = read_checkpoint(run.folder.path)
+    state = run.team.lead(lambda: read_checkpoint(run.folder.path))
     if state is None:
-        run.folder.write_config(run.config)
-        run.folder.trim_metrics(0)
+        if run.team.leads:
+            run.folder.write_config(run.config)
+            run.folder.trim_metrics(0)
         if run.config.validate_every:
-            _LOG.info("validation before training: %.3f", run.validate())
-        return
+            run.say("validation before training: %.3f", run.validate(), level=logging.INFO)
+    else:
+        _go_on(run, state)
+    run.look_at_clock()
+
+
+def _go_on(run: TrainingRun, state: State) -> None:
     changed = differing(run.config, _read_config(state, run.config))
     if changed:
         was = ", ".join(f"{name} was {state.facts['config'].get(name)!r}" for name in changed)
         raise ConfigError(f"{run.folder.path} holds a run with other settings ({was}); use them, or another --output")
-    if (before := state.facts["threads"]) != (now := torch.get_num_threads()):
-        _LOG.warning("the checkpoint was made with %d threads, not %d: the last bits may differ", before, now)
+    for name, now in {"threads": torch.get_num_threads(), "processes": run.team.size}.items():
+        if (before := state.facts[name]) != now:
+            run.say("the checkpoint was made with %d %s, not %d: the last bits may differ", before, name, now)
     run.learner.restore(state)
     set_batch_size(run, run.learner.batch_size)
-    run.folder.trim_metrics(state.step)
-    if run.due(run.config.sheet_every) and not run.folder.has_sheet(state.step):
-        run.draw()  # it was killed between the checkpoint and the sheet
-    _LOG.info("resuming from step %d", state.step)
+    if run.team.leads:
+        run.folder.trim_metrics(state.step)
+        if run.due(run.config.sheet_every) and not run.folder.has_sheet(state.step):
+            run.draw()  # it was killed between the checkpoint and the sheet
+    run.say("resuming from step %d", state.step, level=logging.INFO)
 
 
 def _read_config(state: State, config: TrainConfig) -> TrainConfig:
@@ -134,32 +161,60 @@ def _read_config(state: State, config: TrainConfig) -> TrainConfig:
 def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
     saved = run.learner.snapshot()
     try:
-        with Trackers(run.config) as trackers:
+        with Trackers(run.config) if run.team.leads else nullcontext() as trackers:
             while not run.finished:
                 try:
-                    report = run.take_step()
+                    with run.team.together():
+                        report = run.take_step()
                 except torch.OutOfMemoryError:
                     run.learner.restore(saved)
                     _take_smaller_slices(run)
                     continue
-                run.folder.append_metrics(report.flat())
-                trackers.log(report.flat())
+                if trackers is not None:
+                    run.folder.append_metrics(report.flat())
+                    trackers.log(report.flat())
                 saved = run.learner.snapshot()
-                if run.due(run.config.checkpoint_every):
-                    run.save(saved)
-                if run.due(run.config.sheet_every):
-                    run.draw()
-                on_step(report)
+                if trackers is not None:
+                    _record(run, saved)
+                    on_step(report)
     except BaseException as error:
         run.learner.restore(saved)
-        run.save(saved)
+        if run.team.leads:
+            with _undisturbed():
+                run.save(saved)
         _explain(error, saved.step)
         raise
     if run.config.validate_every and run.learner.validations[-1][0] < run.learner.step:  # the time was up
-        run.validate()
+        with run.team.together():
+            run.validate()
         saved = run.learner.snapshot()
-    run.save(saved)
-    run.draw()
+    if run.team.leads:
+        run.save(saved)
+        run.draw()
+
+
+def _record(run: TrainingRun, state: State) -> None:
+    if run.due(run.config.checkpoint_every):
+        run.save(state)
+    if run.due(run.config.sheet_every):
+        run.draw()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until this is done: a launcher ends all processes as soon as one is lost."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _take_smaller_slices(run: TrainingRun) -> None:
@@ -167,7 +222,7 @@ def _take_smaller_slices(run: TrainingRun) -> None:
     size = run.policy.config.batch_size
     if size == 1:
         raise TrainingError("out of memory with one picture at a time; give --preset 8gb, or a smaller resolution")
-    _LOG.warning("out of memory with %d pictures in a U-Net call; going on with %d", size, size // 2)
+    run.say("out of memory with %d pictures in a U-Net call; going on with %d", size, size // 2)
     set_batch_size(run, size // 2)
     torch.cuda.empty_cache()
 

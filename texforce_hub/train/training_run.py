@@ -1,6 +1,7 @@
 """The machinery of a run: one step, one validation, one sheet; what a step is made of is the algorithm's affair."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any
@@ -12,7 +13,6 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.files.checkpoint import State, write_checkpoint
 from texforce_hub.generate.prompts.sets import PromptSet, read_prompts
 from texforce_hub.hub.write import write_adapter
-from texforce_hub.rewards.reward import score_images
 from texforce_hub.train.algorithms.algorithm import Algorithm
 from texforce_hub.train.algorithms.direct import direct
 from texforce_hub.train.algorithms.ppo import ppo
@@ -24,6 +24,7 @@ from texforce_hub.train.lora import describe_run, read_lora, read_scales
 from texforce_hub.train.policies.sample import sample_images
 from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run_folder import ADAPTER, RunFolder
+from texforce_hub.train.team import ALONE, Team
 
 ALGORITHMS: dict[str, Algorithm] = {"streaming": streaming, "ppo": ppo, "direct": direct}
 _LOG = logging.getLogger("texforce_hub")
@@ -64,6 +65,8 @@ class TrainingRun:
     judge: Judge
     watch: Judge
     folder: RunFolder
+    team: Team = ALONE
+    late: bool = False  # max_minutes are over
     started: float = field(default_factory=monotonic)
 
     def take_step(self) -> StepReport:
@@ -76,15 +79,18 @@ class TrainingRun:
         config, learner, policy, judge = self.config, self.learner, self.policy, self.judge
         torch.manual_seed(mix_seed(config.seed, learner.step, 0))  # for a reward that draws random numbers
         texts = self.prompts.draw(learner.step, config.prompts_per_step, config.seed)
+        own = texts[self.team.share(len(texts))]
         anchors = self.prompts.anchors(learner.step, config.anchor_count, config.seed)
         rate, updates, norms = learner.set_learning_rate(), [], []
         began, learning = monotonic(), 0.0
-        for update in ALGORITHMS[config.algorithm](policy, texts, judge, self._generator(1)):
+        judge.begin()
+        for update in ALGORITHMS[config.algorithm](policy, own, judge, self._generator(1)):
             before = monotonic()
-            norms.append(learner.learn(policy, policy.texts(texts), update.cotangents, anchors))
+            norms.append(learner.learn(policy, policy.texts(own), update.cotangents, anchors))
             updates.append(update.facts)
             learning += monotonic() - before
         learner.finish_step()
+        self.look_at_clock()
         seconds = {"rollout": monotonic() - began - learning, "update": learning}
         before = monotonic()
         validation = self.validate() if self.due(config.validate_every) else None
@@ -106,19 +112,26 @@ class TrainingRun:
 
     def validate(self) -> float:
         """The mean reward on the validation prompts at fixed noise; remembers the best weights, warns of hacking."""
+        scores, *watched = self._score_held_out([self.judge, self.watch] if self.watch.rewards else [self.judge])
+        self.learner.note_validation(scores.mean().item())
+        if watched:
+            self._watch(watched[0])
+        elif _has_fallen(scores, self.learner.validations[0][1]):
+            self.say("step %d: the held-out reward is below where it began", self.learner.step)
+        return scores.mean().item()
+
+    def _score_held_out(self, judges: Sequence[Judge]) -> list[Tensor]:
+        """What every judge gives the validation's pictures in all, drawn by all processes together."""
         config, number = self.config, self.config.validation_images
         texts = self.prompts.sample(config.validation_prompts)
-        with self.learner.averaged():
-            images = sample_images(self.policy, texts, images=number, steps=config.picture_steps, seed=0)
-        drawn = [text for text in texts for _ in range(number)]
-        scores = self.judge.total(score_images(self.judge.rewards, images, drawn, batch=self.policy.config.batch_size))
-        self.learner.note_validation(scores.mean().item())
-        if self.watch.rewards:
-            rows = score_images(self.watch.rewards, images, drawn, batch=self.policy.config.batch_size)
-            self._watch(self.watch.total(rows))
-        elif _has_fallen(scores, self.learner.validations[0][1]):
-            _LOG.warning("step %d: the held-out reward is below where it began", self.learner.step)
-        return scores.mean().item()
+        share = self.team.share(len(texts))
+        scores = [torch.empty(len(judge.rewards), 0) for judge in judges]
+        if own := [text for text in texts[share] for _ in range(number)]:
+            with self.learner.averaged():
+                steps = config.picture_steps
+                images = sample_images(self.policy, texts, images=number, steps=steps, seed=0, share=share)
+            scores = [judge.score(images, own) for judge in judges]
+        return [judge.total(judge.collect(rows)[0]) for judge, rows in zip(judges, scores, strict=True)]
 
     def _watch(self, scores: Tensor) -> None:
         """Remember what the rewards that are not trained on say; warn if they fall while the others rise."""
@@ -128,10 +141,15 @@ class TrainingRun:
         if rose and _has_fallen(scores, learner.watched[0][1]):
             names = ", ".join(reward.name for reward in self.watch.rewards)
             pair = learner.watched[0][1], learner.watched[-1][1]
-            _LOG.warning(
+            self.say(
                 "reward hacking suspected at step %d: held out, the reward rose, but %s fell, %.3f to %.3f",
                 learner.step, names, *pair,
             )  # fmt: skip
+
+    def say(self, text: str, *values: object, level: int = logging.WARNING) -> None:
+        """Log it, once for all processes."""
+        if self.team.leads:
+            _LOG.log(level, text, *values)
 
     def adapter(self) -> Adapter:
         """The weights that the run has to show, as an adapter."""
@@ -157,14 +175,17 @@ class TrainingRun:
         self.folder.write_sheet(columns, texts, ["base", f"step {step}"], step=step)
         self.folder.write_curve(self.learner.validations)
 
+    def look_at_clock(self) -> None:
+        """Note whether the time is up; the first process's clock counts."""
+        if (most := self.config.max_minutes) is not None:
+            self.late = self.team.lead(lambda: (monotonic() - self.started) / 60 >= most)
+
     @property
     def finished(self) -> bool:
         """Whether all steps are taken, the time is up, or there has been no new best for long."""
         config, learner = self.config, self.learner
-        minutes = (monotonic() - self.started) / 60
-        late = config.max_minutes is not None and minutes >= config.max_minutes
         waited = [step for step, _ in learner.validations if step > learner.best_step]
-        return learner.step >= config.steps or late or bool(config.patience and len(waited) >= config.patience)
+        return learner.step >= config.steps or self.late or bool(config.patience and len(waited) >= config.patience)
 
     def due(self, every: int) -> bool:
         """Whether the step just taken is one of every so many, or the last."""

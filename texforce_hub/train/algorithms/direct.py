@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from texforce_hub.errors import ConfigError
-from texforce_hub.train.algorithms.algorithm import Update
+from texforce_hub.train.algorithms.algorithm import Update, draw_noise, slices, walk
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies.policy import Policy, Rows, pull
 from texforce_hub.train.policies.steps import Steps
@@ -33,20 +33,19 @@ def direct(policy: Policy, prompts: Sequence[str], judge: Judge, generator: Gene
     config = policy.config
     rows = policy.rows(prompts, config.images_per_prompt)
     steps = policy.make_steps(config.inference_steps)
-    stop = _choose_stop(config.direct, len(steps.timesteps), config.direct_steps, generator)
-    noise = [policy.draw_noise(len(rows.group), generator) for _ in range(len(steps.timesteps) + 1)]
-    again = [policy.draw_noise(len(rows.group), generator) for _ in range(_COPIES)]
-    parts, scores = [], []
-    for chosen in torch.split(torch.arange(len(rows.group), device=rows.group.device), config.batch_size):
-        some = rows.take(chosen)
+    count = len(steps.timesteps)
+    stop = _choose_stop(config.direct, count, config.direct_steps, generator)
+    noise = draw_noise(policy, 1 + count + _COPIES, generator, judge.team)
+    gradients = list[list[Tensor]]()
+    for chosen, some in slices(rows, config.batch_size):
+        first, *fresh = (n[chosen] for n in noise)
         with torch.no_grad():
-            latents = _denoise(policy, noise[0][chosen], some, steps, [n[chosen] for n in noise[1:]], range(stop))
+            latents = _denoise(policy, first, some, steps, fresh, range(stop))
         texts = [prompts[i] for i in some.group]
-        parts.append(_climb(policy, latents, some, texts, judge, steps, stop, [n[chosen] for n in (*noise, *again)]))
-        scores.append(judge.scores)
-    judge.scores = torch.cat(scores, 1)
-    gradients = [-torch.cat(leaf) / len(rows.group) for leaf in zip(*parts, strict=True)]
-    yield Update(policy.gather(rows.group, gradients, len(prompts)))
+        gradients.append(_climb(policy, latents, some, texts, judge, steps, stop, fresh))
+    judge.close()
+    whole = [-torch.cat(leaf) / config.images for leaf in zip(*gradients, strict=True)]
+    yield Update(policy.gather(rows.group, whole, len(prompts)))
 
 
 def _choose_stop(kind: str, steps: int, depth: int, generator: Generator) -> int:
@@ -59,11 +58,8 @@ def _choose_stop(kind: str, steps: int, depth: int, generator: Generator) -> int
 def _denoise(
     policy: Policy, latents: Tensor, rows: Rows, steps: Steps, noise: Sequence[Tensor], which: range
 ) -> Tensor:
-    for k in which:
-        at = torch.full((len(latents),), k, device=latents.device)
-        prediction = policy.predict(latents, steps.timesteps[k], rows)
-        mean, std = steps.step(latents, prediction, at)
-        latents = mean + std * noise[k]
+    for move in walk(policy, latents, rows, steps, noise, which):
+        latents = move.after
     return latents
 
 
@@ -77,32 +73,32 @@ def _climb(
     stop: int,
     noise: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The reward's gradient at the leaves, through what comes after step ``stop``."""
-    last = len(steps.timesteps) - 1
-    total: list[Tensor] = []
-    scores = []
-    for copy in range(_COPIES if policy.config.direct == "draft_lv" else 1):
+    """The reward's gradient at the leaves, through what comes after step ``stop``; ``noise`` by step, then copies'."""
+    count, kind = len(steps.timesteps), policy.config.direct
+    gradients, scores = list[list[Tensor]](), list[Tensor]()
+    for again in noise[count:] if kind == "draft_lv" else [None]:
         with torch.enable_grad():
             open_rows, leaves = policy.leaves(rows)
-            start, k = latents, min(stop, last)
-            if policy.config.direct == "draft_lv":
-                start = steps.add_noise(latents, noise[last + 2 + copy], torch.full_like(rows.group, last))
-            if policy.config.direct == "truncated":
-                clean = _denoise(policy, start, open_rows, steps, noise[1:], range(stop, last + 1))
+            start = latents
+            if again is not None:
+                start = steps.add_noise(latents, again, torch.full_like(rows.group, count - 1))
+            if kind == "truncated":
+                clean = _denoise(policy, start, open_rows, steps, noise, range(stop, count))
             else:
+                k = min(stop, count - 1)
                 at = torch.full((len(start),), k, device=start.device)
                 clean = steps.predict_clean(start, policy.predict(start, steps.timesteps[k], open_rows), at)
-            push = _decode_gradient(policy, clean, texts, judge)
-            gradients = pull(clean, leaves, push)
-        scores.append(judge.scores)
-        total = [a + b for a, b in zip(total, gradients, strict=True)] if total else gradients
-    judge.scores = torch.stack(scores).mean(0)
-    return [gradient / len(scores) for gradient in total]
+            slope, score = _ascend(policy, clean, texts, judge)
+            gradients.append(pull(clean, leaves, slope))
+        scores.append(score)
+    judge.note(torch.stack(scores).mean(0))
+    return [torch.stack(leaf).sum(0) / len(scores) for leaf in zip(*gradients, strict=True)]
 
 
-def _decode_gradient(policy: Policy, clean: Tensor, texts: Sequence[str], judge: Judge) -> Tensor:
-    """The reward's gradient at finished latents."""
+def _ascend(policy: Policy, clean: Tensor, texts: Sequence[str], judge: Judge) -> tuple[Tensor, Tensor]:
+    """The reward's gradient at finished latents, and the scores."""
     leaf = clean.detach().requires_grad_()
     images = policy.decode(leaf)
-    (gradient,) = torch.autograd.grad(images, leaf, judge.ascend(images, texts))
-    return gradient
+    slope, scores = judge.ascend(images, texts)
+    (gradient,) = torch.autograd.grad(images, leaf, slope)
+    return gradient, scores

@@ -167,6 +167,6 @@ class TextToImage(ABC):
             return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
 
         images = in_slices(decode_some, self.config.batch_size, latents)
-        if self.config.offload:
+        if self.config.offload and not images.requires_grad:  # a gradient has still to come back through it
             vae.to("cpu")
         return images
