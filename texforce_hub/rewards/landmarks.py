@@ -11,7 +11,7 @@ WRIST, FIRST_OF_MIDDLE = 0, 9
 _FINGERS = np.arange(1, 21).reshape(5, 4)  # thumb, index, middle, ring, little; each from its base to its tip
 _REACH = np.array([0.80, 0.85, 0.95, 0.88, 0.65])  # of a stretched finger, base to tip, in lengths of the palm
 _GONE, _THERE = 0.35, 0.65  # of that reach: nothing of a finger is seen below the one, all of it above the other
-_APART = 0.12  # palms between two fingers beyond their first joints that are not one
+_APART = 0.16  # palms between two fingers beyond their first joints that are not one
 _LENGTH = np.array([0.83, 0.88, 1.0, 0.90, 0.73])  # of a finger's bones together, against the middle finger's
 _TOLERANCE = 0.25  # of a ratio's logarithm: hands differ, and so do the angles that they are seen from
 
