@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from texforce_hub.cli.doctor.rewards import examine_rewards
 from texforce_hub.errors import RewardError
+from texforce_hub.hub.provenance import read_training
 from texforce_hub.rewards.environment import build
 from texforce_hub.rewards.environment.requirements import Requirements, read_requirements
 from texforce_hub.rewards.environment.spec import EnvironmentRef
+from texforce_hub.rewards.licences import describe_licences
 from texforce_hub.rewards.reward import resolve_reward, resolve_rewards
+from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.lora import describe_run
 
 IMAGES = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 PROMPTS = [f"prompt {i}" for i in range(5)]
@@ -322,3 +327,37 @@ def test_what_pip_says_is_one_line():
 def test_the_number_of_workers_is_no_part_of_a_rewards_name():
     ref = EnvironmentRef.parse("env:hands:3")
     assert (ref.name, ref.path.name, ref.workers) == ("env:hands", "hands.py", 3)
+
+
+def test_the_licences_of_rewards_are_named_with_files_by_their_last_component(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(BLOCK + "def score(images, prompts): ...\n")
+    said = describe_licences(
+        ["pickscore:/models/x=2", "brightness", f"env:{path}:score=0.5", "env:hands:2", "http://h"]
+    )
+    hands = "env:hands: Apache-2.0 (MediaPipe and the models in its wheel)"
+    assert said == f"pickscore: MIT; env:mine.py:score: MIT; {hands}"
+    path.unlink()
+    assert describe_licences([f"env:{path}:score"]) == ""
+
+
+def test_a_run_writes_the_licences_into_its_adapter_and_the_card_shows_them():
+    config = TrainConfig(reward=("clipscore", "alignment=0.5"), output="run")
+    metadata = describe_run(config, 3)
+    assert metadata["texforce_hub.reward_licenses"] == "clipscore: MIT"
+    assert "texforce_hub.reward_licenses" not in describe_run(TrainConfig(reward=("alignment",), output="run"), 3)
+    training = read_training(metadata, None)
+    assert training is not None
+    assert training.settings["reward licences"] == "clipscore: MIT"
+
+
+def test_doctor_says_whether_the_environments_are_there(reward_file, monkeypatch):
+    assert {finding.state for finding in examine_rewards()} == {"note"}
+    monkeypatch.setattr(build, "environment_folder", lambda _: reward_file.parent)
+    python = build.find_python(reward_file.parent)
+    python.parent.mkdir()
+    python.write_text("")
+    assert [(finding.name, finding.state) for finding in examine_rewards()] == [
+        ("reward env:hands", "ok"),
+        ("reward env:faces", "ok"),
+    ]

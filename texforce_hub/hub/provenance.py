@@ -18,6 +18,7 @@ EVALUATION = "evaluation.json"
 
 _SHOWN = (
     "reward",
+    "reward_licences",
     "prompts",
     "steps",
     "rank",
@@ -100,6 +101,7 @@ def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training 
 def _describe(
     settings: Mapping[str, Any], metadata: Mapping[str, str], curve: Path | None, sheet: Path | None, config: str
 ) -> Training:
+    settings = {**settings, "reward_licences": metadata.get("texforce_hub.reward_licenses", "")}
     shown = {name: _write(settings[name]) for name in _SHOWN if settings.get(name) not in (None, "")}
     return Training(
         {name.replace("_", " "): value for name, value in shown.items()},

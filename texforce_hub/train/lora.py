@@ -19,6 +19,7 @@ from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import ConfigError, TrainingError
 from texforce_hub.generate.prompts.sources import source_name
 from texforce_hub.reading import is_there
+from texforce_hub.rewards.licences import describe_licences
 from texforce_hub.train.config import TrainConfig
 
 ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "out_proj"], ["fc1", "fc2"]
@@ -144,5 +145,7 @@ def describe_run(config: TrainConfig, step: int, prompts: Mapping[str, str] | No
     facts = {"version": __version__, "reward": " ".join(config.reward), "steps": str(step)}
     facts |= {name: str(settings[name]) for name in ("base", "uncond", "seed")}
     facts |= prompts or {}
+    licences = describe_licences(config.reward)
+    facts |= {"reward_licenses": licences} if licences else {}
     facts["config"] = json.dumps(settings, sort_keys=True)
     return {f"texforce_hub.{name}": value for name, value in facts.items()}

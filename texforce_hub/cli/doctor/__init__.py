@@ -28,7 +28,7 @@ from texforce_hub.hub.catalog import read_catalog
 
 
 def examine(bases: Sequence[str] = (), *, device: str | None = None, online: bool = False) -> Iterator[Finding]:
-    """Everything looked at, one after the other: versions, extras, device, dtypes, cache, endpoint, token, bases.
+    """Everything looked at, in turn: versions, extras, rewards, device, dtypes, cache, endpoint, token, bases.
 
     ``bases`` are looked for beside ``shapes`` and the catalogue's; ``device`` is CUDA if present, else the CPU.
     ``online`` asks the Hub, too.
@@ -39,6 +39,7 @@ def examine(bases: Sequence[str] = (), *, device: str | None = None, online: boo
     yield from watch("versions", lambda: examine_versions(attempts))
     yield from watch("torchvision", lambda: [examine_torchvision(attempts)])
     yield from watch("vocabulary", lambda: [examine_vocabulary()])
+    yield from watch("rewards", _examine_rewards)
     yield from _unless(_find_obstacle("torch", attempts), "device", lambda: _examine_device(device))
     broken = list(examine_address())
     yield from broken
@@ -73,6 +74,12 @@ def _examine_device(name: str | None) -> Iterator[Finding]:
     from texforce_hub.cli.doctor.device import examine_device
 
     return examine_device(name)
+
+
+def _examine_rewards() -> Iterator[Finding]:
+    from texforce_hub.cli.doctor.rewards import examine_rewards
+
+    return examine_rewards()
 
 
 def _examine_hub() -> Iterator[Finding]:
@@ -121,7 +128,7 @@ def doctor(
     """
 
     findings = []
-    with bars({"looking": 20 + online + len(base or [])}) as advance:
+    with bars({"looking": 22 + online + len(base or [])}) as advance:
         for finding in examine(base or [], device=device, online=online):
             findings.append(finding)
             advance("looking", 1)

@@ -1,5 +1,6 @@
 """The reward in an environment of its own, ready to be asked."""
 
+import logging
 from pathlib import Path
 
 from texforce_hub.errors import RewardError
@@ -8,6 +9,8 @@ from texforce_hub.rewards.environment.serve import PATH
 from texforce_hub.rewards.environment.spec import EnvironmentRef
 from texforce_hub.rewards.environment.worker import EnvironmentWorker
 from texforce_hub.rewards.remote import Remote
+
+logger = logging.getLogger("texforce_hub")
 
 _BOOT = Path(__file__).with_name("boot.py")
 
@@ -28,4 +31,5 @@ def environment_reward(ref: EnvironmentRef) -> Remote:
     command = [str(python), "-I", str(_BOOT), ref.name, ref.function]
     workers = [EnvironmentWorker(ref.name, command, PATH) for _ in range(ref.workers)]
     workers[0].locate()
+    logger.info("reward %s: licence %s", ref.name, requirements.licence or "not stated in its file")
     return Remote(workers)
