@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from tests.support.kills import ends_with, in_child
 from tests.support.training import Stopped, bits, run, saved, short_config
-from texforce_hub.errors import ConfigError, TrainingError
+from texforce_hub.errors import ConfigError, FileError, TrainingError
 from texforce_hub.files.checkpoint import list_checkpoints, write_checkpoint
 from texforce_hub.train.learner import Learner
 
@@ -111,3 +113,54 @@ def test_a_killed_run_goes_on_with_the_same_bits(whole, tmp_path):
     run(tmp_path, on_step=lambda report: resumed.append(report.step))
     assert resumed in ([2, 3], [3], [])
     assert bits(tmp_path) == bits(whole)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json", "sha256"])
+def test_a_flipped_bit_in_the_newest_checkpoint_is_noticed_and_the_one_before_taken(whole, tmp_path, caplog, name):
+    shutil.copytree(whole, tmp_path / "run")
+    flip_a_bit(tmp_path / "run" / "checkpoint-3" / name)
+    steps = []
+    run(tmp_path / "run", on_step=lambda report: steps.append(report.step))
+    assert steps == [3]
+    assert "checkpoint-3 (its bytes are not those that were written); passed over" in caplog.text
+    assert bits(tmp_path / "run") == bits(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_not_begun_anew(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    for number in (2, 3):
+        flip_a_bit(tmp_path / "run" / f"checkpoint-{number}" / "state.safetensors")
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(
+        FileError, match=r"no checkpoint is whole \(checkpoint-2, checkpoint-3\); delete them"
+    ) as caught:
+        run(tmp_path / "run")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, Stopped, None])
+def test_a_run_leaves_no_lock_however_it_ends(tmp_path, reason):
+    def stop(report):
+        assert (tmp_path / "run.pid").read_text() == f"{os.getpid()}\n"
+        if reason:
+            raise reason
+
+    with pytest.raises(reason) if reason else nullcontext():
+        run(tmp_path, steps=1, validate_every=0, on_step=stop)
+    assert not {path.name for path in tmp_path.iterdir()} & {"run.pid", ".lock"}
+
+
+def test_a_refused_run_leaves_the_lock_of_the_one_that_goes_on(tmp_path):
+    def second(report):
+        with pytest.raises(TrainingError, match="is training"):
+            run(tmp_path)
+        assert {"run.pid", ".lock"} <= {path.name for path in tmp_path.iterdir()}
+
+    run(tmp_path, steps=1, validate_every=0, on_step=second)

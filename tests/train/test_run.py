@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.training import run, saved, short_config, tiny_pipeline
-from texforce_hub.errors import TrainingError
+from tests.support.training import run, saved, scripted_reward, short_config, tiny_pipeline
+from texforce_hub.errors import ConfigError, TexForceHubError, TrainingError
 from texforce_hub.files.checkpoint import list_checkpoints
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.pipelines.load import load_pipeline
@@ -129,7 +129,7 @@ def test_a_tracker_that_is_not_there_is_named(tmp_path, name, monkeypatch):
     from accelerate import tracking
 
     monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: False)
-    with pytest.raises(TrainingError, match=f"track = '{name}'; expected one of tensorboard, wandb, trackio"):
+    with pytest.raises(ConfigError, match=f"track = '{name}'; expected one of tensorboard, wandb, trackio"):
         run(tmp_path, track=(name,))
 
 
@@ -159,3 +159,24 @@ def test_a_tracker_gets_every_steps_numbers(tmp_path, monkeypatch):
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [(m["step"], m["reward"], m["rewards"]["brightness"]) for m in metrics]
     assert lines == [str(tmp_path), "start", *steps, "finish"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"samples": "none.txt"}, "none.txt"),
+        ({"track": ("mlflow",)}, "track = 'mlflow'"),
+        ({"algorithm": "direct"}, "has no gradient"),
+        ({"eta": 1e-12}, "none of the 4 denoising steps has noise"),
+        ({"watch": ("nothing",)}, "no reward 'nothing'"),
+        ({"init": "nowhere/at-all"}, "nowhere/at-all"),
+        ({"anchor_prompts": "none.txt"}, "none.txt"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_picture_and_leaves_nothing(tmp_path, monkeypatch, changes, says):
+    monkeypatch.chdir(tmp_path)
+    reward = scripted_reward(monkeypatch, [])  # it has no answer to any picture
+    with pytest.raises(TexForceHubError, match=says) as caught:
+        run(tmp_path / "run", reward=reward, **changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()

@@ -1,8 +1,8 @@
 """Checkpoints: everything a run is, written whole or not at all.
 
-``checkpoint-N/`` holds ``state.safetensors`` (weights, the optimiser's moments, running averages) and
-``state.json`` (step, settings and the like). Random numbers need no state: every one comes from a generator
-seeded by the run's seed and the step's number.
+``checkpoint-N/`` holds ``state.safetensors`` (weights, the optimiser's moments, running averages), ``state.json``
+(step, settings and the like) and ``sha256``, the hash of both, by which a flipped bit is noticed. Random numbers need
+no state: every one comes from a generator seeded by the run's seed and the step's number.
 """
 
 import json
@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from texforce_hub.errors import FileError
+from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.files.writing import write_tensors, writing
-from texforce_hub.reading import read_json
+from texforce_hub.reading import read_json, read_text
 
 _LOG = logging.getLogger("texforce_hub")
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -49,6 +50,7 @@ def write_checkpoint(folder: Path, state: State, *, keep: int) -> Path:
         aside.mkdir()
         write_tensors(aside / "state.safetensors", state.tensors)
         (aside / "state.json").write_text(json.dumps({"step": state.step, **state.facts}, indent=1), encoding="utf-8")
+        (aside / "sha256").write_text(f"{_hash(aside)}\n", encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
         _remove(old)
     return target
@@ -61,15 +63,30 @@ def _remove(path: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> State | None:
-    """The newest readable checkpoint in ``folder``, or ``None``; an unreadable one is named and passed over."""
-    for path in reversed(list_checkpoints(folder)):
+    """The newest whole checkpoint in ``folder``; a damaged one is named and passed over. ``None`` if there is none.
+
+    Raises:
+        FileError: there are checkpoints, and all of them are damaged.
+    """
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
         if (state := _read(path)) is not None:
             return state
+    if checkpoints:
+        names = ", ".join(path.name for path in checkpoints)
+        raise FileError(f"{folder}: no checkpoint is whole ({names}); delete them to begin anew")
     return None
+
+
+def _hash(path: Path) -> str:
+    return hash_files([path / "state.safetensors", path / "state.json"])
 
 
 def _read(path: Path) -> State | None:
     try:
+        written = read_text(path / "sha256", most=100, error=FileError).strip()
+        if written != _hash(path):
+            raise FileError("its bytes are not those that were written")
         facts = read_json(path / "state.json")
         _, tensors = read_tensors(path / "state.safetensors")
         return State(facts.pop("step"), tensors, facts)

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -17,12 +17,14 @@ from texforce_hub.reading import read_text
 def own_folder(path: str | Path) -> Iterator[Path]:
     """Make the folder and keep other runs out of it for the duration; the lock dies with the process.
 
-    What writers that were killed have left half-done in it is removed.
+    What writers that were killed have left half-done in it is removed. However the duration ends, the lock's own
+    files go, and so does a folder that was made for nothing.
 
     Raises:
         TrainingError: another process trains there, or the folder cannot be made.
     """
     folder, owner = Path(path), Path(path) / "run.pid"
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0).acquire()
@@ -32,11 +34,17 @@ def own_folder(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise TrainingError(f"cannot train in {folder}: {error.strerror}; give another --output") from error
     with lock:
-        with writing(owner) as part:
-            part.write_text(f"{os.getpid()}\n")
-        _remove_leftovers(folder)
-        yield folder
-        owner.unlink(missing_ok=True)
+        try:
+            with writing(owner) as part:
+                part.write_text(f"{os.getpid()}\n")
+            _remove_leftovers(folder)
+            yield folder
+        finally:
+            owner.unlink(missing_ok=True)
+            with suppress(OSError):
+                (folder / ".lock").unlink()  # while it is held: whoever opened it meanwhile sees that its name is gone
+                if made:
+                    folder.rmdir()  # if nothing is in it
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -3,8 +3,8 @@
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from texforce_hub.errors import ConfigError, NotBetterError, PromptError, Reward
 from texforce_hub.files.checkpoint import State, read_checkpoint
 from texforce_hub.files.lock import own_folder
 from texforce_hub.generate.prompts.emphasis import Emphasis
-from texforce_hub.generate.prompts.sets import load_prompts
+from texforce_hub.generate.prompts.sets import load_prompts, read_prompts
 from texforce_hub.generate.prompts.weighting import find_cut
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.pipelines.load import load_pipeline
-from texforce_hub.rewards.reward import resolve_rewards
+from texforce_hub.rewards.reward import Reward, resolve_rewards
+from texforce_hub.train.algorithms.direct import require_gradients
 from texforce_hub.train.config import TrainConfig, differing, make_config
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
@@ -29,9 +30,13 @@ from texforce_hub.train.lora import load_lora, read_scales
 from texforce_hub.train.memory import fit_batch
 from texforce_hub.train.policies.choose import make_policy
 from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.steps import grade_steps
+from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run_folder import RunFolder, Trackers
 from texforce_hub.train.team import ALONE, Team, joined
 from texforce_hub.train.training_run import StepReport, TrainingRun, mix_seed
+
+_SHEET_PROMPTS = 8
 
 
 def train_adapter(
@@ -103,13 +108,25 @@ def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder, team: Team =
     if not config.allow_cut:
         _refuse_cut(pipeline, [*prompts.texts(), config.negative_prompt])
     rewards, watch = (resolve_rewards(names, policy.device) for names in (config.reward, config.watch))
+    _check_signal(policy, rewards)
     if config.init is not None:
         load_lora(parameters, read_scales(policy.encoders), read_adapter(config.init))
     learner = Learner(parameters, config, team)
     judge, watcher = Judge(rewards, config, team), Judge(watch, config, team)
-    run = TrainingRun(config, policy, learner, prompts, judge, watcher, folder, team)
+    samples = list(read_prompts(config.samples)) if config.samples else prompts.sample(_SHEET_PROMPTS)
+    trackers = Trackers(config if team.leads else replace(config, track=()))
+    run = TrainingRun(config, policy, learner, prompts, judge, watcher, folder, trackers, samples, team)
     set_batch_size(run, min(team.gather(config.batch_size or fit_batch(policy))))
     return run
+
+
+def _check_signal(policy: TextToImage, rewards: Sequence[Reward]) -> None:
+    """Refuse a run that has nothing to learn from, before its first picture."""
+    config = policy.config
+    if config.algorithm == "direct":
+        require_gradients(rewards)
+    else:
+        grade_steps(policy.make_steps(config.inference_steps), config.share)
 
 
 def set_batch_size(run: TrainingRun, size: int) -> None:
@@ -161,7 +178,7 @@ def _read_config(state: State, config: TrainConfig) -> TrainConfig:
 def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
     saved = run.learner.snapshot()
     try:
-        with Trackers(run.config) if run.team.leads else nullcontext() as trackers:
+        with run.trackers:
             while not run.finished:
                 try:
                     with run.team.together():
@@ -170,12 +187,9 @@ def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
                     run.learner.restore(saved)
                     _take_smaller_slices(run)
                     continue
-                if trackers is not None:
-                    run.folder.append_metrics(report.flat())
-                    trackers.log(report.flat())
                 saved = run.learner.snapshot()
-                if trackers is not None:
-                    _record(run, saved)
+                if run.team.leads:
+                    _record(run, report, saved)
                     on_step(report)
     except BaseException as error:
         run.learner.restore(saved)
@@ -193,7 +207,9 @@ def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
         run.draw()
 
 
-def _record(run: TrainingRun, state: State) -> None:
+def _record(run: TrainingRun, report: StepReport, state: State) -> None:
+    run.folder.append_metrics(report.flat())
+    run.trackers.log(report.flat())
     if run.due(run.config.checkpoint_every):
         run.save(state)
     if run.due(run.config.sheet_every):

@@ -94,28 +94,30 @@ def _read_report(line: str, name: str) -> dict[str, Any]:
 
 
 class Trackers:
-    """Somebody else's dashboards, through accelerate; ``metrics.jsonl`` is written with or without them."""
+    """Somebody else's dashboards, through accelerate; ``metrics.jsonl`` is written with or without them.
+
+    Raises:
+        ConfigError: one that is not known or not installed.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.running: list[Any] = []
+        for name in config.track:
+            from accelerate import tracking
+
+            if name not in TRACKERS or not getattr(tracking, f"is_{name}_available")():
+                raise ConfigError(f"track = {name!r}; expected one of {', '.join(TRACKERS)}, and pip install {name}")
 
     def __enter__(self) -> Self:
-        """Start all of them.
-
-        Raises:
-            ConfigError: one that is not known or not installed.
-        """
         for name in self.config.track:
             from accelerate import tracking
             from accelerate.state import PartialState
 
             PartialState()
-            if name not in TRACKERS or not getattr(tracking, f"is_{name}_available")():
-                raise ConfigError(f"track = {name!r}; expected one of {', '.join(TRACKERS)}, and pip install {name}")
             tracker = tracking.LOGGER_TYPE_TO_CLASS[name]
-            place = {"logging_dir": self.config.output} if tracker.requires_logging_directory else {}
-            self.running.append(tracker(Path(self.config.output).name, **place))
+            where = {"logging_dir": self.config.output} if tracker.requires_logging_directory else {}
+            self.running.append(tracker(Path(self.config.output).name, **where))
             self.running[-1].start()
         return self
 

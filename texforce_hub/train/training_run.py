@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.files.checkpoint import State, write_checkpoint
-from texforce_hub.generate.prompts.sets import PromptSet, read_prompts
+from texforce_hub.generate.prompts.sets import PromptSet
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.train.algorithms.algorithm import Algorithm
 from texforce_hub.train.algorithms.direct import direct
@@ -23,12 +23,11 @@ from texforce_hub.train.learner import Learner
 from texforce_hub.train.lora import describe_run, read_lora, read_scales
 from texforce_hub.train.policies.sample import sample_images
 from texforce_hub.train.policies.text_to_image import TextToImage
-from texforce_hub.train.run_folder import ADAPTER, RunFolder
+from texforce_hub.train.run_folder import ADAPTER, RunFolder, Trackers
 from texforce_hub.train.team import ALONE, Team
 
 ALGORITHMS: dict[str, Algorithm] = {"streaming": streaming, "ppo": ppo, "direct": direct}
 _LOG = logging.getLogger("texforce_hub")
-_SHEET_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ class TrainingRun:
     judge: Judge
     watch: Judge
     folder: RunFolder
+    trackers: Trackers
+    samples: list[str]  # prompts of the sheets
     team: Team = ALONE
     late: bool = False  # max_minutes are over
     started: float = field(default_factory=monotonic)
@@ -166,9 +167,7 @@ class TrainingRun:
 
     def draw(self) -> None:
         """The sheet – the same prompts at the same noise, by the base and now – and the run's plots."""
-        samples = self.config.samples
-        texts = list(read_prompts(samples)) if samples else self.prompts.sample(_SHEET_PROMPTS)
-        step, steps = self.learner.step, self.config.picture_steps
+        texts, step, steps = self.samples, self.learner.step, self.config.picture_steps
         with self.learner.averaged():
             policies = (self.policy.reference, self.policy)
             columns = [sample_images(policy, texts, images=1, steps=steps, seed=1) for policy in policies]

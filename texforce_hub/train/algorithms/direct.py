@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from texforce_hub.errors import ConfigError
+from texforce_hub.rewards.reward import Reward
 from texforce_hub.train.algorithms.algorithm import Update, draw_noise, slices, walk
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies.policy import Policy, Rows, pull
@@ -20,16 +21,7 @@ _COPIES = 2  # fresh noises of a finished picture, draft_lv
 
 
 def direct(policy: Policy, prompts: Sequence[str], judge: Judge, generator: Generator) -> Iterator[Update]:
-    """One update: the gradient of minus the mean reward.
-
-    Raises:
-        ConfigError: a reward has no gradient.
-    """
-    for reward in judge.rewards:
-        if not reward.differentiable:
-            raise ConfigError(
-                f"reward {reward.name!r} has no gradient; --algorithm direct needs one, streaming does not"
-            )
+    """One update: the gradient of minus the mean reward."""
     config = policy.config
     rows = policy.rows(prompts, config.images_per_prompt)
     steps = policy.make_steps(config.inference_steps)
@@ -46,6 +38,19 @@ def direct(policy: Policy, prompts: Sequence[str], judge: Judge, generator: Gene
     judge.close()
     whole = [-torch.cat(leaf) / config.images for leaf in zip(*gradients, strict=True)]
     yield Update(policy.gather(rows.group, whole, len(prompts)))
+
+
+def require_gradients(rewards: Sequence[Reward]) -> None:
+    """Refuse rewards that nothing can be pushed back through.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for reward in rewards:
+        if not reward.differentiable:
+            raise ConfigError(
+                f"reward {reward.name!r} has no gradient; --algorithm direct needs one, streaming does not"
+            )
 
 
 def _choose_stop(kind: str, steps: int, depth: int, generator: Generator) -> int:
