@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from texforce_hub.arguments import check_path
 from texforce_hub.errors import FamilyError, FileError, PipelineError, RefError
 from texforce_hub.families import FAMILIES, Family, find_family
 from texforce_hub.families.checkpoint import recognize_checkpoint
@@ -56,7 +57,7 @@ def read_base(base: str | Path) -> BaseShapes:
         FamilyError: a name that means no family.
         FileError: a file of it is damaged.
     """
-    path = Path(base)
+    path = check_path(base, "base")
     if str(base) in FAMILIES:
         return _from_family(find_family(str(base)), "by its name")
     check_name(path)

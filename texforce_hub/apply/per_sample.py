@@ -66,6 +66,8 @@ def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = Tr
         >>> len(images)
         2
     """
+    if isinstance(stacks, str | bytes | Mapping) or not isinstance(stacks, Sequence):
+        raise ConfigError(f"stacks {type(stacks).__name__}; expected a list, one stack or None for each sample")
     if not stacks:
         raise ConfigError("no stacks; expected one for each sample of the batch")
     modules = parts_of(pipe)

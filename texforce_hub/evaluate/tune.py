@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.arguments import check_kind, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.evaluate.variants import Variant, evaluate_variants, quiet
@@ -134,6 +135,7 @@ def tune_weights(
         >>> found.evaluation.variants
         ('base', 'equal', 'tuned')
     """
+    check_pipeline(pipe)
     sampling = sampling or Sampling()
     _check(rewards, per, generations, population, bounds)
     if not 0 <= seed <= _LARGEST_SEED:
@@ -162,13 +164,16 @@ def split_in_half(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         PromptError: fewer than four different ones.
     """
-    ordered = sorted(dict.fromkeys(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    ordered = sorted(dict.fromkeys(check_texts(prompts)), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if len(ordered) < _FEWEST:
         raise PromptError(f"{len(ordered)} different prompts; expected at least {_FEWEST}: half of them are held out")
     return ordered[::2], ordered[1::2]
 
 
 def _check(rewards: Sequence[Reward], per: str, generations: int, population: int, bounds: tuple[float, float]) -> None:
+    check_kind(rewards, Sequence, "give a list of what resolve_reward gives")  # type: ignore[type-abstract]
+    for reward in rewards:
+        check_kind(reward, Reward, "give what resolve_reward gives")
     if not rewards:
         raise ConfigError("nothing to tune for; give at least one reward")
     if per not in get_args(Per):

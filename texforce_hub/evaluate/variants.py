@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.arguments import check_kind, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.generate.draw import DrawSettings, sample
@@ -62,6 +63,14 @@ def evaluate_variants(
         ('base', 'colour')
     """
     sampling = sampling or Sampling()
+    check_pipeline(pipe)
+    prompts = check_texts(prompts)
+    check_kind(variants, Mapping, "give a mapping of names to Variant(stack=...)")  # type: ignore[type-abstract]
+    check_kind(rewards, Sequence, "give a list of what resolve_reward gives")  # type: ignore[type-abstract]
+    for variant in variants.values():
+        check_kind(variant, Variant, "give Variant(stack=...)")
+    for reward in rewards:
+        check_kind(reward, Reward, "give what resolve_reward gives")
     if not variants or not rewards or not sampling.seeds:
         raise ConfigError("nothing to evaluate: it takes at least one variant, one reward and one seed")
     if not prompts:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.apply.per_sample import Stack
+from texforce_hub.arguments import check_texts
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.generate.prompts.encode import encode_prompts
 
@@ -68,6 +69,7 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
         >>> found.words[0].shift < found.words[1].shift
         True
     """
+    prompts = check_texts(prompts)
     if not prompts:
         raise PromptError("no prompt to measure words in; give at least one")
     spans = [list(word_spans(pipe, prompt)) for prompt in prompts]

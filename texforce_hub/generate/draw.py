@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from texforce_hub.apply.per_sample import Stack
+from texforce_hub.arguments import Pipeline, check_kind, check_pipeline
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate.prompts.emphasis import check_way
 from texforce_hub.generate.prompts.encode import encode_prompts, final_norms_named, read_prompts
@@ -70,7 +71,7 @@ Cell = tuple[str, int, Stack]
 
 
 def generate_images(
-    pipe: Any, settings: DrawSettings, *, on_step: Callable[[int], None] | None = None
+    pipe: Pipeline, settings: DrawSettings, *, on_step: Callable[[int], None] | None = None
 ) -> list[Image.Image]:
     """One image a job, in the jobs' order; ``on_step(images)`` is called after each denoising step of a batch.
 
@@ -85,6 +86,8 @@ def generate_images(
         >>> [image.size for image in generate_images(load_pipeline("shapes", device="cpu"), settings)]
         [(32, 32), (32, 32)]
     """
+    check_pipeline(pipe)
+    check_kind(settings, DrawSettings, "give DrawSettings((prompt, ...))")
     jobs = settings.jobs()
     read = read_prompts(pipe, settings.prompts, **_reading(settings))
     if settings.long_prompts or not all(text.is_plain for text in (*read.prompts, read.negative)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from texforce_hub.adapter.lazy import LazyAdapter
+from texforce_hub.arguments import check_path
 from texforce_hub.device import spell_dtype
 from texforce_hub.errors import ConfigError, FileError
 from texforce_hub.families import find_family
@@ -78,7 +79,7 @@ def convert_adapter(
     """
     done = convert_bundle(
         find_bundle(ref, allow_pickle=allow_pickle),
-        Path(output),
+        check_path(output, "output"),
         weights=parse_weights(ref),
         dialect=dialect,
         reader=reader,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from texforce_hub.arguments import check_path
 from texforce_hub.errors import TexForceHubError
 from texforce_hub.families.names import part_of
 from texforce_hub.families.order import natural
@@ -81,7 +82,7 @@ def inspect_file(source: str | Path | Bundle, *, hashed: bool = True) -> Inspect
         >>> inspect_file(path).layers
         12
     """
-    bundle = source if isinstance(source, Bundle) else bundle_file(Path(source))
+    bundle = source if isinstance(source, Bundle) else bundle_file(check_path(source, "source"))
     known = _identify(bundle, hashed=hashed)
     try:
         known = replace(known, container=", ".join(dict.fromkeys(sniff(path) for path in bundle.files)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from texforce_hub.arguments import check_path
 from texforce_hub.errors import ConfigError, HubError
 from texforce_hub.files.growing import write_whole
 from texforce_hub.files.hashing import hash_files
@@ -52,7 +53,7 @@ class Lock:
         Raises:
             ConfigError: there is no such file, or it is no lock.
         """
-        path = Path(path)
+        path = check_path(path, "lock")
         table = read_toml(path, error=ConfigError)
         if table.get("format") != FORMAT or not isinstance(table.get("adapter", []), list):
             raise ConfigError(f"{path}: is no lock of format {FORMAT}; 'texforce-hub pull REF --lock FILE' writes one")

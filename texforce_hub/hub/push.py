@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from texforce_hub.arguments import check_kind
 from texforce_hub.errors import ConfigError, HubError
 from texforce_hub.files.writing import writing
 from texforce_hub.hub.card import render_card
@@ -128,7 +129,7 @@ def push_adapter(
         >>> from texforce_hub import push_adapter
         >>> push_adapter("runs/colour", "alice/colour", license="apache-2.0", dry_run=True)  # doctest: +SKIP
     """
-    if not is_repository(repo):
+    if not is_repository(check_kind(repo, str, "a repository is owner/name")):
         raise ConfigError(f"{repo!r} cannot name a repository; expected owner/name")
     if create_pr and revision not in (None, "main"):
         raise ConfigError("a pull request goes to main; leave out --revision, or --create-pr")

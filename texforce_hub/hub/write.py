@@ -8,6 +8,7 @@ import torch
 from texforce_hub.adapter.finite import check_finite
 from texforce_hub.adapter.lazy import LazyAdapter, check_is_adapter
 from texforce_hub.adapter.value import Adapter
+from texforce_hub.arguments import check_path
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import FileError
 from texforce_hub.files.writing import write_stream, writing
@@ -45,7 +46,7 @@ def write_adapter(
         'colour.safetensors'
     """
     check_is_adapter(adapter)
-    path, kind = Path(path), given_dtype(dtype)
+    path, kind = check_path(path), given_dtype(dtype)
     check_name(path)
     if path.suffix.lower() in SUFFIXES and not is_safetensors(path.name) and not is_folder(path):
         raise FileError(f"{path}: pickles are not written; name a .safetensors file, or a folder")

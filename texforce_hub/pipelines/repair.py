@@ -1,11 +1,11 @@
 """A pipeline folder that was saved with live adapters, sound again."""
 
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from texforce_hub.arguments import check_path
 from texforce_hub.device import Dtype, choose_dtype
 from texforce_hub.errors import PipelineError
 from texforce_hub.pipelines.load import load_folder, load_pipeline
@@ -40,7 +40,7 @@ def repair_pipeline(
         >>> folder = save_pipeline(load_pipeline("shapes", device="cpu"), "saved")
         >>> repair_pipeline(folder)  # doctest: +SKIP
     """
-    folder, kind = Path(path), choose_dtype(dtype)
+    folder, kind = check_path(path), choose_dtype(dtype)
     if not (folder / "model_index.json").is_file():
         raise PipelineError(f"{folder} is no pipeline folder: it has no model_index.json")
     known = None if base is None else load_pipeline(base, device="cpu", dtype=kind)

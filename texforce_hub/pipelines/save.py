@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from texforce_hub.apply.patch import tuner_layers
+from texforce_hub.arguments import Pipeline, check_path, check_pipeline
 from texforce_hub.errors import FileError, PipelineError
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.files.writing import write_tensors, writing
@@ -21,7 +22,9 @@ def refuse_live_adapters(pipe: Any) -> None:
 
     Raises:
         PipelineError: adapters ride beside some layers.
+        ConfigError: it is no pipeline.
     """
+    check_pipeline(pipe)
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module) and next(tuner_layers(component), None) is not None:
             raise PipelineError(
@@ -30,7 +33,7 @@ def refuse_live_adapters(pipe: Any) -> None:
             )
 
 
-def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = False) -> Path:
+def save_pipeline(pipe: Pipeline, folder: str | PathLike[str], *, portable: bool = False) -> Path:
     """Save a pipeline folder with whatever is fused into it.
 
     ``portable``: text encoders under the names, and tokenizers in the files, that transformers 4 knows too.
@@ -47,7 +50,7 @@ def save_pipeline(pipe: Any, folder: str | PathLike[str], *, portable: bool = Fa
         'with-colour'
     """
     refuse_live_adapters(pipe)
-    with writing(Path(folder)) as part, quiet():
+    with writing(check_path(folder)) as part, quiet():
         _save(pipe, part, folder)
         if portable:
             for name, component in pipe.components.items():

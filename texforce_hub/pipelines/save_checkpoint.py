@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from texforce_hub.arguments import check_path
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
@@ -43,7 +44,7 @@ def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: Dtype | None
         >>> save_checkpoint(pipeline, "mixed.safetensors")  # doctest: +SKIP
     """
     kind = given_dtype(dtype)
-    check_tensor_name(file)
+    check_tensor_name(check_path(file, "file"))
     refuse_live_adapters(pipe)
     family = pipeline_family(pipe)
     tensors = dict(_unet_tensors(pipe.unet, family))
@@ -89,7 +90,7 @@ def save_text_encoder(pipe: Any, file: str | PathLike[str]) -> list[Path]:
         >>> [path.name for path in save_text_encoder(load_pipeline("shapes", device="cpu"), "text.safetensors")]
         ['text.safetensors']
     """
-    check_tensor_name(file)
+    check_tensor_name(check_path(file, "file"))
     refuse_live_adapters(pipe)
     named = {part: getattr(pipe, part, None) for part in ("text_encoder", "text_encoder_2")}
     encoders = {part: m for part, m in named.items() if m is not None and hasattr(m.config, "hidden_act")}

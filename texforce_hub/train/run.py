@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter.value import Adapter
+from texforce_hub.arguments import check_kind
 from texforce_hub.device import no_denormals
 from texforce_hub.errors import ConfigError, NotBetterError, PromptError, RewardError, TrainingError
 from texforce_hub.files.checkpoint import State, read_checkpoint
@@ -62,6 +63,7 @@ def train_adapter(
         >>> config = TrainConfig(base="shapes", reward=("alignment",), output="run", steps=80)
         >>> train_adapter(config)  # doctest: +SKIP
     """
+    check_kind(config, TrainConfig, "give TrainConfig(output=...)")
     # A reward may draw from torch's own random numbers: the caller's state of them is put back.
     with joined() as team, no_denormals(), torch.random.fork_rng(devices=[]), ExitStack() as stack:
         with team.together():

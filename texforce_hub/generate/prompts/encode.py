@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.per_sample import Stack, are_low_rank, per_sample_adapters, read_entries
+from texforce_hub.arguments import check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.generate.prompts.emphasis import Emphasis, may_be_weighted, read_emphasis
 from texforce_hub.generate.prompts.tags import refuse_tags
@@ -168,6 +169,10 @@ def encode_prompts(
         >>> given["prompt_embeds"].shape[0]
         2
     """
+    check_pipeline(pipe)
+    prompts = check_texts(prompts)
+    if isinstance(stacks, str | Mapping) or not isinstance(stacks, Sequence):
+        raise ConfigError(f"stacks {type(stacks).__name__}; expected a list, one stack or None for each prompt")
     if not prompts or len(prompts) != len(stacks):
         raise PromptError(f"{len(prompts)} prompts and {len(stacks)} stacks; expected one stack for each prompt")
     how: dict[str, Any] = {

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
+from texforce_hub.arguments import check_kind
 from texforce_hub.errors import PromptError, RefError
 from texforce_hub.grammar import fail, parse_number, write_number
 from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef, parse_ramp
@@ -93,6 +94,7 @@ class TaggedPrompt:
         Raises:
             RefError: a tag that cannot be read; the message shows where, with a caret.
         """
+        check_kind(prompt, str, "a prompt is one text")
         tags = tuple(_read_tag(prompt, match) for match in _TAG.finditer(prompt))
         text = _TAG.sub("", prompt)
         if (opened := _OPENED.search(text)) is not None:
