@@ -23,8 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, TUNED_UNET
 from texforce_hub.errors import NotBetterError
+from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
-from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.generate.images.figure import new_figure, render
 from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.rewards.reward import resolve_rewards

@@ -52,7 +52,7 @@ _HOMES: dict[str, str] = {
     "TrainConfig": "train.config",
     "tune_weights": "evaluate.tune",
     "use_lock": "hub.lock",
-    "Variant": "evaluate.variants",
+    "Variant": "evaluate.drawing",
     "Vector": "adapter.dense",
     "verify_merge": "merge.replay",
     "write_adapter": "hub.write",

@@ -17,9 +17,10 @@ from PIL import Image
 
 from texforce_hub import __version__
 from texforce_hub.errors import ConfigError
+from texforce_hub.evaluate.drawing import Easel, Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.evaluate.statistics import Interval
-from texforce_hub.evaluate.variants import Variant, draw_images, evaluate_variants, in_place
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.files.hashing import hash_files
 from texforce_hub.files.writing import writing
 from texforce_hub.generate.images.sheet import column_sheet
@@ -172,18 +173,18 @@ def _draw_sheet(pipe: Any, variants: Mapping[str, Variant], evaluation: Evaluati
     """A row for each noisy word and outcome, a column for each cell of the two-by-two, all from the same noise."""
     outcomes = _outcomes(evaluation)
     numbers = _some_of_each_word(evaluation.prompts, outcomes)
-    prompts = [evaluation.prompts[number] for number in numbers]
+    prompts = {number: evaluation.prompts[number] for number in numbers}
     sampling = replace(evaluation.sampling, seeds=evaluation.sampling.seeds[:1])
-    columns = []
-    for variant in variants.values():
-        with in_place(pipe, variant):
-            columns.append(torch.cat([i for _, i in draw_images(pipe, prompts, sampling, numbers=numbers)]))
+    easel, drawn = Easel(pipe, variants, sampling), dict[tuple[str, int], torch.Tensor]()
+    for jobs, pictures in easel.draw(easel.plan(prompts)):
+        drawn |= {(job.variant, job.index): picture for job, picture in zip(jobs, pictures)}
+    columns = [torch.stack([drawn[easel.same[name], number] for number in numbers]) for name in variants]
     labels = {"base": "base", "text": "text-encoder LoRA", "unet": "fine-tuned U-Net", "both": "both"}
     scores = evaluation.scores[evaluation.rewards[0]]
     counts = ", ".join(f"{outcomes.count(kind)} are {kind}" for kind in ("better", "as good", "worse"))
     return column_sheet(
         columns,
-        rows=[f"{text} · seed {sampling.seeds[0]} · {outcomes[number]}" for text, number in zip(prompts, numbers)],
+        rows=[f"{text} · seed {sampling.seeds[0]} · {outcomes[number]}" for number, text in prompts.items()],
         names=[labels[name] for name in variants],
         title=f"Base against both: of {len(outcomes)} pictures {counts}. Of each word the first of each kind.",
         caption=_WATERMARK,

@@ -8,9 +8,10 @@ import torch
 
 from tests.support.training import make_policy, short_config, tiny_pipeline
 from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling, describe
 from texforce_hub.evaluate.statistics import bootstrap_mean
-from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.train.lora import describe_run, read_lora, read_scales
 
@@ -41,7 +42,9 @@ def test_a_variant_equal_to_the_base_differs_by_exactly_nothing():
     assert (nothing.mean, nothing.low, nothing.high) == (0, 0, 0)
     assert np.abs(result.per_prompt("text") - result.per_prompt("base")).min() > 0
     assert result.per_prompt("text", reward="jpeg").shape == (4,)
-    assert seen == [(name, n) for name in ("base", "same", "text") for n in (3, 3, 2)]
+    assert {name: sum(n for of, n in seen if of == name) for name in result.variants} == dict.fromkeys(
+        result.variants, 8
+    )
 
 
 def test_the_pipeline_is_afterwards_as_it_was():
@@ -100,8 +103,8 @@ def test_a_comparison_says_how_often_how_surely_and_what_could_be_seen():
     assert better.difference.mean == pytest.approx(0.3)
     assert (better.wins.mean, better.difference.excludes_zero) == (1.0, True)
     assert result.corrected() == {"same": 1.0, "better": pytest.approx(2 * better.p)}
-    described = describe(result)["rewards"]["r"]
-    assert described["better"]["p_holm"] == pytest.approx(2 * better.p)
+    described = describe(result)["measures"]["r"]
+    assert described["comparisons"][1]["p_holm"] == pytest.approx(2 * better.p)
     assert json.loads(json.dumps(described)) == described
 
 

@@ -12,9 +12,10 @@ from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.cli import app
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate import tune
+from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Sampling
 from texforce_hub.evaluate.tune import Genome, split_in_half, tune_weights
-from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.generate.recipe import replay_run
 from texforce_hub.hub.stack import read_stack
 from texforce_hub.rewards.reward import Reward
@@ -75,7 +76,7 @@ def test_the_report_is_on_prompts_that_the_search_did_not_see():
     )
     assert set(found.searched).isdisjoint(found.evaluation.prompts)
     assert {*found.searched, *found.evaluation.prompts} == set(PROMPTS)
-    assert seen[: 4 * len(found.searched)] == list(found.searched) * 4
+    assert seen[: 4 * len(found.searched)] == [prompt for prompt in found.searched for _ in range(4)]
     assert found.evaluation.variants == ("base", "adapter", "adapter-2", "equal", "tuned")
 
 
@@ -116,7 +117,7 @@ def test_a_split_depends_on_the_text_of_the_prompts_alone():
         ({"generations": 0}, "at least one"),
         ({"population": 2}, "at least 4"),
         ({"bounds": (1.0, 0.0)}, "lower one first"),
-        ({"rewards": []}, "at least one reward"),
+        ({"rewards": []}, "expected a list of at least one"),
         ({"seed": 2**31}, "seed 2147483648; expected 0 to 2147483647"),
         ({"seed": -1}, "seed -1; expected 0"),
         ({"sampling": Sampling(())}, "0 seeds of every prompt; expected 1 to 1000"),

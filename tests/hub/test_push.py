@@ -174,18 +174,24 @@ def test_a_run_takes_its_curve_sheet_figures_and_settings_along(alice, tmp_path)
 
 
 EVALUATED: dict[str, Any] = {
-    "prompts": ["a", "b"],
     "sampling": {"seeds": [0, 1], "inference_steps": 15, "guidance": 5.0},
-    "rewards": {
-        "alignment": {
-            "base": {"mean": 0.5, "low": 0.4, "high": 0.6},
-            "run": {
-                "mean": 0.8,
-                "low": 0.7,
-                "high": 0.9,
-                "vs_base": {"mean": 0.3, "low": 0.2, "high": 0.4},
+    "variants": [{"name": "base", "sweep": None}, {"name": "run", "sweep": None}, {"name": "run:0.5", "sweep": 0}],
+    "rewards": [{"name": "alignment", "weight": 1.0, "held_out": False}],
+    "groups": {
+        "held-out": {
+            "prompts": 2,
+            "measures": {
+                "alignment": {
+                    "means": {
+                        "base": {"mean": 0.5, "low": 0.4, "high": 0.6},
+                        "run": {"mean": 0.8, "low": 0.7, "high": 0.9},
+                    },
+                    "comparisons": [
+                        {"stack": "run", "other": "base", "difference": {"mean": 0.3, "low": 0.2, "high": 0.4}},
+                    ],
+                },
             },
-        }
+        },
     },
 }
 

@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 from texforce_hub.cli import app
 from texforce_hub.demo import CELL, PROMPT_SEED, SEEDS, SHORT_PROMPTS, run_demo
 from texforce_hub.errors import ConfigError
+from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Sampling
-from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.shapes.grammar import sample_prompts

@@ -15,8 +15,9 @@ from tests.support.watching import PACKAGE, broken_rules, untouched_weights
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.errors import TexForceHubError
+from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Sampling
-from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.files.header import Header, TensorInfo
 from texforce_hub.formats.codec.decoding import decode
 from texforce_hub.formats.plan.planning import plan

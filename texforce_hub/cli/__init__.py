@@ -60,7 +60,7 @@ def _print_version(value: bool) -> None:
 
 
 @app.callback(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-def options(
+def every_command(
     version: Annotated[
         bool,
         typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and stop."),

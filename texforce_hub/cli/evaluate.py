@@ -2,41 +2,22 @@
 
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli import names
-from texforce_hub.cli.console import put_detail, put_json
+from texforce_hub.cli import names, options
+from texforce_hub.cli.console import put, put_detail, put_json
 from texforce_hub.cli.environments import prepare_rewards
-from texforce_hub.cli.options import (
-    LARGEST_SEED,
-    MOST_SEEDS,
-    SAMPLING,
-    WORK,
-    AsJson,
-    Base,
-    BatchSize,
-    Device,
-    Dtype,
-    Guidance,
-    LockFile,
-    NegativePrompt,
-    Steps,
-    Unet,
-    Yes,
-    option,
-)
+from texforce_hub.cli.options import MEASURED, RESULT, WORK, option
 from texforce_hub.cli.progress import bars
 from texforce_hub.cli.table import put_table
+from texforce_hub.errors import ConfigError
 from texforce_hub.rewards.built_in import BUILT_IN
 
 if TYPE_CHECKING:
-    from texforce_hub.evaluate.evaluation import Evaluation
-    from texforce_hub.evaluate.variants import Variant
-
-
-MEASURED = "What is measured"
+    from texforce_hub.evaluate.plan import Request
 
 
 def register(app: typer.Typer) -> None:
@@ -50,65 +31,73 @@ def evaluate(
         option("--adapter", metavar="STACK", help="What to compare with the base, 'A:0.8 + B'; repeatable.",
                group=WORK, autocompletion=names.refs),
     ] = None,
-    base: Base = "shapes",
-    unet: Unet = None,
-    reward: Annotated[
+    base: options.Base = "shapes",
+    unet: options.Unet = None,
+    strict: options.Strict = True,
+    reward: options.Rewards = None,
+    held_out_reward: Annotated[
         list[str] | None,
-        option("--reward", metavar="NAME", help="A built-in, python:./file.py:function, or a server's address.",
+        option("--held-out-reward", metavar="NAME", help="As --reward; marked: nothing was trained on it.",
                group=MEASURED, autocompletion=names.rewards),
     ] = None,
     list_rewards: Annotated[bool, option("--list-rewards", help="Show the rewards and stop.", group=MEASURED)] = False,
-    prompts: Annotated[
-        str,
-        option("--prompts", metavar="LIST", help="A prompt a line; FILE.csv:COLUMN, hub:NAME, shapes:colour …",
+    prompts: options.Prompts = "shapes:colour",
+    training_prompts: Annotated[
+        str | None,
+        option("--training-prompts", metavar="FILE", help="Figures of their own: what was trained on.", group=MEASURED),
+    ] = None,
+    paraphrases: Annotated[
+        str | None,
+        option("--paraphrases", metavar="FILE", help="Figures of their own: the same said otherwise.", group=MEASURED),
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        option("--sweep", metavar="NAME=…", help="Weights of an adapter, 0:1:5 or A,B,C; two of a stack at most.",
                group=MEASURED),
-    ] = "shapes:colour",
-    seeds: Annotated[
-        int, option("--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Pictures of every prompt: 2.", group=SAMPLING)
-    ] = 2,
-    seed: Annotated[
-        int, option("--seed", metavar="N", min=0, max=LARGEST_SEED, help="The first of them.", group=SAMPLING)
-    ] = 0,
-    inference_steps: Steps = None,
-    guidance: Guidance = None,
-    negative_prompt: NegativePrompt = None,
-    batch_size: BatchSize = 64,
-    lock: LockFile = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    yes: Yes = False,
-    as_json: AsJson = False,
+    ] = None,
+    pairs: Annotated[bool, option("--pairs", help="Compare every stack with every other.", group=MEASURED)] = False,
+    require: Annotated[
+        list[str] | None,
+        option("--require", metavar="A>B", help="Exit 1 unless A is better, e.g. 'both>unet'; repeatable.",
+               group=MEASURED),
+    ] = None,
+    seeds: options.Seeds = 2,
+    seed: options.FirstSeed = 0,
+    inference_steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    batch_size: options.BatchSize = 64,
+    lock: options.LockFile = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    yes: options.Yes = False,
+    processes: Annotated[
+        int, option("--processes", metavar="N", min=1, max=1000, help="With --output: draw by N at once.", group=WORK)
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        option("--output", "-o", metavar="DIR", help="Folder for figures, scores, pictures; a run goes on in it.",
+               group=RESULT),
+    ] = None,
+    force: Annotated[bool, option("--force", help="Replace another evaluation in DIR.", group=RESULT)] = False,
+    as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Score stacks on the same prompts and noise as the base; differences with 95 % intervals paired by prompt."""
-    del lock  # in use since it was read
+    given = dict(locals())
     if list_rewards:
         print_rewards(as_json=as_json)
         return
-    prepare_rewards(reward or [], yes=yes)
-    from texforce_hub.device import choose_device
-    from texforce_hub.evaluate.evaluation import Sampling, describe
-    from texforce_hub.evaluate.variants import evaluate_variants
-    from texforce_hub.generate.prompts.sets import held_out_prompts
-    from texforce_hub.pipelines.load import load_pipeline
-    from texforce_hub.rewards.reward import resolve_rewards
-
+    prepare_rewards([*(reward or ()), *(held_out_reward or ())], yes=yes)
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
-    texts = held_out_prompts(prompts)
-    variants = _make_variants(adapter or [])
-    rewards = resolve_rewards(reward or ["alignment"], choose_device(device))
-    pipe = load_pipeline(base, device=device, dtype=dtype)
-    if unet is not None:
-        variants |= _with_unet(variants, load_pipeline(base, unet=unet, device=device, dtype=dtype).unet)
-    sampling = Sampling(
-        tuple(range(seed, seed + seeds)), inference_steps or 15, 5.0 if guidance is None else guidance,
-        negative_prompt or "", batch_size,
-    )  # fmt: skip
-    with bars({name: len(texts) * seeds for name in variants}) as advance:
-        result = evaluate_variants(pipe, variants, texts, rewards, sampling=sampling, on_images=advance)
+    results = _measure(_make_request(given), given)
+    if results is None:
+        return  # another process of several prints
     if as_json:
-        put_json(describe(result))
+        put_json(results)
     else:
-        _print(result)
+        _print(results)
+    if not all(requirement["met"] for requirement in results["requirements"]):
+        raise typer.Exit(1)
 
 
 def print_rewards(*, as_json: bool) -> None:
@@ -120,41 +109,69 @@ def print_rewards(*, as_json: bool) -> None:
     put_table(["reward", "what it measures", "needs"], rows)
 
 
-def _make_variants(stacks: list[str]) -> dict[str, "Variant"]:
-    """The base, and every stack, read before anything is drawn."""
-    from texforce_hub.evaluate.variants import Variant
-    from texforce_hub.hub.read import read_adapter
-    from texforce_hub.hub.refs.stack import Stack
-    from texforce_hub.hub.stack import read_stack
+def _make_request(given: dict[str, Any]) -> "Request":
+    from texforce_hub.evaluate.plan import Request
+    from texforce_hub.generate.prompts.sets import held_out_prompts, training_prompts
 
-    variants = {"base": Variant()}
-    for text in stacks:
-        entries = read_stack(list(Stack.parse(text).refs), read=read_adapter)
-        variants[text] = Variant(stack=[entry.item for entry in entries])
-    return variants
-
-
-def _with_unet(variants: dict[str, "Variant"], unet: Any) -> dict[str, "Variant"]:
-    from texforce_hub.evaluate.variants import Variant
-
-    return {f"unet + {name}" if v.stack else "unet": Variant(v.stack, unet) for name, v in variants.items()}
-
-
-def _print(result: "Evaluation") -> None:
-    first = result.variants[0]
-    for reward in result.rewards:
-        rows, corrected = [], result.corrected(reward=reward)
-        for name in result.variants:
-            mean = result.mean(name, reward=reward)
-            row = [name, f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"]
-            if name == first:
-                rows.append([*row, "", "", ""])
-            else:
-                against = result.compare(name, first, reward=reward)
-                rows.append([*row, str(against.difference), f"{against.wins.mean:.0%}", f"{corrected[name]:.4f}"])
-        put_table(["variant", f"{reward}, mean", f"minus {first}, paired", "wins", "p (Holm)"], rows)
-    s = result.sampling
-    put_detail(
-        f"{len(result.prompts)} prompts × {len(s.seeds)} seeds, {s.inference_steps} steps, guidance {s.guidance:g}; "
-        "95 % bootstrap intervals over prompts; p by flipping signs, corrected for several variants"
+    groups = {"held-out": held_out_prompts(given["prompts"])}
+    if given["training_prompts"] is not None:
+        groups["training"] = training_prompts(given["training_prompts"])
+    if given["paraphrases"] is not None:
+        groups["paraphrase"] = held_out_prompts(given["paraphrases"])
+    sampled = ("seed", "seeds", "inference_steps", "guidance", "negative_prompt", "batch_size")
+    return Request(
+        {group: tuple(texts) for group, texts in groups.items()},
+        tuple(given["adapter"] or ()),
+        given["base"],
+        given["unet"] or "",
+        tuple(given["reward"] or ["alignment"]),
+        tuple(given["held_out_reward"] or ()),
+        options.make_sampling(*(given[name] for name in sampled)),
+        tuple(given["sweep"] or ()),
+        given["strict"],
     )
+
+
+def _measure(request: "Request", given: dict[str, Any]) -> dict[str, Any] | None:
+    """The results; ``None`` in a process that draws a share for another."""
+    from texforce_hub.device import choose_device
+    from texforce_hub.evaluate.folder import EvaluationFolder
+    from texforce_hub.evaluate.plan import make_plan
+    from texforce_hub.evaluate.processes import Launch, Share, evaluate_in_folder
+    from texforce_hub.evaluate.run import EvaluationRun
+    from texforce_hub.hub.pickles import are_pickles_permitted
+
+    share, output, processes = Share.from_environment(), given["output"], given["processes"]
+    _check_processes(share.count, processes, output, force=given["force"])
+    if output is not None:
+        EvaluationFolder(output).check()
+    plan, device = make_plan(request), share.device(given["device"])
+    run = EvaluationRun(plan, device=choose_device(device), pairs=given["pairs"], require=given["require"] or ())
+    run.load(device=device, dtype=given["dtype"])
+    total = len(plan.texts) * len(request.sampling.seeds)
+    with bars(dict.fromkeys(plan.names, total)) as advance:
+        if output is None:
+            return run.measure(advance)
+        pickles = are_pickles_permitted()
+        launch = Launch(request, output, given["device"], given["dtype"], given["lock"], pickles)
+        how: dict[str, Any] = {"processes": processes, "force": given["force"], "on_images": advance}
+        return evaluate_in_folder(launch, run, share, **how)
+
+
+def _check_processes(started: int, processes: int, output: Path | None, *, force: bool) -> None:
+    if started > 1 and processes > 1:
+        raise ConfigError("--processes within accelerate launch or torchrun, which started several; leave it out")
+    if max(started, processes) > 1 and output is None:
+        raise ConfigError("several processes gather what they draw in a folder; give --output DIR")
+    if force and output is None:
+        raise ConfigError("--force replaces what is in --output; give that too, or leave it out")
+
+
+def _print(results: dict[str, Any]) -> None:
+    from texforce_hub.evaluate.tables import describe_requirements, describe_sampling, tabulate
+
+    for figures in tabulate(results):
+        put_table(list(figures.columns), figures.rows, title=figures.title, drop=("could show",))
+    put_detail(describe_sampling(results))
+    for line in describe_requirements(results):
+        put(line)

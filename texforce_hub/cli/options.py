@@ -2,14 +2,18 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from texforce_hub.cli import names
 from texforce_hub.errors import ConfigError, FileError
 
+if TYPE_CHECKING:
+    from texforce_hub.evaluate.evaluation import Sampling
+
 WORK, RESULT, SAMPLING = "Where it is computed", "Result", "Sampling"
+MEASURED = "What is measured"
 """Groups of options in --help."""
 LARGEST_SEED, MOST_SEEDS = 2**31 - 1, 1000
 """Of commands that measure on several seeds."""
@@ -87,6 +91,25 @@ Steps = Annotated[
 Guidance = Annotated[
     float | None, option("--guidance", metavar="X", help="Classifier-free guidance scale.", group=SAMPLING)
 ]
+Rewards = Annotated[
+    list[str] | None,
+    option("--reward", metavar="NAME", help="NAME[=WEIGHT], python:module:function …; repeatable.", group=MEASURED,
+           autocompletion=names.rewards),
+]  # fmt: skip
+Prompts = Annotated[
+    str,
+    option("--prompts", metavar="LIST", help="A prompt a line; FILE.csv:COLUMN, hub:NAME, shapes:colour …",
+           group=MEASURED),
+]  # fmt: skip
+Seeds = Annotated[
+    int, option("--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Pictures of every prompt.", group=SAMPLING)
+]
+FirstSeed = Annotated[
+    int, option("--seed", metavar="N", min=0, max=LARGEST_SEED, help="The first seed of the noise.", group=SAMPLING)
+]
+Strict = Annotated[
+    bool, option("--strict/--no-strict", help="Refuse an adapter with a layer that the base lacks.", group=WORK)
+]
 Seed = Annotated[
     int,
     option("--seed", metavar="N", min=0, max=2**63 - 1, help="Image i of a prompt has seed N + i.", group=SAMPLING),
@@ -107,6 +130,16 @@ LockFile = Annotated[
     option("--lock", metavar="FILE", help="Read what 'pull --lock' noted.", group=WORK,
            callback=_take_lock),
 ]  # fmt: skip
+
+
+def make_sampling(
+    seed: int, seeds: int, steps: int | None, guidance: float | None, negative_prompt: str | None, batch_size: int
+) -> "Sampling":
+    """How commands that measure draw: 15 steps at guidance 5 unless something else is asked for."""
+    from texforce_hub.evaluate.evaluation import Sampling
+
+    scale = 5.0 if guidance is None else guidance
+    return Sampling(tuple(range(seed, seed + seeds)), steps or 15, scale, negative_prompt or "", batch_size)
 
 
 def refuse_existing(output: Path, *, force: bool, inside: str = "") -> None:

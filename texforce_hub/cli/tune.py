@@ -108,7 +108,8 @@ def tune(
             advance("search", 1)
 
         tuning = tune_weights(
-            pipe, [entry.item for entry in entries], texts, rewards, per=per, generations=generations,  # type: ignore[arg-type]
+            pipe, [entry.item for entry in entries], texts, rewards, per=per,  # type: ignore[arg-type]
+            generations=generations,
             population=population, bounds=(lowest, highest), sampling=sampling, seed=seed, on_generation=on_generation,
         )  # fmt: skip
     stack = [f"{entry.weight.source}{str(ref).removeprefix(ref.source)}" for entry, ref in zip(entries, tuning.refs)]

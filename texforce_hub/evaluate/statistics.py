@@ -8,8 +8,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import TypeVar
 
 import numpy as np
+
+Name = TypeVar("Name")
 
 _RESAMPLES = 10_000
 _EXACT = 12
@@ -75,7 +78,7 @@ def sign_flip(differences: np.ndarray, *, flips: int = _RESAMPLES) -> float:
     return (extreme + 1) / (len(sums) + 1)
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """p of several comparisons at once, each corrected for there being several (Holm 1979), in the given order."""
     corrected, largest = {}, 0.0
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):

@@ -1,36 +1,33 @@
 """Choose a stack's weights by a reward: CMA-ES on one half of the prompts, reported on the other half.
 
 All candidates of a generation see the same prompts and the same noise, so that their differences are the weights'
-(common random numbers). Candidates of text adapters differ in their embeddings only and are drawn in the same batches;
-those of U-Net adapters one after the other. The search is Hansen's (arXiv 1604.00772), by the ``cma`` package.
+(common random numbers), and share batches as far as that is exact. The search is Hansen's (arXiv 1604.00772), by the
+``cma`` package.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import numpy as np
-import torch
 
-from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.arguments import check_kind, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.evaluate.drawing import Easel, Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
-from texforce_hub.evaluate.variants import Variant, evaluate_variants, quiet
-from texforce_hub.families.names import part_of
-from texforce_hub.generate.draw import DrawSettings, sample
-from texforce_hub.generate.prompts.encode import encode_prompts
+from texforce_hub.evaluate.genome import Genome, Per
+from texforce_hub.evaluate.variants import check_rewards, evaluate_variants, score_jobs
+from texforce_hub.generate.prompts.sets import refuse_markup
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.stack import Item, StackEntry, read_stack
-from texforce_hub.rewards.reward import Reward, score_images
+from texforce_hub.hub.stack import Item, read_stack
+from texforce_hub.rewards.reward import Reward
 
-Per = Literal["adapter", "part", "block"]
 _FEWEST = 4
 """Prompts without which there is nothing to search on and to report on."""
 _SMALLEST_STEP = 0.02
 """Below this, in weight, pictures no longer change."""
-_LARGEST_SEED, _MOST_SEEDS = 2**31 - 1, 1000
+_LARGEST_SEED = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,37 +55,6 @@ class Tuning:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.refs))
-
-
-@dataclass(frozen=True, slots=True)
-class Genome:
-    """The weights of a stack as a vector: one number an adapter, a part or a block, in ``[low, high]``."""
-
-    entries: tuple[StackEntry, ...]
-    keys: tuple[tuple[int, str], ...]
-
-    @classmethod
-    def of(cls, entries: Sequence[StackEntry], per: Per) -> "Genome":
-        """The vector of a stack; ``per`` says what has a weight of its own."""
-        keys: list[tuple[int, str]] = []
-        for index, entry in enumerate(entries):
-            names = [""] if per == "adapter" else [_block_of(name, per) for name in entry.adapter.layers]
-            keys += [(index, name) for name in dict.fromkeys(names)]
-        return cls(tuple(entries), tuple(keys))
-
-    def refs(self, vector: np.ndarray) -> tuple[AdapterRef, ...]:
-        """The stack's references at a vector of weights."""
-        weights: list[dict[str, float]] = [{} for _ in self.entries]
-        for (index, name), value in zip(self.keys, vector, strict=True):
-            weights[index][name] = round(float(value), 4)
-        return tuple(
-            replace(entry.weight, weight=of[""], parts=()) if "" in of else _by_parts(entry.weight, of)
-            for entry, of in zip(self.entries, weights)
-        )
-
-    def items(self, vector: np.ndarray) -> list[Item]:
-        """The stack at a vector of weights, as ``apply_adapter`` takes it."""
-        return [(entry.adapter, ref) for entry, ref in zip(self.entries, self.refs(vector))]
 
 
 def tune_weights(
@@ -140,11 +106,10 @@ def tune_weights(
     _check(rewards, per, generations, population, bounds)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ConfigError(f"seed {seed}; expected 0 to {_LARGEST_SEED}")
-    if not 1 <= len(sampling.seeds) <= _MOST_SEEDS:
-        raise ConfigError(f"{len(sampling.seeds)} seeds of every prompt; expected 1 to {_MOST_SEEDS}")
+    sampling.check()
     searched, reported = split_in_half(prompts)
     genome = Genome.of(read_stack(adapters), per)
-    start = np.clip([_start(genome, key) for key in genome.keys], *bounds)
+    start = np.clip(genome.start, *bounds)
     history: list[Generation] = []
     best = start
     for vectors, tell, step in _search(start, bounds, generations, population, seed):
@@ -164,18 +129,16 @@ def split_in_half(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         PromptError: fewer than four different ones.
     """
-    ordered = sorted(dict.fromkeys(check_texts(prompts)), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    prompts = check_texts(prompts)
+    refuse_markup(prompts)
+    ordered = sorted(dict.fromkeys(prompts), key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     if len(ordered) < _FEWEST:
         raise PromptError(f"{len(ordered)} different prompts; expected at least {_FEWEST}: half of them are held out")
     return ordered[::2], ordered[1::2]
 
 
 def _check(rewards: Sequence[Reward], per: str, generations: int, population: int, bounds: tuple[float, float]) -> None:
-    check_kind(rewards, Sequence, "give a list of what resolve_reward gives")  # type: ignore[type-abstract]
-    for reward in rewards:
-        check_kind(reward, Reward, "give what resolve_reward gives")
-    if not rewards:
-        raise ConfigError("nothing to tune for; give at least one reward")
+    check_rewards(rewards)
     if per not in get_args(Per):
         raise ConfigError(f"per {per!r}; expected one of {', '.join(get_args(Per))}")
     if generations < 1 or population < 4:
@@ -216,52 +179,14 @@ def _score(
     sampling: Sampling,
 ) -> np.ndarray:
     """The weighted sum of the rewards, ``(candidates, prompts · seeds)``, on the same noise for every candidate."""
-    jobs = [(text, seed * 1_000_003 + index) for index, text in enumerate(prompts) for seed in sampling.seeds]
-    weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float64)
-
-    def judge(images: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
-        scores = score_images(rewards, images, texts, batch=len(texts)).double().cpu()
-        return weights @ scores
-
-    draw = _draw_together if all(_is_text(entry) for entry in genome.entries) else _draw_in_turn
-    with quiet(pipe), torch.no_grad():
-        values = torch.cat([judge(images, texts) for images, texts in draw(pipe, genome, vectors, jobs, sampling)])
-    return values.view(len(vectors), len(jobs)).numpy()
-
-
-Job = tuple[str, int]
-Drawn = tuple[torch.Tensor, list[str]]
-
-
-def _draw_together(
-    pipe: Any, genome: Genome, vectors: Sequence[np.ndarray], jobs: Sequence[Job], sampling: Sampling
-) -> Iterator[Drawn]:
-    """Pictures of all candidates, each prompt encoded under its candidate's stack, in common batches."""
-    stacks = [genome.items(vector) for vector in vectors]
-    cells = [(text, seed, stack) for stack in stacks for text, seed in jobs]
-    guided = sampling.guidance > 1
-    for start in range(0, len(cells), sampling.batch_size):
-        texts, seeds, some = zip(*cells[start : start + sampling.batch_size], strict=True)
-        how: dict[str, Any] = {"guided": guided, "negative_prompt": sampling.negative_prompt, "prompt_weights": "off"}
-        given = encode_prompts(pipe, texts, some, **how)
-        yield sample(pipe, _settings(texts, sampling), seeds, given, output_type="pt").float(), list(texts)
-
-
-def _draw_in_turn(
-    pipe: Any, genome: Genome, vectors: Sequence[np.ndarray], jobs: Sequence[Job], sampling: Sampling
-) -> Iterator[Drawn]:
-    """Pictures of one candidate after the other, the stack staying on the pipeline."""
-    with apply_adapter(pipe, genome.items(vectors[0])) as applied:
-        for vector in vectors:
-            applied.set_weights(genome.refs(vector))
-            for start in range(0, len(jobs), sampling.batch_size):
-                texts, seeds = zip(*jobs[start : start + sampling.batch_size], strict=True)
-                given = {"prompt": list(texts), "negative_prompt": [sampling.negative_prompt] * len(texts)}
-                yield sample(pipe, _settings(texts, sampling), seeds, given, output_type="pt").float(), list(texts)
-
-
-def _settings(texts: Sequence[str], sampling: Sampling) -> DrawSettings:
-    return DrawSettings(tuple(texts), inference_steps=sampling.inference_steps, guidance=sampling.guidance)
+    candidates = {str(number): Variant(genome.items(vector)) for number, vector in enumerate(vectors)}
+    easel = Easel(pipe, candidates, sampling)
+    sums: dict[tuple[str, int, int], float] = {}
+    for jobs, pictures in easel.draw(easel.plan(dict(enumerate(prompts)))):
+        for job, scores in zip(jobs, score_jobs(rewards, jobs, pictures), strict=True):
+            sums[job.variant, job.index, job.seed] = sum(r.weight * s for r, s in zip(rewards, scores, strict=True))
+    noises = [(index, seed) for index in range(len(prompts)) for seed in sampling.seeds]
+    return np.array([[sums[easel.same[name], *noise] for noise in noises] for name in candidates])
 
 
 def _variants(genome: Genome, start: np.ndarray, best: np.ndarray) -> dict[str, Variant]:
@@ -272,28 +197,3 @@ def _variants(genome: Genome, start: np.ndarray, best: np.ndarray) -> dict[str, 
         "equal": Variant(stack=genome.items(start)),
         "tuned": Variant(stack=genome.items(best)),
     }
-
-
-def _start(genome: Genome, key: tuple[int, str]) -> float:
-    index, name = key
-    entry = genome.entries[index]
-    layer = next(layer for layer in entry.adapter.layers if not name or layer.startswith(f"{name}.") or layer == name)
-    return entry.weight.weight_of(layer)
-
-
-def _by_parts(ref: AdapterRef, weights: dict[str, float]) -> AdapterRef:
-    return replace(ref, weight=1.0, parts=tuple(weights.items()))
-
-
-def _is_text(entry: StackEntry) -> bool:
-    return all(part.startswith("text_encoder") for part in entry.adapter.parts)
-
-
-def _block_of(layer: str, per: Per) -> str:
-    """The part or the block of a layer, as a reference's weights name it."""
-    part = part_of(layer)
-    if per == "part":
-        return part
-    pieces = layer.split(".")
-    numbered = next((i for i, piece in enumerate(pieces) if piece.isdigit()), 1)
-    return ".".join(pieces[: numbered + 1])

@@ -1,35 +1,29 @@
 """Which stack is better, and by how much: the same prompts and the same noise for all, intervals over prompts.
 
-Pictures come from the pipeline's ordinary call, so a figure holds wherever the pipeline runs. Prompts are
-what varies and what one wants to speak about, so the bootstrap resamples prompts, each with all its pictures.
+Prompts are what varies and what one wants to speak about, so the bootstrap resamples prompts, each with all its
+pictures.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.arguments import check_kind, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.evaluate.diversity import shrink
+from texforce_hub.evaluate.drawing import Easel, Job, Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
-from texforce_hub.generate.draw import DrawSettings, sample
+from texforce_hub.evaluate.tally import Tally
+from texforce_hub.generate.images.sheet import as_picture
+from texforce_hub.generate.log import saying_once
 from texforce_hub.generate.prompts.emphasis import Emphasis
 from texforce_hub.generate.prompts.sets import refuse_markup
 from texforce_hub.generate.prompts.weighting import say_cut
 from texforce_hub.rewards.reward import Reward, score_images
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What to evaluate: a stack (anything ``apply_adapter`` takes), a U-Net in place of the pipeline's, or both."""
-
-    stack: Any = ()
-    unet: Any = None
+OnImages = Callable[[str, int], None]
 
 
 def evaluate_variants(
@@ -39,15 +33,23 @@ def evaluate_variants(
     rewards: Sequence[Reward],
     *,
     sampling: Sampling | None = None,
-    on_images: Callable[[str, int], None] | None = None,
+    strict: bool = True,
+    on_images: OnImages | None = None,
 ) -> Evaluation:
     """Draw every prompt at every seed under every variant, and score the pictures.
 
-    The pipeline is afterwards as it was. ``on_images(variant, count)`` is called after every batch.
+    Variants share batches as far as that is exact; two that are the same arithmetic share their pictures, and differ by
+    exactly 0. The pipeline is afterwards as it was.
+
+    Args:
+        variants: by name; the first is what the others are compared with.
+        prompts: each different from the others.
+        strict: as in ``apply_adapter``.
+        on_images: called after every batch, for each variant with the number of its pictures in it.
 
     Raises:
-        ConfigError: no variant, no reward or no seed.
-        PromptError: no prompt, or one with tags or weights.
+        ConfigError: no variant, no reward or no seed, or something that is none.
+        PromptError: no prompt, one twice, or one with tags or weights.
         MatchError: a stack does not fit.
         RewardError: a reward cannot be used.
 
@@ -64,76 +66,89 @@ def evaluate_variants(
     """
     sampling = sampling or Sampling()
     check_pipeline(pipe)
-    prompts = check_texts(prompts)
-    check_kind(variants, Mapping, "give a mapping of names to Variant(stack=...)")  # type: ignore[type-abstract]
-    check_kind(rewards, Sequence, "give a list of what resolve_reward gives")  # type: ignore[type-abstract]
-    for variant in variants.values():
-        check_kind(variant, Variant, "give Variant(stack=...)")
-    for reward in rewards:
-        check_kind(reward, Reward, "give what resolve_reward gives")
-    if not variants or not rewards or not sampling.seeds:
-        raise ConfigError("nothing to evaluate: it takes at least one variant, one reward and one seed")
-    if not prompts:
-        raise PromptError("no prompt to evaluate on; give at least one")
-    refuse_markup(prompts)
-    texts = [text for text in (*prompts, sampling.negative_prompt) if text]
-    say_cut(pipe, [Emphasis(((text, 1.0),)) for text in texts], way_out="the reward is asked about all of it")
-    scores: dict[str, dict[str, np.ndarray]] = {reward.name: {} for reward in rewards}
-    for name, variant in variants.items():
-        with in_place(pipe, variant):
-            parts = []
-            for texts, images in draw_images(pipe, prompts, sampling):
-                parts.append(score_images(rewards, images, texts, batch=len(texts)).cpu())
-                if on_images is not None:
-                    on_images(name, len(texts))
-        for reward, row in zip(rewards, torch.cat(parts, 1), strict=True):
-            scores[reward.name][name] = row.view(len(prompts), -1).double().numpy()
-    return Evaluation(tuple(prompts), sampling, scores)
+    _check_variants(variants)
+    check_rewards(rewards)
+    prompts = check_prompts(prompts)
+    check_kind(sampling, Sampling, "give Sampling(seeds, …)").check()
+    easel = Easel(pipe, variants, sampling, strict=strict)
+    tally = Tally(easel.same, prompts, [reward.name for reward in rewards], sampling)
+    with saying_once():
+        say_cut_prompts(pipe, (*prompts, sampling.negative_prompt))
+        for jobs, pictures in easel.draw(easel.plan(dict(enumerate(prompts)))):
+            for job, scores, picture in zip(jobs, score_jobs(rewards, jobs, pictures), pictures, strict=True):
+                tally.note(job, scores, shrink(as_picture(picture)))
+            report_images(easel.same, jobs, on_images)
+    return tally.evaluation()
 
 
-def draw_images(
-    pipe: Any, prompts: Sequence[str], sampling: Sampling, *, numbers: Sequence[int] | None = None
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Batches of prompts and their pictures ``(b, 3, h, w)`` in [0, 1]: prompt by prompt, each at every seed.
+def score_jobs(rewards: Sequence[Reward], jobs: Sequence[Job], pictures: Tensor) -> list[list[float]]:
+    """Of each picture its scores, one a reward.
 
-    Each picture's noise comes from a generator of its own, seeded by the prompt's index and the seed, on the
-    CPU: it depends neither on the batch nor on the device. ``numbers``: the prompts' indices among those that were
-    drawn before, so that some of them are drawn again just so.
+    Raises:
+        RewardError: a reward cannot be used.
     """
-    jobs = [
-        (text, seed * 1_000_003 + index)
-        for index, text in zip(numbers or range(len(prompts)), prompts)
-        for seed in sampling.seeds
-    ]
-    settings = DrawSettings(
-        tuple(prompts) or ("",), inference_steps=sampling.inference_steps, guidance=sampling.guidance
-    )
-    with quiet(pipe), torch.no_grad():
-        for start in range(0, len(jobs), sampling.batch_size):
-            texts, seeds = zip(*jobs[start : start + sampling.batch_size], strict=True)
-            given = {"prompt": list(texts), "negative_prompt": [sampling.negative_prompt] * len(texts)}
-            yield list(texts), sample(pipe, settings, seeds, given, output_type="pt").float()
+    scores = score_images(rewards, pictures, [job.prompt for job in jobs], batch=len(jobs))
+    rows: list[list[float]] = scores.double().cpu().T.tolist()
+    return rows
 
 
-@contextmanager
-def in_place(pipe: Any, variant: Variant) -> Iterator[None]:
-    """The pipeline with a variant put on it, and afterwards as it was."""
-    before = pipe.unet
-    if variant.unet is not None:
-        pipe.unet = variant.unet
-    try:
-        with apply_adapter(pipe, variant.stack) if variant.stack else nullcontext():
-            yield
-    finally:
-        pipe.unet = before
+def report_images(same: Mapping[str, str], jobs: Sequence[Job], on_images: OnImages | None) -> None:
+    """Say how many pictures of each variant are there now, of those too that share them."""
+    counts = Counter(job.variant for job in jobs)
+    for name, other in same.items() if on_images is not None else ():
+        if other in counts and on_images is not None:
+            on_images(name, counts[other])
 
 
-@contextmanager
-def quiet(pipe: Any) -> Iterator[None]:
-    """No progress bar from the pipeline, and afterwards what it had."""
-    before = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**before, "disable": True})
-    try:
-        yield
-    finally:
-        pipe.set_progress_bar_config(**before)
+def say_cut_prompts(pipe: Any, texts: Sequence[str]) -> None:
+    """Say which prompts the text encoder cuts."""
+    read = [Emphasis(((text, 1.0),)) for text in texts if text]
+    say_cut(pipe, read, way_out="the reward is asked about all of it")
+
+
+def check_prompts(prompts: Any) -> tuple[str, ...]:
+    """The prompts, which can be evaluated on.
+
+    Raises:
+        ConfigError: no list of texts.
+        PromptError: an empty list or prompt, a prompt twice, or one with tags or weights.
+    """
+    texts = check_texts(prompts)
+    if not texts:
+        raise PromptError("no prompt to evaluate on; give at least one")
+    if not all(text.strip() for text in texts):
+        raise PromptError("an empty prompt among those to evaluate on; expected at least one word in each")
+    if twice := [prompt for prompt, count in Counter(texts).items() if count > 1]:
+        raise PromptError(f"{twice[0]!r} is there twice: it would count as two prompts; give it once, and more seeds")
+    refuse_markup(texts)
+    return texts
+
+
+def check_rewards(rewards: Any) -> None:
+    """Refuse what are no rewards.
+
+    Raises:
+        ConfigError: no list of them, an empty one, something else in it, or one name twice.
+    """
+    example = "resolve_rewards(['alignment'])"
+    if isinstance(rewards, str | Reward) or not isinstance(rewards, Sequence) or not rewards:
+        raise ConfigError(f"rewards is {_named(rewards)}; expected a list of at least one, as {example} gives it")
+    if wrong := [reward for reward in rewards if not isinstance(reward, Reward)]:
+        raise ConfigError(f"{wrong[0]!r:.80} is no reward; expected what {example} gives")
+    if twice := [name for name, count in Counter(reward.name for reward in rewards).items() if count > 1]:
+        raise ConfigError(f"two rewards have the name {twice[0]!r}; give each another")
+
+
+def _check_variants(variants: Any) -> None:
+    example = "{'base': Variant(), 'mine': Variant('REF')}"
+    if not isinstance(variants, Mapping) or not variants:
+        raise ConfigError(f"variants is {_named(variants)}; expected names with at least one variant, e.g. {example}")
+    for name, variant in variants.items():
+        if not isinstance(name, str) or not isinstance(variant, Variant):
+            raise ConfigError(f"variant {name!r:.80} is {_named(variant)}; expected e.g. {example}")
+
+
+def _named(value: Any) -> str:
+    """``[]``, ``a str``: what a wrong value is, in a word."""
+    empty = isinstance(value, Sequence | Mapping) and not value
+    return repr(value) if empty else f"a {type(value).__name__}"

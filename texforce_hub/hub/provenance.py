@@ -13,7 +13,8 @@ from texforce_hub.hub.privacy import strip_paths
 from texforce_hub.reading import parse_toml, read_text
 from texforce_hub.recipe import Recipe, RecipeSource
 
-EVALUATION = "evaluation.json"
+EVALUATION, RESULTS = "evaluation.json", "results.json"
+"""What ``evaluate --json`` printed; what ``evaluate --output`` writes into its folder."""
 """What ``evaluate --json`` printed, kept in a run's folder."""
 
 _SHOWN = (
@@ -128,21 +129,27 @@ def _step(name: str) -> re.Match[str] | None:
 
 
 def read_evaluation(path: Path) -> Measured:
-    """The scores in a file that ``evaluate --json`` wrote: the base's, and every other variant's beside them.
+    """The scores on held-out prompts that ``evaluate`` found: the base's, and every other stack's beside them.
+
+    Args:
+        path: what ``evaluate --json`` printed, or the folder of ``evaluate --output``, or the ``results.json`` in it.
 
     Raises:
         ConfigError: the file holds none.
     """
+    path = path / RESULTS if path.is_dir() else path
     try:
         said = json.loads(_read_text(path))
+        group, of_group = next(iter(said["groups"].items()))
+        names = [variant["name"] for variant in said["variants"] if variant["sweep"] is None]
         scores = tuple(
-            _read_score(reward, name, figures, first=next(iter(variants)), alone=len(variants) == 2)
-            for reward, variants in said["rewards"].items()
-            for name, figures in variants.items()
+            _read_score(reward["name"], name, of_group["measures"][reward["name"]], names)
+            for reward in said["rewards"]
+            for name in names
         )
         sampling = said["sampling"]
         words = (
-            f"{len(said['prompts'])} held-out prompts × {len(sampling['seeds'])} seeds, "
+            f"{of_group['prompts']} {group} prompts × {len(sampling['seeds'])} seeds, "
             f"{sampling['inference_steps']} steps, guidance {sampling['guidance']:g}"
         )
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
@@ -150,13 +157,14 @@ def read_evaluation(path: Path) -> Measured:
     return Measured(scores, words)
 
 
-def _read_score(reward: str, name: str, figures: Mapping[str, Any], *, first: str, alone: bool) -> Score:
-    difference = ""
+def _read_score(reward: str, name: str, figures: Mapping[str, Any], names: list[str]) -> Score:
+    first, difference = names[0], ""
     if name != first:
-        other = figures[f"vs_{first}"]
+        pairs = (pair for pair in figures["comparisons"] if (pair["stack"], pair["other"]) == (name, first))
+        other = next(pairs)["difference"]
         difference = f"{other['mean']:+.3f} [{other['low']:+.3f}, {other['high']:+.3f}]"
-    label = "base" if name == first else "with this adapter" if alone else strip_paths(name)
-    mean, low, high = (float(figures[key]) for key in ("mean", "low", "high"))
+    label = "base" if name == first else "with this adapter" if len(names) == 2 else strip_paths(name)
+    mean, low, high = (float(figures["means"][name][key]) for key in ("mean", "low", "high"))
     return Score(str(reward), label, mean, low, high, difference)
 
 

@@ -19,6 +19,7 @@ from texforce_hub.hub.pictures import find_pictures, read_prompt, write_picture
 from texforce_hub.hub.privacy import clean_metadata, read_recipe
 from texforce_hub.hub.provenance import (
     EVALUATION,
+    RESULTS,
     Measured,
     Training,
     describe_sources,
@@ -235,7 +236,9 @@ def _run_folder(bundle: Bundle) -> Path:
 def _read_measured(given: Path | None, run: Path) -> Measured:
     if given is not None:
         return read_evaluation(given)
-    return read_evaluation(run / EVALUATION) if (run / EVALUATION).is_file() else Measured()
+    beside = (run / Path(EVALUATION).stem / RESULTS, run / EVALUATION)
+    there = next((path for path in beside if path.is_file()), None)
+    return Measured() if there is None else read_evaluation(there)
 
 
 def _bring_pictures(given: Path | None, training: Training | None, folder: Path) -> tuple[list[CardImage], str, str]:

@@ -115,7 +115,8 @@ def push_adapter(
         license: an id of the Hub's list; by default that of the card there, of the catalogue entry, or of the base.
         dialects: the layouts to write; by default diffusers, kohya and peft, as far as they can hold the adapter.
         images: pictures for the gallery, a file or a folder that ``apply --output`` wrote.
-        evaluation: the figures that ``evaluate --json`` printed; by default ``evaluation.json`` beside the adapter.
+        evaluation: the folder of ``evaluate --output``, or what ``evaluate --json`` printed; by default
+            ``evaluation`` or ``evaluation.json`` beside the adapter.
         alpha: of layers that store none.
         allow_pickle: whether a pickle from the Hub may be read.
         dry_run: find out everything, change nothing.

@@ -189,6 +189,19 @@ def held_out_prompts(source: str) -> list[str]:
     return list(listed.prompts)
 
 
+def training_prompts(source: str) -> list[str]:
+    """Prompts that a training with the same ``--prompts`` draws from: a file's, without those it holds out, or seen
+    combinations of ``shapes:WORDS``.
+
+    Raises:
+        PromptError: as :func:`held_out_prompts`.
+    """
+    if source.startswith("shapes:"):
+        return sample_prompts(_HELD_OUT, 0, split="train", noisy=_find_words(source))
+    prompts, _ = split_prompts(_read_plain(source))
+    return list(prompts)
+
+
 def _find_words(source: str) -> frozenset[str]:
     words = source.removeprefix("shapes:")
     if words not in _WORDS:

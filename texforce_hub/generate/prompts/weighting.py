@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from texforce_hub.reading import first_line
 _LOG = logging.getLogger("texforce_hub")
 
 EMPTY = Emphasis(())
+_CUTS_ARE_SAID: ContextVar[bool] = ContextVar("cuts_are_said", default=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,9 +135,21 @@ def count_chunks(pipe: Any, prompts: Iterable[Emphasis]) -> int:
 
 def say_cut(pipe: Any, prompts: Iterable[Emphasis], *, longest: int | None = None, way_out: str | None = None) -> None:
     """Say which words of which prompts are beyond the length of every text encoder and will not be read."""
+    if _CUTS_ARE_SAID.get():
+        return
     for prompt, limit, cut in find_cut(pipe, prompts, longest=longest):
         shown = prompt.text, limit, cut, way_out or _way_out(pipe)
         _LOG.warning("%r is longer than the text encoder's %d tokens; not read: %r; %s", *shown)
+
+
+@contextmanager
+def cuts_said() -> Iterator[None]:
+    """Nothing more of cut prompts in the block: whoever draws many batches of the same prompts has said it already."""
+    before = _CUTS_ARE_SAID.set(True)
+    try:
+        yield
+    finally:
+        _CUTS_ARE_SAID.reset(before)
 
 
 def find_cut(
