@@ -160,7 +160,7 @@ BRIGHT = Reward("bright", lambda images, _: images.mean((1, 2, 3)))
         ({"rewards": ["brightness"]}, ConfigError, "'brightness' is no reward"),
         ({"rewards": [BRIGHT, BRIGHT]}, ConfigError, "two rewards have the name 'bright'"),
         ({"sampling": Sampling((0, 0))}, ConfigError, "all different"),
-        ({"sampling": Sampling((0.5,))}, ConfigError, "expected whole numbers from 0"),
+        ({"sampling": Sampling((-1,))}, ConfigError, "expected whole numbers from 0"),
         ({"sampling": Sampling((0,), 0)}, ConfigError, "inference_steps is 0"),
         ({"sampling": Sampling((0,), guidance=np.nan)}, ConfigError, "guidance is nan"),
     ],

@@ -98,7 +98,7 @@ def test_a_picture_can_be_drawn_again_by_apply_with_the_noise_of_its_line(whole,
 def test_a_finished_folder_is_not_drawn_again(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     run = make_run()
-    run.easel.draw = lambda batches: iter([() for batch in batches if pytest.fail("drawn again")])
+    run.easel.draw = lambda batches: iter([pytest.fail("drawn again") for _ in batches])
     evaluate_in_folder(Launch(REQUEST, tmp_path / "run"), run, Share())
     assert files_of(tmp_path / "run") == files_of(whole)
 

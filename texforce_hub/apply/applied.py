@@ -12,6 +12,7 @@ from torch import nn
 
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.adapter_list import free_name
+from texforce_hub.apply.composite import Composite, check_composite, passes
 from texforce_hub.apply.handle import Applied
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
@@ -43,6 +44,7 @@ def apply_adapter(
     rounding: Literal["nearest", "stochastic"] = "nearest",
     seed: int = 0,
     schedule: str = "",
+    composite: Composite = "",
 ) -> Applied:
     """Put a stack on a pipeline, or on a bare text encoder or U-Net.
 
@@ -59,11 +61,13 @@ def apply_adapter(
         schedule: how the weights of items without a schedule of their own change over the denoising steps of the
             pipeline's calls: ``"[0-0.4]"``, the first 40 % of them, or ``"0@0,1@0.3,0.2@1"``, weights at shares of
             them and straight lines between; as in ``"A:0.8[0-0.4]"`` and ``"A:0@0,1@0.3"``.
+        composite: how several adapters act in the pipeline's calls: added (``""``); ``"average"``: the U-Net predicts
+            under each alone, and the mean is taken; ``"switch"``: each step is under one, by turns.
 
     Raises:
         MatchError: an adapter does not fit; nothing was changed.
-        ConfigError: an impossible weight, mode or schedule.
-        FamilyError: a schedule on something else than an SD1, SD2 or SDXL pipeline.
+        ConfigError: an impossible weight, mode, schedule or composite.
+        FamilyError: a schedule or composite on something else than an SD1, SD2 or SDXL pipeline.
 
     Example:
         >>> from texforce_hub import apply_adapter, load_pipeline
@@ -79,16 +83,18 @@ def apply_adapter(
     entries = read_stack(adapters, weight=weight, scheduled=True)
     entries = [entry.scheduled(schedule) for entry in entries] if schedule else entries
     refs = [entry.weight for entry in entries]
-    if follows := not all(ref.is_constant for ref in refs):
+    check_composite(composite)
+    if follows := bool(composite) or not all(ref.is_constant for ref in refs):
         check_schedulable(pipe, mode)
-        entries = [replace(entry, weight=ref.at(0.0)) for entry, ref in zip(entries, refs)]
+        now, *_ = passes([ref.at(0.0) for ref in refs], composite, 0)
+        entries = [replace(entry, weight=ref) for entry, ref in zip(entries, now)]
     draws = seed if rounding == "stochastic" else None
     roots = {part: plain(module) for part, module in parts_of(pipe).items()}
     made: list[Applied] = []  # an interrupt after the lock is let go would lose what is returned, the stack left on
     try:
         applied = alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, made, strict=strict, draws=draws))
         if follows:
-            applied._follow(pipe, refs)
+            applied._follow(pipe, refs, composite)
         return applied
     except BaseException:
         for handle in made:

@@ -192,14 +192,14 @@ class Applied:
     def _acts_on_text(self) -> bool:
         return any(part.startswith("text_encoder") for part in self._riding_parts())
 
-    def _follow(self, pipe: Any, refs: Sequence[AdapterRef]) -> None:
+    def _follow(self, pipe: Any, refs: Sequence[AdapterRef], composite: str) -> None:
         """Let the weights change over the steps of the pipeline's calls."""
 
         def set_weights(now: Sequence[AdapterRef]) -> None:
             entries = [replace(entry, weight=ref) for entry, ref in zip(self.entries, now)]
             alone_on(self.roots.values(), lambda: self._set_weights(entries))
 
-        self._timeline = Timeline(pipe, refs, set_weights, acts_on_text=self._acts_on_text)
+        self._timeline = Timeline(pipe, refs, set_weights, acts_on_text=self._acts_on_text, composite=composite)
         self._timeline.start()
 
     def _keep(self) -> None:

@@ -1,9 +1,10 @@
-"""Weights that change over the denoising steps: windows and ramps of a stack, followed through a pipeline's own call.
+"""Weights that change over the denoising steps: windows, ramps and turns, followed through a pipeline's own call.
 
 Before a step's U-Net call its weights are set. A text adapter acts through the embeddings, so the prompt is encoded
 again, once for each distinct set of weights in a call, and the step gets those; a U-Net adapter's attached weights are
 changed. The pipeline is not told: its ``encode_prompt`` is remembered as it was called, and the U-Net's arguments are
-replaced on their way in.
+replaced on their way in. Where a step takes several sets of weights (:mod:`texforce_hub.apply.composite`), the U-Net is
+called once more for each behind its own call, and the pipeline gets the mean.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from texforce_hub.apply.composite import Refs, mean_of, passes
 from texforce_hub.errors import ConfigError, FamilyError
 from texforce_hub.hub.refs.adapter import AdapterRef
 
@@ -41,40 +43,54 @@ class Timeline:
     """A stack's schedule on a pipeline, from :meth:`start` until :meth:`stop`.
 
     Step ``k`` of ``n`` has the weights of ``ref.at(k / n)``; ``n`` is the length of the scheduler's ``timesteps``, so
-    image-to-image calls, which leave out the first steps, begin later in it.
+    image-to-image calls, which leave out the first steps, begin later in it. ``composite`` divides each step's weights
+    among several calls or steps.
     """
 
-    def __init__(self, pipe: Any, refs: Sequence[AdapterRef], set_weights: SetWeights, *, acts_on_text: bool) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        refs: Sequence[AdapterRef],
+        set_weights: SetWeights,
+        *,
+        acts_on_text: bool,
+        composite: str = "",
+    ) -> None:
         self._pipe = pipe
         self._refs = tuple(refs)
+        self._composite = composite
         self._set = set_weights
         self._acts_on_text = acts_on_text
         self._encode = pipe.encode_prompt
         self._had_own = "encode_prompt" in vars(pipe)
         self._asked: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._encoded: dict[tuple[AdapterRef, ...], tuple[Any, ...]] = {}
-        self._now = self._first = self._at(0.0)
+        self._encoded: dict[Refs, tuple[Any, ...]] = {}
+        self._passes = self._at(0, 1)
+        self._now = self._first = self._passes[0]
         self._step = -1
-        self._hook: Any = None
+        self._hooks: list[Any] = []
+        self._again = False
 
     def start(self) -> None:
         """Follow the pipeline's calls from now on. Whoever starts it has noted it before, to be able to stop it."""
         self._pipe.encode_prompt = self._remember
-        self._hook = self._pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True)
+        self._hooks.append(self._pipe.unet.register_forward_pre_hook(self._before_unet, with_kwargs=True))
+        if self._composite == "average":
+            self._hooks.append(self._pipe.unet.register_forward_hook(self._after_unet, with_kwargs=True))
 
     def stop(self) -> None:
         """Leave the pipeline's ``encode_prompt`` and U-Net as they were. A second call does nothing."""
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._had_own:
             self._pipe.encode_prompt = self._encode
         else:
             vars(self._pipe).pop("encode_prompt", None)
 
-    def _at(self, share: float) -> tuple[AdapterRef, ...]:
-        return tuple(ref.at(share) for ref in self._refs)
+    def _at(self, step: int, count: int) -> tuple[Refs, ...]:
+        return passes([ref.at(step / count) for ref in self._refs], self._composite, step)
 
-    def _go_to(self, refs: tuple[AdapterRef, ...]) -> None:
+    def _go_to(self, refs: Refs) -> None:
         if refs != self._now:
             self._set(refs)
             self._now = refs
@@ -87,20 +103,42 @@ class Timeline:
                 "steps needs the prompt as text"
             )
         self._asked, self._step = (arguments, keywords), -1
-        self._go_to(self._at(0.0))
+        self._go_to(self._first)
         self._encoded = {self._first: self._encode(*arguments, **keywords)}
         return self._encoded[self._first]
 
     def _before_unet(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        if self._again:
+            return None
         timestep = keywords["timestep"] if "timestep" in keywords else arguments[1]
         self._step = _find_step(self._pipe.scheduler.timesteps, timestep, self._step)
-        self._go_to(self._at(self._step / len(self._pipe.scheduler.timesteps)))
-        if not self._acts_on_text or not self._encoded or self._now == self._first:
-            return None
+        self._passes = self._at(self._step, len(self._pipe.scheduler.timesteps))
+        self._go_to(self._passes[0])
+        return arguments, self._changed(keywords)
+
+    def _after_unet(self, unet: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        """The mean of a call's output and those of the same call under the step's other weights."""
+        if self._again or len(self._passes) == 1:
+            return output
+        outputs, self._again = [output], True
+        try:
+            for refs in self._passes[1:]:
+                self._go_to(refs)
+                outputs.append(unet(*arguments, **self._changed(keywords)))
+        finally:
+            self._again = False
+        return mean_of(outputs)
+
+    def _changed(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """The U-Net's arguments with the prompts as they are under the weights of now."""
+        if not self._acts_on_text or not self._encoded:
+            return keywords
+        if self._now == self._first and not self._composite:  # in a composite they may be another pass's by now
+            return keywords
         if self._now not in self._encoded:
             asked, named = self._asked
             self._encoded[self._now] = self._encode(*asked, **named)
-        return arguments, _with_embeddings(keywords, self._encoded[self._now])
+        return _with_embeddings(keywords, self._encoded[self._now])
 
 
 def _find_step(timesteps: Tensor, timestep: Any, last: int) -> int:
