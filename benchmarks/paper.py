@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 
 from benchmarks.timing import commit, head, row
 from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, TUNED_UNET
+from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.evaluate.statistics import Interval, bootstrap_mean
 from texforce_hub.evaluate.tune import split_in_half, tune_weights
-from texforce_hub.evaluate.variants import Variant, evaluate_variants
+from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.generate.images.figure import new_figure, render
 from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.rewards.reward import Reward, resolve_rewards
