@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.apply.test_schedule import CALL, PROMPTS, STEPS, draw
 from tests.support.applying import bits, same_bits
+from tests.support.denoising import STEPS, denoise_by_hand, draw
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.composite import Composite, passes
@@ -44,31 +44,6 @@ def test_two_equal_adapters_are_one(pipe, mode, parts):
         torch.testing.assert_close(draw(pipe), plain, atol=2e-5, rtol=1e-4)
     with apply_adapter(pipe, [adapter, adapter]):
         assert not torch.allclose(draw(pipe), plain, atol=1e-3)
-
-
-def predict(pipe, stack, latents, step):
-    """The guided prediction of one step under one stack, by the pipeline's parts."""
-    time = pipe.scheduler.timesteps[step]
-    with apply_adapter(pipe, stack), torch.no_grad():
-        positive, negative = pipe.encode_prompt(
-            PROMPTS, "cpu", 1, do_classifier_free_guidance=True, negative_prompt=["ugly"] * 2
-        )
-        scaled = pipe.scheduler.scale_model_input(torch.cat([latents] * 2), time)
-        away, towards = pipe.unet(scaled, time, encoder_hidden_states=torch.cat([negative, positive])).sample.chunk(2)
-    return away + CALL["guidance_scale"] * (towards - away)
-
-
-def denoise_by_hand(pipe, stacks_of_step):
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    pipe.scheduler.set_timesteps(STEPS)
-    size = CALL["height"] // pipe.vae_scale_factor
-    latents = torch.cat([torch.randn(1, 4, size, size, generator=generator) for generator in generators])
-    latents = latents * pipe.scheduler.init_noise_sigma
-    for step in range(STEPS):
-        predictions = [predict(pipe, stack, latents, step) for stack in stacks_of_step(step)]
-        mean = torch.stack(predictions).mean(0)
-        latents = pipe.scheduler.step(mean, pipe.scheduler.timesteps[step], latents).prev_sample
-    return latents
 
 
 def test_the_average_is_that_of_predictions_made_by_hand():

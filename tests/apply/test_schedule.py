@@ -6,22 +6,13 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.support.applying import bits, same_bits
+from tests.support.denoising import CALL, PROMPTS, STEPS, denoise_by_hand, draw
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.cli import app
-from texforce_hub.errors import ConfigError, FamilyError
+from texforce_hub.errors import ConfigError, FamilyError, RefError
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import read_stack
-
-STEPS = 5
-CALL = {"num_inference_steps": STEPS, "width": 16, "height": 16, "guidance_scale": 3.0, "output_type": "latent"}
-PROMPTS = ["a red cat", "a dog"]
-
-
-def draw(pipe, **keywords):
-    generators = [torch.Generator().manual_seed(seed) for seed in range(len(PROMPTS))]
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(prompt=PROMPTS, negative_prompt=["ugly"] * 2, generator=generators, **CALL, **keywords).images
 
 
 @pytest.fixture(params=["sd1", "sdxl"])
@@ -251,3 +242,46 @@ def test_an_interrupt_while_a_schedule_starts_leaves_the_pipeline_as_it_was(monk
         apply_adapter(pipe, text_adapter(pipe), schedule="[0-0.4]")
     assert "encode_prompt" not in vars(pipe)
     assert same_bits(pipe, before)
+
+
+@pytest.mark.parametrize(
+    "schedule", ["text_encoder=0@0,1@0.5,unet=0.5", "unet=0@0,1@0.4,0.2@1", "unet.down_blocks.0=1@0.2,0@0.8"]
+)
+def test_a_ramp_of_a_part_or_block_is_that_of_the_stack_put_on_by_hand(schedule):
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe, parts=["text_encoder", "unet"])
+    ref = AdapterRef.parse(f"adapter:{schedule}")
+    by_hand = denoise_by_hand(pipe, lambda step: [[(adapter, ref.at(step / STEPS))]])
+    with apply_adapter(pipe, [(adapter, ref)]):
+        torch.testing.assert_close(draw(pipe), by_hand, atol=1e-4, rtol=1e-3)
+
+
+def test_parts_over_the_steps_are_written_as_they_are_read():
+    ref = AdapterRef.parse("a:text_encoder=0.8,unet=0@0,1@0.3[0-0.5]")
+    assert ref.parts == (("text_encoder", 0.8),)
+    assert ref.ramps == (("unet", ((0.0, 0.0), (0.3, 1.0))),)
+    assert (str(ref), ref.schedule) == ("a:text_encoder=0.8,unet=0@0,1@0.3[0-0.5]", "unet=0@0,1@0.3[0-0.5]")
+    assert AdapterRef("a", parts=(("text_encoder", 0.8),)).scheduled(ref.schedule) == ref
+    assert dict(ref.at(0.15).parts) == pytest.approx({"text_encoder": 0.8, "unet": 0.5})
+    assert (ref.at(0.6).weight, ref.at(0.6).parts) == (0.0, ())
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("a:unet=0@0,0.5", "no weight at a share of the steps"),
+        ("a:0.5@0,unet=1@0.5", "is no part's weight"),
+        ("a:unet=0@0,unet=1@1", "'unet' has two weights"),
+        ("a:unet=0@0.5,1@0.2", "go up from 0 to 1"),
+        ("a:text_encoder=0.5,1@0.2,unet=0@0", "is no part's weight"),
+    ],
+)
+def test_parts_over_the_steps_that_cannot_be_read_are_refused(text, phrase):
+    with pytest.raises(RefError, match=phrase):
+        AdapterRef.parse(text)
+
+
+def test_a_part_over_the_steps_that_no_layer_has_is_refused():
+    pipe = tiny_pipeline("sd1")
+    with pytest.raises(ConfigError, match="no layer is covered by 'transformer'"):
+        apply_adapter(pipe, [(text_adapter(pipe), AdapterRef.parse("adapter:transformer=0@0,1@1"))])

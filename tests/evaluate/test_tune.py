@@ -9,12 +9,16 @@ from typer.testing import CliRunner
 
 from tests.support.applying import bits, same_bits
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
+from texforce_hub.adapter.dense import Dense
+from texforce_hub.adapter.value import Adapter
 from texforce_hub.cli import app
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate import tune
 from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Sampling
-from texforce_hub.evaluate.tune import Genome, split_in_half, tune_weights
+from texforce_hub.evaluate.genome import Genome
+from texforce_hub.evaluate.gradient import value_and_gradient
+from texforce_hub.evaluate.tune import split_in_half, tune_weights
 from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.generate.recipe import replay_run
 from texforce_hub.hub.stack import read_stack
@@ -85,7 +89,7 @@ def test_every_candidate_has_the_same_noise_and_a_stack_is_drawn_as_it_is_put_on
     adapter = random_adapter(pipe, parts=["text_encoder"])
     genome = Genome.of(read_stack([(adapter, 0.7)]), "adapter")
     reward = Reward("mean", lambda images, prompts: images.mean((1, 2, 3)))
-    same = tune._score(pipe, genome, [np.array([0.7]), np.array([0.7])], PROMPTS, [reward], FAST)
+    same = tune._Task(pipe, genome, PROMPTS, [reward], FAST).score([np.array([0.7]), np.array([0.7])])
     assert np.array_equal(same[0], same[1])
     by_hand = evaluate_variants(pipe, {"x": Variant(stack=[(adapter, 0.7)])}, PROMPTS, [reward], sampling=FAST)
     assert same[0] == pytest.approx(by_hand.scores["mean"]["x"].ravel(), abs=1e-5)
@@ -153,3 +157,65 @@ def test_the_command_prints_a_stack_and_writes_a_recipe_that_replays(tmp_path):
     found = json.loads(result.stdout)
     assert [ref.partition(":")[0] for ref in found["stack"]] == ["shapes-colour", "shapes-shape"]
     assert list(map(str, replay_run(tmp_path / "r.toml").adapters)) == found["stack"]
+
+
+@pytest.mark.parametrize("parts", [["text_encoder"], ["unet"], ["text_encoder", "unet"]])
+def test_the_gradient_is_that_of_finite_differences(parts):
+    pipe = tiny_pipeline("sd1")
+    before = bits(pipe)
+    entries = read_stack([(random_adapter(pipe, parts=parts, seed=seed), 0.5) for seed in (0, 1)])
+    genome = Genome.of(entries, "part")
+    reward = Reward("mean", lambda images, _: images.mean((1, 2, 3)) * 100, differentiable=True)
+    sampling = Sampling((0, 1), inference_steps=2, guidance=2.0, batch_size=3)
+    drawn = PROMPTS[:2], [reward], sampling
+    at = np.full(len(genome.keys), 0.5)
+    value, slope = value_and_gradient(pipe, genome, at, *drawn)
+    assert value == pytest.approx(tune._Task(pipe, genome, *drawn).score([at]).mean(), abs=1e-3)
+    for number in range(len(at)):
+        step = np.eye(len(at))[number] * 0.01
+        above, below = (value_and_gradient(pipe, genome, at + s * step, *drawn)[0] for s in (1, -1))
+        assert slope[number] == pytest.approx((above - below) / 0.02, rel=0.05, abs=0.02)
+    assert same_bits(pipe, before)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_the_gradient_leads_to_the_weight_that_a_reward_was_made_from(part):
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe, parts=[part], size=0.3)
+    searched, _ = split_in_half(PROMPTS)
+    targets = {}
+
+    def remember(images, prompts):
+        targets.update(zip(prompts, images))
+        return images.mean((1, 2, 3))
+
+    evaluate_variants(
+        pipe, {"at": Variant(stack=[(adapter, 0.9)])}, searched, [Reward("remember", remember)], sampling=FAST
+    )
+
+    def score(images, prompts):
+        wanted = torch.stack([targets.get(prompt, images[0].detach()) for prompt in prompts])
+        return -(images - wanted).square().mean((1, 2, 3)) * 1000
+
+    reward = Reward("score", score, differentiable=True)
+    found = tune_weights(
+        pipe, [(adapter, 0.6)], PROMPTS, [reward], gradient=True, generations=20, bounds=(0.0, 1.2), sampling=FAST
+    )
+    assert found.refs[0].weight == pytest.approx(0.9, abs=0.06)
+
+
+def test_a_reward_without_a_gradient_is_refused_before_anything_is_drawn():
+    pipe = tiny_pipeline("sd1")
+    with pytest.raises(ConfigError, match="'near' has no gradient; leave --gradient out"):
+        tune_weights(pipe, random_adapter(pipe), PROMPTS, [near(0.5)], gradient=True, sampling=FAST)
+    result = CliRunner().invoke(app, ["tune", "--adapter", "x", "--gradient", "--population", "9"])
+    assert "--population is of the search" in str(result.exception)
+
+
+def test_a_layer_that_is_not_low_rank_has_no_gradient_and_is_named():
+    pipe = tiny_pipeline("sd1")
+    text = random_adapter(pipe, parts=["text_encoder"])
+    name = next(iter(text.layers))
+    reward = Reward("mean", lambda images, _: images.mean((1, 2, 3)), differentiable=True)
+    with pytest.raises(ConfigError, match="is a Dense; weights of low-rank layers alone have a gradient"):
+        tune_weights(pipe, Adapter({name: Dense(text.delta(name))}), PROMPTS, [reward], gradient=True, sampling=FAST)

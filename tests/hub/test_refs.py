@@ -25,6 +25,9 @@ parts = st.dictionaries(st.from_regex(r"[a-z_.*?0-9]{1,12}", fullmatch=True), we
 windows = st.tuples(st.floats(0, 1), st.floats(0, 1)).map(lambda w: (min(w), max(w))) | st.just((0.0, 1.0))
 ramps = st.dictionaries(st.floats(0, 1), weights, min_size=1, max_size=4).map(lambda r: tuple(sorted(r.items())))
 
+part_names = st.from_regex(r"[a-z_.*?0-9]{1,12}", fullmatch=True)
+part_ramps = st.dictionaries(part_names, ramps, min_size=1, max_size=3).map(lambda r: tuple(r.items()))
+
 
 @st.composite
 def adapter_refs(draw):
@@ -32,8 +35,8 @@ def adapter_refs(draw):
     head, equals, _ = source.partition("=")
     if equals and re.fullmatch(r"\w[\w-]*", head, re.ASCII):
         source = f"./{source}"
-    kind = draw(st.sampled_from(["parts", "weight", "ramp"]))
-    drawn = {"parts": parts.map(lambda p: tuple(p.items())), "weight": weights, "ramp": ramps}
+    kind = draw(st.sampled_from(["parts", "weight", "ramp", "ramps"]))
+    drawn = {"parts": parts.map(lambda p: tuple(p.items())), "weight": weights, "ramp": ramps, "ramps": part_ramps}
     values = {kind: draw(drawn[kind])}
     return AdapterRef(source, draw(st.none() | names), window=draw(windows), **values)
 

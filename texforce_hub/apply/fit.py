@@ -67,10 +67,12 @@ class _Sorted:
             self.renamed.append(name)
 
 
-def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -> Fit:
+def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes, *, strict: bool = True) -> Fit:
     """Whether an adapter fits a base; only headers and configs are read.
 
-    A text encoder's layers that fit only another text encoder of the base go there, with a note.
+    A text encoder's layers that fit only another text encoder of the base go there, with a note. ``strict``: as in
+    :func:`~texforce_hub.apply.applied.apply_adapter`: without it, layers that the base lacks are left out, and an
+    adapter fits of which any others match.
 
     Raises:
         RefError, FileError, DialectError: the adapter cannot be read.
@@ -98,7 +100,8 @@ def check_adapter(ref: str | Path | AdapterRef, base: str | Path | BaseShapes) -
             f"{len(outcome.renamed)} layers have the names of the authors' own code, e.g. {outcome.renamed[0]}: "
             "applied under diffusers' names, fused ones divided by rows"
         )
-    fits = bool(outcome.matched) and not (outcome.unmatched or outcome.misshapen or planned.faults)
+    wrong_layers = outcome.misshapen or planned.faults or (strict and outcome.unmatched)
+    fits = bool(outcome.matched) and not wrong_layers
     verdict = _verdict(planned, base, outcome, fits=fits)
     wrong = (outcome.unmatched, outcome.misshapen, outcome.unreadable)
     return Fit(fits, verdict, tuple(outcome.matched), *wrong, tuple(dict.fromkeys(outcome.notes)))
@@ -117,6 +120,9 @@ def _verdict(planned: Plan, base: BaseShapes, outcome: _Sorted, *, fits: bool) -
     total = len(planned.layers)
     made_for = planned.family.summary
     if fits:
+        if outcome.unmatched:
+            left_out = f"{len(outcome.unmatched)} are not in it and are left out"
+            return f"fits in part: {len(outcome.matched)} of {total} layers match {base.title}, {left_out}"
         matching = f"{len(outcome.matched)} of {total} layers match" if outcome.idle else f"all {total} layers match"
         return f"fits: {matching} {base.title}" + (", the others change nothing" if outcome.idle else "")
     own = {fault for layer in planned.layers.values() for fault in layer.faults}

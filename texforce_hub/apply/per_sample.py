@@ -127,13 +127,14 @@ def _gather(live: LiveShapes, stacks: Sequence[Sequence[StackEntry]], *, strict:
                 "use apply_adapter, one stack after the other"
             )
         for key, contributions in riding.items():
-            pairs = [_pair(entries[position], name, rows, block) for position, name, rows, block in contributions]
+            pairs = [pair_of(entries[position], name, rows, block) for position, name, rows, block in contributions]
             weights = [entries[position].weight.weight_of(name) for position, name, *_ in contributions]
             gathered.setdefault(key, [None] * len(stacks))[index] = concat(pairs, weights)
     return gathered
 
 
-def _pair(entry: StackEntry, name: str, rows: Ranges | None, block: Block | None) -> LowRank:
+def pair_of(entry: StackEntry, name: str, rows: Ranges | None, block: Block | None) -> LowRank:
+    """A low-rank layer of an adapter, as it acts on one parameter: some of its rows, or a block of the whole."""
     layer: Any = entry.adapter.layers[name]
     layer = layer if rows is None else take_rows(layer, rows)
     pair: LowRank = layer if block is None else place(layer, block)  # type: ignore[assignment]

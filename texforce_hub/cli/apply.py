@@ -6,27 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli import names
+from texforce_hub.cli import names, options
 from texforce_hub.cli.console import LOUDNESS, put, put_json
-from texforce_hub.cli.options import (
-    RESULT,
-    SAMPLING,
-    WORK,
-    AsJson,
-    Base,
-    BatchSize,
-    Device,
-    Dtype,
-    Force,
-    Guidance,
-    LockFile,
-    NegativePrompt,
-    Seed,
-    Steps,
-    Unet,
-    option,
-    refuse_existing,
-)
+from texforce_hub.cli.options import RESULT, SAMPLING, WORK, option, refuse_existing
 from texforce_hub.cli.progress import bars
 from texforce_hub.cli.summary import MOST, count_of
 from texforce_hub.cli.table import put_table
@@ -61,9 +43,10 @@ def apply(
     rounding: Annotated[
         str, option("--rounding", metavar="HOW", help="Of fused half floats: nearest or stochastic.", group=_STACK)
     ] = "nearest",
-    strict: Annotated[
-        bool, option("--strict/--no-strict", help="Refuse an adapter with a layer that the base lacks.", group=_STACK)
-    ] = True,
+    composite: Annotated[
+        str, option("--composite", metavar="HOW", help="Not added: average or switch, each alone.", group=_STACK)
+    ] = "",
+    strict: options.Strict = True,
     prompt: Annotated[
         list[str] | None,
         option("--prompt", metavar="TEXT", help="What to draw, with <lora:NAME:WEIGHT> too.", group=_PROMPTS),
@@ -82,10 +65,10 @@ def apply(
     long_prompts: Annotated[
         bool, option("--long-prompts", help="Read prompts beyond the text encoder's length whole.", group=_PROMPTS)
     ] = False,
-    negative_prompt: NegativePrompt = None,
-    inference_steps: Steps = None,
-    guidance: Guidance = None,
-    seed: Seed = 0,
+    negative_prompt: options.NegativePrompt = None,
+    inference_steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    seed: options.Seed = 0,
     num_images: Annotated[
         int, option("--num-images", metavar="N", min=1, max=10_000, help="For each prompt.", group=SAMPLING)
     ] = 1,
@@ -101,12 +84,12 @@ def apply(
     clip_skip: Annotated[
         int | None, option("--clip-skip", metavar="N", min=0, help="Last CLIP layers to skip.", group=SAMPLING)
     ] = None,
-    batch_size: BatchSize = 8,
-    base: Base = "shapes",
-    unet: Unet = None,
-    lock: LockFile = None,
-    device: Device = None,
-    dtype: Dtype = None,
+    batch_size: options.BatchSize = 8,
+    base: options.Base = "shapes",
+    unet: options.Unet = None,
+    lock: options.LockFile = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
     offload: Annotated[bool, option("--offload", help="Keep models in main memory between uses.", group=WORK)] = False,
     pipeline: Annotated[
         Path | None, option("--save-pipeline", metavar="DIR", help="As a pipeline's folder.", group=_SAVE)
@@ -127,8 +110,8 @@ def apply(
     recipe: Annotated[
         Path | None, option("--recipe", metavar="FILE", help="Do again what a recipe says.", group=RESULT)
     ] = None,
-    force: Force = False,
-    as_json: AsJson = False,
+    force: options.Force = False,
+    as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
     """Draw prompts with and without a stack, at equal seeds; or save it baked in."""
     del lock  # in use since it was read
@@ -153,6 +136,8 @@ def apply(
         run = _make_run(given)
     if run.tags and any(targets.values()):
         raise ConfigError("a model is saved for all prompts, a tag acts on its own; give its adapter with --adapter")
+    if run.composite and any(targets.values()):
+        raise ConfigError("--composite acts while pictures are drawn; leave it out, or save nothing")
     drawing = Drawing(run)
     drawing.load(device=device, dtype=dtype, offload=offload)
     files: list[Path] = []
@@ -193,7 +178,7 @@ def _make_run(given: dict[str, Any]) -> "DrawRun":
         unet=given["unet"] or "",
         sweeps=tuple(given["sweep"] or ()),
         tags=AdapterIndex(given["adapter_dir"]).find_all(prompts),
-        **{name: given[name] for name in ("mode", "rounding", "strict", "scheduler", "each")},
+        **{name: given[name] for name in ("mode", "rounding", "strict", "scheduler", "each", "composite")},
     )
 
 

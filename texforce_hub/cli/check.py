@@ -6,7 +6,7 @@ import typer
 
 from texforce_hub.cli import names
 from texforce_hub.cli.console import LOUDNESS, first_of, note, put, put_detail, put_json
-from texforce_hub.cli.options import WORK, AsJson, Ref, option
+from texforce_hub.cli.options import WORK, AsJson, Ref, Strict, option
 from texforce_hub.cli.summary import by_part, by_reason
 from texforce_hub.cli.table import put_table
 
@@ -25,6 +25,7 @@ def check(
             group=WORK, autocompletion=lambda incomplete: names.families(incomplete) + names.bases(incomplete),
         ),
     ],
+    strict: Strict = True,
     json: AsJson = False,
 ) -> None:  # fmt: skip
     """Say whether an adapter fits a base, layer by layer, before anything is loaded. Exit 0: it fits; 1: it does not.
@@ -33,7 +34,7 @@ def check(
     """
     from texforce_hub.apply.fit import check_adapter
 
-    fit = check_adapter(ref, base)
+    fit = check_adapter(ref, base, strict=strict)
     if json:
         put_json(fit.as_dict())
     else:

@@ -3,38 +3,22 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from texforce_hub.cli import names
+from texforce_hub.cli import names, options
 from texforce_hub.cli.console import put, put_detail, put_json
 from texforce_hub.cli.environments import prepare_rewards
-from texforce_hub.cli.options import (
-    LARGEST_SEED,
-    MOST_SEEDS,
-    RESULT,
-    SAMPLING,
-    WORK,
-    AsJson,
-    Base,
-    BatchSize,
-    Device,
-    Dtype,
-    Guidance,
-    NegativePrompt,
-    Steps,
-    Unet,
-    Yes,
-    option,
-)
+from texforce_hub.cli.options import RESULT, WORK, option
 from texforce_hub.cli.progress import bars
 from texforce_hub.cli.table import put_table
+from texforce_hub.errors import ConfigError
 
 if TYPE_CHECKING:
     from texforce_hub.evaluate.tune import Generation, Tuning
 
-SEARCH = "The search"
+SEARCH, POPULATION = "The search", 8
 
 
 def register(app: typer.Typer) -> None:
@@ -48,45 +32,45 @@ def tune(
         option("--adapter", metavar="REF", help="Repeatable; its weight is where the search begins.", group=WORK,
                autocompletion=names.refs),
     ],
-    reward: Annotated[
-        list[str] | None,
-        option("--reward", metavar="NAME", help="NAME[=WEIGHT], repeatable; as in evaluate.", group=SEARCH,
-               autocompletion=names.rewards),
-    ] = None,
-    prompts: Annotated[
-        str, option("--prompts", metavar="LIST", help="Half for the search, half for the report.", group=SEARCH)
-    ] = "shapes:colour",
+    reward: options.Rewards = None,
+    prompts: options.Prompts = "shapes:colour",
     per: Annotated[str, option("--per", metavar="WHAT", help="A weight per adapter, part or block.", group=SEARCH)] = (
         "adapter"
     ),
     generations: Annotated[int, option("--generations", metavar="N", min=1, help="At most: 12.", group=SEARCH)] = 12,
     population: Annotated[int, option("--population", metavar="N", min=4, help="Candidates in each: 8.", group=SEARCH)]
-    = 8,
+    = POPULATION,
     highest: Annotated[float, option("--highest", metavar="X", help="Largest weight: 1.5.", group=SEARCH)] = 1.5,
     lowest: Annotated[float, option("--lowest", metavar="X", help="Smallest weight: 0.", group=SEARCH)] = 0.0,
-    seeds: Annotated[
-        int, option("--seeds", metavar="N", min=1, max=MOST_SEEDS, help="Pictures of a prompt: 1.", group=SAMPLING)
-    ] = 1,
-    seed: Annotated[
-        int, option("--seed", metavar="N", min=0, max=LARGEST_SEED, help="Of the search and noise.", group=SAMPLING)
-    ] = 0,
-    base: Base = "shapes",
-    unet: Unet = None,
-    inference_steps: Steps = None,
-    guidance: Guidance = None,
-    negative_prompt: NegativePrompt = None,
-    batch_size: BatchSize = 64,
-    device: Device = None,
-    dtype: Dtype = None,
-    yes: Yes = False,
+    gradient: Annotated[
+        bool, option("--gradient", help="Follow the rewards' gradient instead of searching.", group=SEARCH)
+    ] = False,
+    seeds: options.Seeds = 1,
+    seed: options.FirstSeed = 0,
+    base: options.Base = "shapes",
+    unet: options.Unet = None,
+    strict: options.Strict = True,
+    inference_steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    negative_prompt: options.NegativePrompt = None,
+    batch_size: options.BatchSize = 64,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    yes: options.Yes = False,
     save_recipe: Annotated[
         Path | None, option("--save-recipe", metavar="FILE", help="The tuned stack, for apply --recipe.", group=RESULT)
     ] = None,
-    as_json: AsJson = False,
+    as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
-    """Search the weights of a stack that a reward likes best; say what they are worth on prompts it did not see."""
+    """Search the weights of a stack that a reward likes best; say what they are worth on prompts it did not see.
+
+    One half of the prompts is for the search, the other for the report.
+    """
+    if gradient and population != POPULATION:
+        raise ConfigError(
+            "--population is of the search; --gradient takes one step a generation; leave one of them out"
+        )
     prepare_rewards(reward or [], yes=yes)
-    from texforce_hub.evaluate.evaluation import Sampling
     from texforce_hub.evaluate.tune import split_in_half, tune_weights
     from texforce_hub.generate.prompts.sets import held_out_prompts
     from texforce_hub.hub.refs.adapter import AdapterRef
@@ -100,8 +84,7 @@ def tune(
     entries = read_stack([AdapterRef.parse(text) for text in adapter])
     pipe = load_pipeline(base, unet=unet, device=device, dtype=dtype)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
-    steps, scale = inference_steps or 15, 5.0 if guidance is None else guidance
-    sampling = Sampling(tuple(range(seed, seed + seeds)), steps, scale, negative_prompt or "", batch_size)
+    sampling = options.make_sampling(seed, seeds, inference_steps, guidance, negative_prompt, batch_size)
     with bars({"search": generations}) as advance:
 
         def on_generation(_number: int, _generation: "Generation") -> None:
@@ -109,27 +92,27 @@ def tune(
 
         tuning = tune_weights(
             pipe, [entry.item for entry in entries], texts, rewards, per=per,  # type: ignore[arg-type]
-            generations=generations,
-            population=population, bounds=(lowest, highest), sampling=sampling, seed=seed, on_generation=on_generation,
+            generations=generations, population=population, bounds=(lowest, highest), gradient=gradient,
+            sampling=sampling, strict=strict, seed=seed, on_generation=on_generation,
         )  # fmt: skip
     stack = [f"{entry.weight.source}{str(ref).removeprefix(ref.source)}" for entry, ref in zip(entries, tuning.refs)]
     if save_recipe is not None:
-        _record(tuning, stack, save_recipe, base=base, unet=unet or "", steps=steps, guidance=scale)
+        _record(tuning, stack, save_recipe, base=base, unet=unet or "", strict=strict)
     if as_json:
         put_json(_described(tuning, stack))
     else:
         _print(tuning, stack)
 
 
-def _record(
-    tuning: "Tuning", stack: list[str], path: Path, *, base: str, unet: str, steps: int, guidance: float
-) -> None:
+def _record(tuning: "Tuning", stack: list[str], path: Path, *, base: str, unet: str, strict: bool) -> None:
     from texforce_hub.generate.draw import DrawSettings
     from texforce_hub.generate.recipe import DrawRun, record_run
     from texforce_hub.hub.refs.adapter import AdapterRef
 
-    settings = DrawSettings(tuning.evaluation.prompts[:8], inference_steps=steps, guidance=guidance)
-    record_run(DrawRun(base, tuple(map(AdapterRef.parse, stack)), settings, unet=unet), path)
+    sampling = tuning.evaluation.sampling
+    how: dict[str, Any] = {name: getattr(sampling, name) for name in ("negative_prompt", "inference_steps", "guidance")}
+    settings = DrawSettings(tuning.evaluation.prompts[:8], **how)
+    record_run(DrawRun(base, tuple(map(AdapterRef.parse, stack)), settings, unet=unet, strict=strict), path)
 
 
 def _described(tuning: "Tuning", stack: list[str]) -> dict[str, object]:

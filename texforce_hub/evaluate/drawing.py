@@ -203,15 +203,15 @@ def _acting(entries: Sequence[StackEntry]) -> list[StackEntry]:
 
 def _is_zero(entry: StackEntry) -> bool:
     weight = entry.weight
-    if weight.ramp:
-        return all(number == 0 for _, number in weight.ramp)
+    if weight.ramp or weight.ramps:
+        return False
     empty = weight.window[0] == weight.window[1]
     return empty or all(weight.weight_of(name) == 0 for name in entry.adapter.layers)
 
 
 def _weighs(entry: StackEntry) -> tuple[Any, ...]:
     weight = entry.weight
-    return weight.weight, weight.parts, weight.window, weight.ramp
+    return weight.weight, weight.parts, weight.window, weight.ramp, weight.ramps
 
 
 @contextmanager

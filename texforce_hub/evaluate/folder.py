@@ -1,7 +1,6 @@
 """The folder of an evaluation: its plan, a line for every score, pictures; a run that was cut off goes on in it."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 
 from texforce_hub.errors import FileError
 from texforce_hub.evaluate.drawing import Job
+from texforce_hub.files.growing import append_lines
 from texforce_hub.files.writing import writing
 from texforce_hub.reading import read_json, read_text
 
@@ -112,13 +112,8 @@ class EvaluationFolder:
         return {line.key: line for line, path in paths if path.is_file() and path.resolve().is_relative_to(inside)}
 
     def append(self, lines: Iterable[Line]) -> None:
-        """More lines, on the disk when this returns."""
-        with (self.path / self._own_scores()).open("ab") as file:
-            if file.tell() and not _ends_with_newline(self.path / self._own_scores()):
-                file.write(b"\n")  # behind what a killed process began
-            file.write("".join(f"{line}\n" for line in lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        """More lines of this process's scores, on the disk when this returns."""
+        append_lines(self.path / (SCORES if self.rank == 0 else f"scores-{self.rank}.jsonl"), map(str, lines))
 
     def finish(self, lines: Sequence[Line], results: Mapping[str, Any], tables: str) -> None:
         """All lines in order, in one file, then the results."""
@@ -154,9 +149,6 @@ class EvaluationFolder:
     def _lock(self, rank: int) -> FileLock:
         return FileLock(self.path / f".share-{rank}.lock")
 
-    def _own_scores(self) -> str:
-        return SCORES if self.rank == 0 else f"scores-{self.rank}.jsonl"
-
     def _score_files(self) -> list[Path]:
         return sorted(path for path in self.path.glob("scores*.jsonl") if _is_scores(path.name))
 
@@ -174,12 +166,6 @@ def _read_lines(path: Path) -> Iterator[Line]:
             continue
         if all(isinstance(getattr(line, name), kind) for name, kind in _KINDS.items()):
             yield line
-
-
-def _ends_with_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -198,7 +198,8 @@ def _positions(stack: Planned, axes: Sequence[Axis]) -> Iterator[tuple[tuple[Ada
 
 def _placed(ref: AdapterRef, weight: AdapterRef) -> AdapterRef:
     """A reference with other weights."""
-    return replace(ref, weight=weight.weight, parts=weight.parts, window=weight.window, ramp=weight.ramp)
+    same = ("weight", "parts", "window", "ramp", "ramps")
+    return replace(ref, **{name: getattr(weight, name) for name in same})
 
 
 def _sweep(stack: Planned, axes: Sequence[Axis], known: Sequence[Planned], number: int) -> list[Planned]:
@@ -217,7 +218,7 @@ def _members(variant: Planned) -> list[tuple[AdapterRef, StackEntry]]:
 
 
 def _describe_member(ref: AdapterRef, entry: StackEntry, digest: str) -> dict[str, Any]:
-    weight = entry.weight.weight if not (entry.weight.parts or entry.weight.ramp) else None
+    weight = entry.weight.weight if not entry.weight.parts and entry.weight.is_constant else None
     return {"label": entry.label, "ref": str(ref), "weight": weight, "sha256": digest}
 
 

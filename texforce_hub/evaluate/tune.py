@@ -1,4 +1,4 @@
-"""Choose a stack's weights by a reward: CMA-ES on one half of the prompts, reported on the other half.
+"""Choose a stack's weights by a reward: searched on one half of the prompts, reported on the other half.
 
 All candidates of a generation see the same prompts and the same noise, so that their differences are the weights'
 (common random numbers), and share batches as far as that is exact. The search is Hansen's (arXiv 1604.00772), by the
@@ -17,6 +17,7 @@ from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.drawing import Easel, Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.evaluate.genome import Genome, Per
+from texforce_hub.evaluate.gradient import check_differentiable, climb
 from texforce_hub.evaluate.variants import check_rewards, evaluate_variants, score_jobs
 from texforce_hub.generate.prompts.sets import refuse_markup
 from texforce_hub.hub.refs.adapter import AdapterRef
@@ -27,6 +28,8 @@ _FEWEST = 4
 """Prompts without which there is nothing to search on and to report on."""
 _SMALLEST_STEP = 0.02
 """Below this, in weight, pictures no longer change."""
+_SHORTEST_MOVE = 0.005
+"""A step along the gradient that moves no weight by more is the last."""
 _LARGEST_SEED = 2**31 - 1
 
 
@@ -67,7 +70,9 @@ def tune_weights(
     generations: int = 12,
     population: int = 8,
     bounds: tuple[float, float] = (0.0, 1.5),
+    gradient: bool = False,
     sampling: Sampling | None = None,
+    strict: bool = True,
     seed: int = 0,
     on_generation: Callable[[int, Generation], None] | None = None,
 ) -> Tuning:
@@ -81,11 +86,15 @@ def tune_weights(
         generations, population: how many rounds of how many candidates; the search ends before when its steps are
             below 0.02.
         bounds: of every weight.
+        gradient: follow the rewards' gradient through all denoising steps, one step a generation, instead of searching;
+            ``population`` has no meaning then. For rewards that are differentiable and adapters that are low rank.
+        strict: as in ``apply_adapter``.
         sampling: as in ``evaluate_variants``.
         seed: of the search, from 0 to 2³¹ − 1.
 
     Raises:
-        ConfigError: no rewards, impossible bounds or numbers, a stack that follows a schedule, or ``cma`` is missing.
+        ConfigError: no rewards, impossible bounds or numbers, a stack that follows a schedule, ``cma`` is missing, or a
+            gradient that there is not.
         PromptError: too few prompts, or some with tags.
         MatchError: a stack that does not fit.
 
@@ -107,19 +116,26 @@ def tune_weights(
     if not 0 <= seed <= _LARGEST_SEED:
         raise ConfigError(f"seed {seed}; expected 0 to {_LARGEST_SEED}")
     sampling.check()
+    if gradient:
+        check_differentiable(rewards)
     searched, reported = split_in_half(prompts)
     genome = Genome.of(read_stack(adapters), per)
     start = np.clip(genome.start, *bounds)
     history: list[Generation] = []
     best = start
-    for vectors, tell, step in _search(start, bounds, generations, population, seed):
-        scores = [float(row.mean()) for row in _score(pipe, genome, vectors, searched, rewards, sampling)]
-        best = tell(scores)
-        history.append(Generation(max(scores), float(np.mean(scores)), step()))
+    task = _Task(pipe, genome, searched, rewards, sampling, strict=strict)
+    found = (
+        task.climb(start, bounds, generations)
+        if gradient
+        else task.search(start, bounds, generations, population, seed)
+    )
+    for vector, generation in found:
+        best = vector
+        history.append(generation)
         if on_generation is not None:
-            on_generation(len(history), history[-1])
+            on_generation(len(history), generation)
     variants = _variants(genome, start, best)
-    evaluation = evaluate_variants(pipe, variants, reported, rewards, sampling=sampling)
+    evaluation = evaluate_variants(pipe, variants, reported, rewards, sampling=sampling, strict=strict)
     return Tuning(genome.refs(best), evaluation, tuple(history), tuple(searched))
 
 
@@ -170,23 +186,47 @@ def _search(
         yield [candidate[: len(start)] for candidate in candidates], tell, lambda: float(strategy.sigma)
 
 
-def _score(
-    pipe: Any,
-    genome: Genome,
-    vectors: Sequence[np.ndarray],
-    prompts: Sequence[str],
-    rewards: Sequence[Reward],
-    sampling: Sampling,
-) -> np.ndarray:
-    """The weighted sum of the rewards, ``(candidates, prompts · seeds)``, on the same noise for every candidate."""
-    candidates = {str(number): Variant(genome.items(vector)) for number, vector in enumerate(vectors)}
-    easel = Easel(pipe, candidates, sampling)
-    sums: dict[tuple[str, int, int], float] = {}
-    for jobs, pictures in easel.draw(easel.plan(dict(enumerate(prompts)))):
-        for job, scores in zip(jobs, score_jobs(rewards, jobs, pictures), strict=True):
-            sums[job.variant, job.index, job.seed] = sum(r.weight * s for r, s in zip(rewards, scores, strict=True))
-    noises = [(index, seed) for index in range(len(prompts)) for seed in sampling.seeds]
-    return np.array([[sums[easel.same[name], *noise] for noise in noises] for name in candidates])
+@dataclass(frozen=True)
+class _Task:
+    """What the weights are searched for: a reward of pictures of some prompts."""
+
+    pipe: Any
+    genome: Genome
+    prompts: Sequence[str]
+    rewards: Sequence[Reward]
+    sampling: Sampling
+    strict: bool = True
+
+    def search(
+        self, start: np.ndarray, bounds: tuple[float, float], generations: int, population: int, seed: int
+    ) -> Iterator[tuple[np.ndarray, Generation]]:
+        """After each generation of CMA-ES the best vector, and how the generation went."""
+        for vectors, tell, step in _search(start, bounds, generations, population, seed):
+            scores = [float(row.mean()) for row in self.score(vectors)]
+            best = tell(scores)
+            yield best, Generation(max(scores), float(np.mean(scores)), step())
+
+    def climb(
+        self, start: np.ndarray, bounds: tuple[float, float], steps: int
+    ) -> Iterator[tuple[np.ndarray, Generation]]:
+        """After each step along the gradient the best vector, and how it went; until steps are too short to see."""
+        drawn = self.prompts, self.rewards, self.sampling
+        for value, best, distance in climb(self.pipe, self.genome, start, bounds, *drawn, steps, strict=self.strict):
+            yield best, Generation(value, value, distance)
+            if distance < _SHORTEST_MOVE:
+                return
+
+    def score(self, vectors: Sequence[np.ndarray]) -> np.ndarray:
+        """The weighted sum of the rewards, ``(candidates, prompts · seeds)``, on the same noise for every candidate."""
+        candidates = {str(number): Variant(self.genome.items(vector)) for number, vector in enumerate(vectors)}
+        easel = Easel(self.pipe, candidates, self.sampling, strict=self.strict)
+        weights = [reward.weight for reward in self.rewards]
+        sums: dict[tuple[str, int, int], float] = {}
+        for jobs, pictures in easel.draw(easel.plan(dict(enumerate(self.prompts)))):
+            for job, scores in zip(jobs, score_jobs(self.rewards, jobs, pictures), strict=True):
+                sums[job.variant, job.index, job.seed] = sum(w * s for w, s in zip(weights, scores, strict=True))
+        noises = [(index, seed) for index in range(len(self.prompts)) for seed in self.sampling.seeds]
+        return np.array([[sums[easel.same[name], *noise] for noise in noises] for name in candidates])
 
 
 def _variants(genome: Genome, start: np.ndarray, best: np.ndarray) -> dict[str, Variant]:

@@ -1,10 +1,12 @@
-"""A file that comes in pieces from far away: what is here of it lies aside until all of it is."""
+"""Files that grow: what comes in pieces from far away lies aside until it is whole; a log gets line after line."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from texforce_hub.errors import FileError
 
 ASIDE = ".incomplete"
 
@@ -43,3 +45,21 @@ def write_whole(path: Path, data: bytes) -> None:
     with growing(path) as file:
         file.truncate(0)
         file.write(data)
+
+
+def append_lines(path: Path, lines: Iterable[str]) -> None:
+    """More lines of a log, on the disk when this returns. What a killed writer began of one stays a line of its own.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    try:
+        with path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                lines = ["", *lines] if file.read(1) != b"\n" else lines
+            file.write("".join(f"{line}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from error

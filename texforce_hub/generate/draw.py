@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,16 +156,19 @@ def sample(
     *,
     on_step: Callable[[int], None] | None = None,
     output_type: str = "pil",
+    differentiable: bool = False,
 ) -> Any:
     """One call of the pipeline; ``given`` holds its prompts or embeddings. Each image has a generator of its own.
 
     Returns:
-        A list of PIL images; with ``output_type`` ``"pt"`` a tensor ``(b, 3, h, w)`` in [0, 1].
+        A list of PIL images; with ``output_type`` ``"pt"`` a tensor ``(b, 3, h, w)`` in [0, 1], with its graph if
+        ``differentiable``.
 
     Raises:
-        ConfigError: something that the pipeline refuses.
+        ConfigError: something that the pipeline refuses, or a pipeline that draws without a gradient only.
     """
     accepted = inspect.signature(pipe.__call__).parameters
+    call = _undecorated(pipe) if differentiable else pipe
     optional = {"width": settings.width, "height": settings.height, "clip_skip": settings.clip_skip}
     keywords: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
     if unknown := sorted(set(keywords) - set(accepted)):
@@ -184,9 +188,17 @@ def sample(
     steps["output_type"] = output_type
     try:
         with final_norms_named(pipe):
-            result = pipe(**given, **keywords, **steps, generator=generators)
+            result = call(**given, **keywords, **steps, generator=generators)
     except ValueError as error:
         raise ConfigError(f"{type(pipe).__name__}: {first_line(error)}") from error
     if blacked := sum(getattr(result, "nsfw_content_detected", None) or []):
         logger.warning("the base's safety checker blacked out %d of %d images", blacked, len(seeds))
     return result.images
+
+
+def _undecorated(pipe: Any) -> Callable[..., Any]:
+    """The pipeline's call without the ``torch.no_grad`` around it."""
+    inner = getattr(type(pipe).__call__, "__wrapped__", None)
+    if inner is None:
+        raise ConfigError(f"{type(pipe).__name__}: its call cannot be differentiated")
+    return partial(inner, pipe)

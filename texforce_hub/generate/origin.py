@@ -60,6 +60,7 @@ class Origin:
         facts: dict[str, Any] = {"base": self.run.base, "unet": self.run.unet, "column": column.label}
         if column.entries or (column.tagged and self.run.tags):
             facts |= {"adapters": [self._written(entry) for entry in column.entries], "mode": self.run.mode}
+            facts |= {"composite": self.run.composite} if self.run.composite else {}
         if column.tagged and self.run.tags and self.run.tags[index]:
             facts["tags"] = [{"adapter": str(ref), "sha256": self._digest(ref.source)} for ref in self.run.tags[index]]
         return facts

@@ -28,7 +28,8 @@ class DrawRun:
     The settings' prompts are as they were written; ``tags`` holds, for each, the adapters that its tags mean, or
     nothing if no prompt has any. ``each``: a column for every adapter of the stack; ``sweeps``: the axes of a grid,
     each ``NAME=FROM:TO:COUNT`` or ``NAME=A,B,C`` (:mod:`texforce_hub.generate.axes`). ``strict``: refuse an adapter
-    with a layer that the base lacks.
+    with a layer that the base lacks. ``composite``: how the adapters of a stack act together
+    (:mod:`texforce_hub.apply.composite`); empty: added.
     """
 
     base: str
@@ -42,6 +43,7 @@ class DrawRun:
     each: bool = False
     sweeps: tuple[str, ...] = ()
     tags: tuple[tuple[AdapterRef, ...], ...] = ()
+    composite: str = ""
 
     def __post_init__(self) -> None:
         written = [len(TaggedPrompt.parse(prompt).tags) for prompt in self.settings.prompts]
@@ -70,7 +72,7 @@ def record_run(run: DrawRun, path: Path) -> None:
     table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
     table |= {} if run.strict else {"strict": False}
     table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
-    table |= {name: getattr(run, name) for name in ("scheduler", "each") if getattr(run, name)}
+    table |= {name: getattr(run, name) for name in ("scheduler", "each", "composite") if getattr(run, name)}
     table |= {"sweeps": {str(i): text for i, text in enumerate(run.sweeps)}} if run.sweeps else {}
     table |= {"unet": _pin_unet(run.unet)} if run.unet else {}
     for name, source in (("base", run.base), ("unet", run.unet)):
@@ -151,7 +153,7 @@ def _reference(source: RecipeSource, path: Path) -> AdapterRef:
 
 _RENAMED = {"negative": "negative_prompt"}  # as recipes of version 0.1 have it
 _LONGEST_NAME = 4096  # characters; no path is longer
-_OUTER = ("base", "unet", "mode", "rounding", "scheduler")
+_OUTER = ("base", "unet", "mode", "rounding", "scheduler", "composite")
 _SETTINGS: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("inference_steps", "width", "height", "num_images", "batch_size", "clip_skip"), int),
     "prompts": Mapping,

@@ -9,6 +9,7 @@ from PIL import Image
 
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.apply.composite import check_composite
 from texforce_hub.apply.handle import Applied
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.generate.axes import read_axes
@@ -59,6 +60,9 @@ class Drawing:
             raise ConfigError(f"--rounding {run.rounding!r}; expected nearest or stochastic")
         if run.scheduler:
             read_scheduler(run.scheduler)
+        check_composite(run.composite)
+        if run.composite and (run.mode != "attach" or run.each):
+            raise ConfigError("--composite needs several adapters that are attached: leave out --mode and --each")
         texts = tuple(TaggedPrompt.parse(prompt).text for prompt in run.settings.prompts)
         if not all(texts):
             raise PromptError(f"{run.settings.prompts[texts.index('')]!r} holds tags alone; expected a word too")
@@ -69,7 +73,7 @@ class Drawing:
             raise ConfigError(f"{count:,} pictures in one run; at most {_MOST_IMAGES:,} are drawn")
         self.tags = [_read_entries(refs, read) for refs in run.tags] or [[] for _ in texts]
         self.together = run.each or bool(run.sweeps) or (bool(run.tags) and run.mode == "attach")
-        self.together &= all(
+        self.together &= not run.composite and all(
             _acts_on_embeddings_once(entry) for entry in (*self.entries, *(e for t in self.tags for e in t))
         )
         self.pipe: Any = None
@@ -171,6 +175,7 @@ class Drawing:
     def _apply(self, entries: Sequence[StackEntry], mode: str) -> Applied:
         rounding = self.run.rounding if mode == "fuse" else "nearest"
         how = {"mode": mode, "rounding": rounding, "seed": self.run.settings.seed, "strict": self.run.strict}
+        how["composite"] = self.run.composite
         return apply_adapter(self.pipe, [entry.item for entry in entries], **cast(Any, how))
 
     def _try_on(self) -> None:

@@ -66,7 +66,7 @@ class StackEntry:
             ConfigError: a weight that is not finite, a pattern that fits no layer, or weights at shares of the steps,
                 which one weight would replace.
         """
-        if self.weight.ramp:
+        if self.weight.ramp or self.weight.ramps:
             raise ConfigError(f"{self.weight}: it brings weights over the steps, and {weight!r} beside them; give one")
         weights = _weights(weight, self.label, self.adapter)
         return replace(self, weight=weights if self.weight.is_constant else replace(weights, window=self.weight.window))
@@ -171,7 +171,7 @@ def check_patterns(label: str, adapter: Adapter, ref: AdapterRef) -> None:
     Raises:
         ConfigError: names it, and the parts that there are.
     """
-    for part, _ in ref.parts:
+    for part, _ in (*ref.parts, *ref.ramps):
         only = AdapterRef("adapter", parts=((part, 0.0),))
         if all(only.weight_of(name) != 0.0 for name in adapter.layers):
             parts = ", ".join(adapter.parts)

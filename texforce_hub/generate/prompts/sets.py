@@ -190,15 +190,16 @@ def held_out_prompts(source: str) -> list[str]:
 
 
 def training_prompts(source: str) -> list[str]:
-    """Prompts that a training with the same ``--prompts`` draws from: a file's, without those it holds out, or seen
-    combinations of ``shapes:WORDS``.
+    """Prompts that a training with the same ``--prompts`` draws from.
+
+    A list's without those that it holds out, or seen combinations of ``shapes:WORDS``.
 
     Raises:
         PromptError: as :func:`held_out_prompts`.
     """
     if source.startswith("shapes:"):
         return sample_prompts(_HELD_OUT, 0, split="train", noisy=_find_words(source))
-    prompts, _ = split_prompts(_read_plain(source))
+    prompts, _ = split_prompts(_read_plain(source).prompts)
     return list(prompts)
 
 
