@@ -1,6 +1,8 @@
 """Every example runs, and shows what it says."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,9 +32,10 @@ def load_example(name):
     return module
 
 
-@pytest.mark.parametrize(
-    ("name", "columns"), [("01_apply", 3), ("02_stack", 3), ("03_finetuned_unet", 4), ("04_many_adapters", 4)]
-)
+SHEETS = {"01_apply": 3, "02_stack": 3, "03_finetuned_unet": 4, "04_many_adapters": 4, "07_schedule": 8}
+
+
+@pytest.mark.parametrize(("name", "columns"), SHEETS.items())
 def test_an_example_draws_its_sheet(name, columns, adapters, tmp_path, capsys):
     unet = ("shapes-refl",) if name.startswith("03") else ()
     sheet = load_example(name).main(adapters, *unet, tmp_path / "out")
@@ -41,13 +44,32 @@ def test_an_example_draws_its_sheet(name, columns, adapters, tmp_path, capsys):
         assert "8 images under 4 stacks: 15 U-Net calls" in capsys.readouterr().out
 
 
+def test_a_schedule_moves_pictures_less_than_the_whole_adapter(tmp_path, capsys):
+    load_example("07_schedule").main(["shapes-colour", "shapes-shape"], tmp_path / "out")
+    lines = [line.split(":") for line in capsys.readouterr().out.splitlines()]
+    moved = {name: float(rest.split()[0]) for name, rest in lines}
+    assert moved["late"] < moved["early"] < moved["always"]
+    assert min(moved.values()) > 0
+
+
+def test_an_evaluation_says_what_helps_and_writes_its_figures(tmp_path, capsys):
+    figures = load_example("05_evaluate").main(["shapes-colour"], tmp_path / "out", prompts=16)
+    assert re.search(r"shapes-colour: \+0\.\d+ .* on 16 prompts, better on \d+%: helps", capsys.readouterr().out)
+    assert json.loads(figures.read_text())["prompts"] == 16
+
+
+def test_a_tuned_stack_is_printed_with_what_it_is_worth(tmp_path, capsys):
+    stack = load_example("06_tune").main(
+        ["shapes-colour", "shapes-shape"], tmp_path / "out", prompts=8, generations=2, steps=4
+    )
+    printed = capsys.readouterr().out
+    assert "generation 2: best" in printed
+    assert "minus equal, held out: " in printed
+    assert re.fullmatch(r"shapes-colour:[\d.]+ \+ shapes-shape:[\d.]+\n", stack.read_text())
+
+
 def test_every_numbered_example_is_run():
-    assert [p.stem for p in sorted(EXAMPLES.glob("0*.py"))] == [
-        "01_apply",
-        "02_stack",
-        "03_finetuned_unet",
-        "04_many_adapters",
-    ]
+    assert [p.stem for p in sorted(EXAMPLES.glob("0*.py"))] == sorted([*SHEETS, "05_evaluate", "06_tune"])
 
 
 def test_a_full_unet_is_written_as_refl_does_and_loads(tmp_path):
