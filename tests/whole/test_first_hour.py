@@ -124,8 +124,8 @@ def test_9_my_own_reward_in_a_file(tmp_path, monkeypatch):
     Path("p.txt").write_bytes("\ufeffa red disc\n# no prompt\n".encode())
     asked = ["--adapter", "shapes-colour", "--reward", "python:./mine.py:redness", "--prompts", "p.txt", "--seeds", "1"]
     result = json.loads(run("evaluate", *asked, *DRAW, "--json"))
-    assert result["prompts"] == ["a red disc"]
-    assert "python:./mine.py:redness" in result["rewards"]
+    assert result["prompts"] == [{"text": "a red disc", "group": "held-out"}]
+    assert [reward["name"] for reward in result["rewards"]] == ["python:./mine.py:redness"]
 
 
 def test_10_the_result_as_a_pipeline_that_diffusers_loads(tmp_path):

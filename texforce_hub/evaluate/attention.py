@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import FamilyError, PromptError
-from texforce_hub.evaluate.variants import quiet
+from texforce_hub.evaluate.drawing import quiet
 from texforce_hub.evaluate.words import word_spans
 from texforce_hub.generate.draw import DrawSettings, sample
 from texforce_hub.hub.stack import Item
