@@ -115,7 +115,7 @@ def tune_weights(
     _check(rewards, per, generations, population, bounds)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ConfigError(f"seed {seed}; expected 0 to {_LARGEST_SEED}")
-    sampling.check()
+    check_kind(sampling, Sampling, "give Sampling(seeds, …)").check()
     if gradient:
         check_differentiable(rewards)
     searched, reported = split_in_half(prompts)
