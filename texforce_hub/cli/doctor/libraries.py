@@ -19,6 +19,7 @@ LIBRARIES = ("torch", "safetensors", "huggingface-hub", "accelerate", "transform
 EXTRAS = {
     "prompt": (("compel",), "weights of words and prompts of more than 77 tokens"),
     "tune": (("cma",), "the search of tune"),
+    "datasets": (("datasets",), "prompts from data sets of the Hub, train --prompts hub:OWNER/NAME"),
     "track": (("tensorboard", "wandb", "trackio"), "train --track; one of them will do"),
 }
 """The packages that each extra brings, and what they are for."""
