@@ -9,9 +9,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,13 +32,11 @@ def main() -> None:
     torch.set_num_threads(1)
     print("## Rewards\n")
     print(f"`python -m benchmarks.rewards` at commit {commit()}; {processor()}, torch {torch.__version__}.")
+    print(f"Milliseconds of the wall for {PICTURES} pictures of {SIDE} × {SIDE}, medians with the quarters around")
     print(
-        f"Milliseconds of the wall for {PICTURES} pictures of {SIDE} × {SIDE}, medians with the quarters around them;"
+        f"them; the machine has {os.cpu_count()} cores and was shared. A question is 96 MiB through the loopback; two"
     )
-    print(
-        f"the machine has {os.cpu_count()} cores and was shared. A server costs a copy of the pictures, 96 MiB a call,"
-    )
-    print("through the loopback; two divide them.\n")
+    print("workers divide it.\n")
     head("reward", "where", "ms", "pictures a second", "to the first row")
     images, prompts = make_pictures(), ["a picture"] * PICTURES
     with ExitStack() as stack:
@@ -80,10 +78,8 @@ def measure(name: str, places: Mapping[str, str], images: Tensor, prompts: list[
     """A row for each place, after their scores were found to be the same."""
     rewards = {place: resolve_reward(spec) for place, spec in places.items()}
     scores = [reward(images, prompts) for reward in rewards.values()]
-    assert all(torch.equal(row, scores[0]) for row in scores), "they differ"
-    calls: dict[str, Callable[[], Any]] = {
-        place: (lambda reward=reward: reward(images, prompts)) for place, reward in rewards.items()
-    }
+    assert all(torch.equal(given, scores[0]) for given in scores), "they differ"
+    calls = {place: partial(reward, images, prompts) for place, reward in rewards.items()}
     times = take_turns(calls, repeats, clock=time.perf_counter)
     first: Timed = next(iter(times.values()))
     for place, timed in times.items():

@@ -46,7 +46,7 @@ class RewardServer(ThreadingHTTPServer):
         """As ``--reward`` takes it."""
         return f"http://{self.server_address[0]!s}:{self.server_address[1]}"
 
-    def score(self, path: str, message: bytes) -> list[float]:
+    def score(self, path: str, message: bytes | bytearray) -> list[float]:
         """The scores that a question at a path asks for, weights not counted.
 
         Raises:
@@ -80,8 +80,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._answer(413, {"error": f"a question of {length[:20]!r} bytes; expected 1 to {LONGEST_QUESTION}"})
             return
+        message = bytearray(int(length))
         try:
-            scores = self.server.score(self.path, self.rfile.read(int(length)))
+            received = self.rfile.readinto(message)
+            scores = self.server.score(self.path, message if received == len(message) else message[:received])
         except RewardError as error:
             self._answer(400, {"error": first_line(error)})
         except Exception as error:  # noqa: BLE001  # a client must hear of it, whatever a reward's code raises

@@ -18,7 +18,7 @@ def as_arrays(reward: Reward, device: str | torch.device = "cpu") -> ArrayScore:
 
     @torch.no_grad()
     def score(images: Pixels, prompts: Sequence[str]) -> Pixels:
-        numbers: Pixels = reward(torch.from_numpy(images.copy()).to(device), prompts).cpu().numpy()
+        numbers: Pixels = reward(torch.from_numpy(images).to(device), prompts).cpu().numpy()
         return numbers
 
     return score

@@ -34,21 +34,24 @@ Pixels = NDArray[np.float32]
 def write_question(images: Pixels, prompts: Sequence[str]) -> bytes:
     """The message that asks for the scores of pictures ``(b, 3, h, w)`` in [0, 1]."""
     pixels = np.ascontiguousarray(images, dtype="<f4")
-    return _pack({"prompts": list(prompts), "shape": list(pixels.shape), "dtype": "float32"}, pixels.tobytes())
+    return _pack({"prompts": list(prompts), "shape": list(pixels.shape), "dtype": "float32"}, [pixels.data])
 
 
 def write_png_question(pictures: Sequence[bytes], prompts: Sequence[str]) -> bytes:
     """The message that asks for the scores of PNG files."""
-    return _pack({"prompts": list(prompts), "png": [len(picture) for picture in pictures]}, b"".join(pictures))
+    return _pack({"prompts": list(prompts), "png": [len(picture) for picture in pictures]}, pictures)
 
 
-def _pack(header: dict[str, Any], data: bytes) -> bytes:
+def _pack(header: dict[str, Any], pieces: Sequence[bytes | memoryview]) -> bytes:
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
+    text += b" " * (-len(text) % 8)  # so that numbers lie where a processor reads them at once
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
 
 
-def read_question(message: bytes) -> tuple[Pixels, list[str]]:
+def read_question(message: bytes | bytearray) -> tuple[Pixels, list[str]]:
     """The pictures ``(b, 3, h, w)``, float32 in [0, 1], and the prompts of a message.
+
+    Float pictures of a ``bytearray`` are not copied: they lie in the message, and can be written to.
 
     Raises:
         RewardError: it is none, or claims more than it holds.
@@ -57,7 +60,7 @@ def read_question(message: bytes) -> tuple[Pixels, list[str]]:
     if len(message) < 8 or not 2 <= length <= min(_LONGEST_HEADER, len(message) - 8):
         raise RewardError("the question is no message: eight bytes of length, a JSON header, the pictures")
     header = _parse(message[8 : 8 + length], "the question's header")
-    prompts, data = header.get("prompts"), message[8 + length :]
+    prompts, data = header.get("prompts"), memoryview(message)[8 + length :]
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
         raise RewardError("the question has no prompts, a list of texts")
     if not 1 <= len(prompts) <= _MOST_PICTURES:
@@ -68,7 +71,7 @@ def read_question(message: bytes) -> tuple[Pixels, list[str]]:
     return images, prompts
 
 
-def _parse(text: bytes, what: str) -> dict[str, Any]:
+def _parse(text: bytes | bytearray, what: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,7 +81,7 @@ def _parse(text: bytes, what: str) -> dict[str, Any]:
     return content
 
 
-def _read_pixels(header: dict[str, Any], data: bytes) -> Pixels:
+def _read_pixels(header: dict[str, Any], data: memoryview) -> Pixels:
     shape, dtype = header.get("shape"), _DTYPES.get(str(header.get("dtype")))
     sound = isinstance(shape, list) and len(shape) == 4 and all(type(side) is int and side > 0 for side in shape)
     if not sound or not isinstance(shape, list) or shape[1] != 3 or max(shape[2:]) > _WIDEST or dtype is None:
@@ -87,18 +90,20 @@ def _read_pixels(header: dict[str, Any], data: bytes) -> Pixels:
         )
     if len(data) != math.prod(shape) * dtype.itemsize:
         raise RewardError(f"{len(data)} bytes of pictures; shape {shape} has {math.prod(shape) * dtype.itemsize}")
-    images = np.frombuffer(data, dtype).reshape(shape).astype(np.float32)
+    given = np.frombuffer(data, dtype).reshape(shape)
+    owned = given.flags.aligned and not data.readonly
+    images = given.astype(np.float32, copy=not owned)
     if not np.isfinite(images).all():
         raise RewardError("pictures that are not finite")
     return images / np.float32(255) if dtype.itemsize == 1 else images
 
 
-def _read_png(lengths: Any, data: bytes) -> Pixels:
+def _read_png(lengths: Any, data: memoryview) -> Pixels:
     if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths) or sum(lengths) != len(data):
         raise RewardError("png: expected the length in bytes of each picture, and as many bytes")
     pictures, start = [], 0
     for length in lengths[:_MOST_PICTURES]:
-        pictures.append(_decode(data[start : start + length]))
+        pictures.append(_decode(bytes(data[start : start + length])))
         start += length
     if len({picture.shape for picture in pictures}) > 1:
         raise RewardError("pictures of several sizes in one question; ask for them one by one")
