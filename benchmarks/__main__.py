@@ -1,9 +1,11 @@
 """``python -m benchmarks``: every section of BENCHMARKS.md, one after the other."""
 
-from benchmarks import apply, busy, merge
+from benchmarks import apply, busy, merge, rewards
 
 apply.main()
 print()
 merge.main()
 print()
 busy.main()
+print()
+rewards.main()

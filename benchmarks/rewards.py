@@ -34,9 +34,9 @@ def main() -> None:
     print(f"`python -m benchmarks.rewards` at commit {commit()}; {processor()}, torch {torch.__version__}.")
     print(f"Milliseconds of the wall for {PICTURES} pictures of {SIDE} × {SIDE}, medians with the quarters around")
     print(
-        f"them; the machine has {os.cpu_count()} cores and was shared. A question is 96 MiB through the loopback; two"
+        f"them; {os.cpu_count()} cores, shared with other work. A question is 96 MiB through the loopback; two workers"
     )
-    print("workers divide it.\n")
+    print("divide it. Every row of a reward has the same scores.\n")
     head("reward", "where", "ms", "pictures a second", "to the first row")
     images, prompts = make_pictures(), ["a picture"] * PICTURES
     with ExitStack() as stack:
