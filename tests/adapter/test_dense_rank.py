@@ -39,9 +39,9 @@ def test_all_singular_values_are_computed_only_where_a_projection_misses_somethi
     computed = []
     whole = dense_rank._decompose
 
-    def note(flat):
+    def note(flat, expected):
         computed.append(flat.shape)
-        return whole(flat)
+        return whole(flat, expected)
 
     monkeypatch.setattr(dense_rank, "_decompose", note)
     truncate_dense(CHANGES["low rank"], lambda values: 4, expected=4)
@@ -49,6 +49,66 @@ def test_all_singular_values_are_computed_only_where_a_projection_misses_somethi
     truncate_dense(CHANGES["full rank"], lambda values: 4, expected=4)
     truncate_dense(CHANGES["low rank"], lambda values: 4)
     assert len(computed) == 2
+
+
+@pytest.fixture
+def small_spaces(monkeypatch):
+    """Krylov spaces for small changes, and what is computed in full."""
+    for name, number in (("_BLOCK", 6), ("_LARGEST", 12), ("_BETWEEN", 3)):
+        monkeypatch.setattr(dense_rank, name, number)
+    computed, whole = [], dense_rank._decompose
+
+    def note(*given):
+        computed.append(1)
+        return whole(*given)
+
+    monkeypatch.setattr(dense_rank, "_decompose", note)
+    return computed
+
+
+DECAY = 0.97 ** torch.arange(240.0, dtype=torch.float64)[:, None]
+FULL = {
+    "square": random(230, 240) @ (DECAY * random(240, 230, seed=1)),
+    "tall": random(300, 240) @ (DECAY * random(240, 220, seed=1)),
+    "wide": random(220, 240) @ (DECAY * random(240, 500, seed=1)),
+}
+
+
+@pytest.mark.parametrize("change", FULL.values(), ids=FULL.keys())
+def test_of_full_rank_the_leading_directions_are_found_and_proven(small_spaces, change):
+    layer, share = truncate_dense(change, lambda values: 4, expected=4)
+    assert small_spaces == []
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    best = (left[:, :4] * values[:4]) @ right[:4]
+    total = float(change.square().sum())
+    off = (layer.delta().double() - change).square().sum() - (best - change).square().sum()
+    assert float(off) <= (MISSED + 1e-6) * total
+    assert share == pytest.approx(float(values[:4].square().sum()) / total, abs=2 * MISSED)
+
+
+def test_a_direction_that_the_space_lacks_is_noticed(small_spaces, monkeypatch):
+    change = FULL["square"]
+    leading = dense_rank._Krylov.leading
+
+    def without_the_first(space, count):
+        near, squares, error = leading(space, count + 1)
+        return near[:, 1:], squares[1:], error[:, 1:]
+
+    expected = truncate_dense(change, lambda values: 4)[1]
+    small_spaces.clear()
+    monkeypatch.setattr(dense_rank._Krylov, "leading", without_the_first)
+    assert truncate_dense(change, lambda values: 4, expected=4)[1] == pytest.approx(expected)
+    assert small_spaces == [1]
+
+
+def test_a_share_of_the_energy_counts_what_the_space_leaves_out(small_spaces):
+    def choose(values):
+        total = values.square().cumsum(0)
+        return min(4, int((total < 0.2 * total[-1]).sum()) + 1)
+
+    change = FULL["square"]
+    assert truncate_dense(change, choose, expected=4)[0].rank == truncate_dense(change, choose)[0].rank
+    assert len(small_spaces) == 1
 
 
 def test_the_same_change_gives_the_same_bits():

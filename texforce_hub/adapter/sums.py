@@ -7,6 +7,7 @@ large as the halves is orthogonalised.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -49,8 +50,8 @@ class Sums:
 
     def __init__(self, layers: Sequence[Sequence[LowRank]]) -> None:
         dtype = sum_dtype(layers[0])
-        self.up = torch.cat([_stacked([layer.up for layer in each], dtype) for each in zip(*layers)], dim=2)
-        self.down = torch.cat([_stacked([_flat(layer.down) for layer in each], dtype) for each in zip(*layers)], dim=1)
+        self.up = _side_by_side([[layer.up for layer in each] for each in zip(*layers)], dtype, dim=2)
+        self.down = _side_by_side([[layer.down.flatten(1) for layer in each] for each in zip(*layers)], dtype, dim=1)
         device = self.up.device
         self.scales = torch.tensor([[x.scale for x in each] for each in layers], dtype=torch.float64, device=device)
         ranks = torch.tensor([layer.rank for layer in layers[0]], device=device)
@@ -178,12 +179,18 @@ def alike(groups: Iterable[Sequence[LowRank]]) -> Iterator[list[int]]:
         yield from (indices[start : start + step] for start in range(0, len(indices), step))
 
 
-def _stacked(halves: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack([half.to(dtype) for half in halves])
-
-
-def _flat(down: Tensor) -> Tensor:
-    return down.flatten(1)
+def _side_by_side(changes: Sequence[Sequence[Tensor]], dtype: torch.dtype, *, dim: int) -> Tensor:
+    """Halves of ``b`` layers, those of each change in ``changes``, in one tensor: every number is moved once."""
+    if len(changes) == 1 and len({half.dtype for half in changes[0]}) == 1:
+        return torch.stack(list(changes[0])).to(dtype)
+    ends = list(accumulate((halves[0].shape[dim - 1] for halves in changes), initial=0))
+    shape = [len(changes[0]), *changes[0][0].shape]
+    shape[dim] = ends[-1]
+    together = torch.empty(shape, dtype=dtype, device=changes[0][0].device)
+    for halves, start, end in zip(changes, ends, ends[1:]):
+        for target, half in zip(together.narrow(dim, start, end - start), halves):
+            target.copy_(half)
+    return together
 
 
 def _width(layer: LowRank) -> int:

@@ -14,6 +14,9 @@ from texforce_hub.formats.codec.roles import Part
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 """Those with a sign and a fraction that files can have."""
 
+_SMALL = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Those whose smallest numbers are far above those of float32, in which they are computed with."""
+
 _OWN = ("dora", "magnitude")
 """Roles that no other tensor's factor can move into."""
 
@@ -40,13 +43,14 @@ def fit_dtype(parts: Sequence[Part], dtype: torch.dtype | None, name: str) -> It
 def _store_product(parts: Sequence[Part], dtype: torch.dtype | None, name: str) -> dict[str, Tensor]:
     with suppress(AdapterError):  # too large as it is: shared, it may fit
         plain = _round(parts, dtype, name)
-        if _underflow(parts, plain) == 0:
+        if all(_missing(tensor, factor, plain[role]) is None for role, tensor, factor in parts):
             return plain
     shared = _share(parts)
     stored = _round(shared, dtype, name)
-    lost = _underflow(shared, stored)
     narrowest = min((tensor.dtype for tensor in stored.values()), key=lambda found: torch.finfo(found).bits)
-    if not lost <= torch.finfo(narrowest).eps:
+    most = torch.finfo(narrowest).eps
+    lost = _underflow(shared, stored) if _most_underflow(shared, stored) > most else 0.0
+    if not lost <= most:
         raise AdapterError(
             f"{name}: {lost:.0%} of its change would be lost, its numbers are too small for {narrowest}; "
             "widen it, --dtype float16 or wider"
@@ -83,6 +87,25 @@ def _share(parts: Sequence[Part]) -> list[Part]:
 
 def _peak(tensor: Tensor) -> float:
     return float(wide(tensor.detach()).abs().max()) if tensor.numel() and not tensor.is_meta else 0.0
+
+
+def _most_underflow(parts: Sequence[Part], stored: Mapping[str, Tensor]) -> float:
+    """What :func:`_underflow` is at most, as if every number had lost the smallest one that its dtype has.
+
+    Known from the sizes of the ranks alone; infinity where that says nothing.
+    """
+    if not all(tensor.dtype in _SMALL for tensor in stored.values()):
+        return math.inf  # float32's own smallest numbers are no larger
+    size, lost = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    for role, tensor, factor in parts:
+        ranks = _by_rank(role, tensor.detach() if tensor.element_size() > 1 else wide(tensor.detach()))
+        norm = torch.linalg.vector_norm(ranks, dim=1, dtype=torch.float64)
+        facts = torch.finfo(stored[role].dtype)
+        smallest = facts.smallest_normal * facts.eps / (abs(factor) or math.inf)
+        size = size * norm.to(size.device)
+        lost = lost + smallest * math.sqrt(ranks.shape[1]) / norm.clamp(min=2**-100).to(size.device)
+    total = float(torch.linalg.vector_norm(size))
+    return float(torch.linalg.vector_norm(lost * size)) / total if 0 < total < math.inf else math.inf
 
 
 def _underflow(parts: Sequence[Part], stored: Mapping[str, Tensor]) -> float:
