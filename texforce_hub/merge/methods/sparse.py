@@ -81,25 +81,25 @@ def survey_floors(stream: Callable[[], Iterable[tuple[tuple[int, ...], Tensor]]]
     by the upper and then, inside one bucket, the lower half of their float32 pattern, which sorts like the
     number. So nothing but the layer in hand is held, and the floor is exact.
     """
-    upper: dict[int, Tensor] = {}
-    for position, bits in _magnitudes(stream):
-        counts = torch.bincount(bits >> 16, minlength=1 << 15)
-        upper[position] = upper[position] + counts if position in upper else counts
+    upper = _count(stream, lambda _, bits: bits >> 16)
     wanted = {p: count_kept(density, int(counts.sum())) for p, counts in upper.items()}
     buckets = {p: _reach(counts, wanted[p]) for p, counts in upper.items()}
-    lower: dict[int, Tensor] = {}
-    for position, bits in _magnitudes(stream):
-        inside = bits[(bits >> 16) == buckets[position][0]] & 0xFFFF
-        counts = torch.bincount(inside, minlength=1 << 16)
-        lower[position] = lower[position] + counts if position in lower else counts
+    lower = _count(stream, lambda position, bits: bits[(bits >> 16) == buckets[position][0]] & 0xFFFF)
     patterns = {p: (buckets[p][0] << 16) | _reach(lower[p], buckets[p][1])[0] for p in buckets}
     return {p: float(torch.tensor(pattern, dtype=torch.int32).view(torch.float32)) for p, pattern in patterns.items()}
 
 
-def _magnitudes(stream: Callable[[], Iterable[tuple[tuple[int, ...], Tensor]]]) -> Iterable[tuple[int, Tensor]]:
+def _count(
+    stream: Callable[[], Iterable[tuple[tuple[int, ...], Tensor]]], key_of: Callable[[int, Tensor], Tensor]
+) -> dict[int, Tensor]:
+    """For each source, how many of its entries have which key, 16 bits made of its position and their magnitudes."""
+    counts: dict[int, Tensor] = {}
     for positions, deltas in stream():
         for position, delta in zip(positions, deltas):
-            yield position, delta.abs().float().flatten().view(torch.int32)
+            bits = delta.abs().float().flatten().view(torch.int32)
+            more = torch.bincount(key_of(position, bits), minlength=1 << 16)
+            counts[position] = counts[position] + more if position in counts else more
+    return counts
 
 
 def _reach(counts: Tensor, wanted: int) -> tuple[int, int]:
