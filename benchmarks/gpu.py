@@ -26,8 +26,8 @@ from torch import Generator, Tensor
 from benchmarks import merge
 from benchmarks.apply import PROJECTIONS, RANK, TEXT, UNET, make_adapter
 from benchmarks.published import STEPS, published_update
+from benchmarks.size import sd15
 from benchmarks.timing import Timed, commit, head, ratio, row, take_turns
-from benchmarks.train import sd15
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter

@@ -10,17 +10,14 @@ import argparse
 import json
 import platform
 import subprocess
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Generator, Tensor
-from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.size import print_size
 from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, TUNED_UNET
 from texforce_hub.errors import NotBetterError
 from texforce_hub.evaluate.drawing import Variant
@@ -33,13 +30,11 @@ from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
 from texforce_hub.shapes.grammar import sample_prompts
 from texforce_hub.train.algorithms.streaming import sample_scored
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.estimate import count_flops, count_units
+from texforce_hub.train.estimate import count_units
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies import choose
 from texforce_hub.train.policies import steps as schedule
 from texforce_hub.train.policies.frozen import frozen
-from texforce_hub.train.policies.policy import Text
 from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run import train_adapter
 
@@ -219,91 +214,6 @@ def plot_frontier(frontier: dict[str, list[tuple[float, float]]], base: tuple[fl
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", fontsize=8)
     render(figure).save(FRONTIER)
-
-
-def sd15(side: int) -> Any:
-    """Stable Diffusion 1.5 at its true size, random weights, for pictures of ``side`` pixels."""
-    unet = UNet2DConditionModel(sample_size=side // 8, cross_attention_dim=768, attention_head_dim=8)
-    text = CLIPTextModel(
-        CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
-    tokenizer = load_pipeline("shapes", device="cpu").tokenizer
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    return StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
-def print_size(side: int = 128) -> None:
-    """FLOPs, memory kept and seconds of a unit at SD1.5's size, and of a picture under ours and the published loop."""
-    config = TrainConfig("unused", resolution=side, batch_size=1, prompts_per_step=1, images_per_prompt=2)
-    torch.manual_seed(0)
-    policy = make_policy(sd15(side), config)
-    kept = {}
-    for checkpointing in (False, True):
-        kept[checkpointing] = saved_bytes(replace(policy, config=replace(config, checkpointing=checkpointing))) / 2**20
-    with frozen(policy.pipeline):
-        forward, backward = count_flops(policy)
-        rows, leaves = policy.leaves(policy.rows([""], 1)._replace(negative=None))
-        both = policy.leaves(policy.rows([""], 1))[0]
-        latents, moment = policy.draw_noise(1, Generator().manual_seed(0)), torch.tensor(500)
-
-        def pull() -> None:
-            torch.autograd.grad(policy.predict(latents, moment, rows).sum(), leaves)
-
-        def pull_both() -> None:
-            # The published loop encodes twice and sends the gradient through both halves of guidance, each time.
-            texts = Text(policy.encode(["", ""]))
-            pair = both._replace(prompt=texts.take(torch.tensor([0])), negative=texts.take(torch.tensor([1])))
-            torch.autograd.backward(policy.predict(latents, moment, pair).sum())
-
-        seconds = {
-            "forward": clock(lambda: policy.predict(latents, moment, rows)),
-            "pull": clock(pull, grad=True),
-            "both": clock(pull_both, grad=True),
-        }
-    print(f"Stable Diffusion 1.5's true size, random weights, float32, {side} × {side}, one picture a call. A U-Net")
-    print(f"forward: {forward / 1e9:.0f} GFLOP, {seconds['forward']:.2f} CPU s; backwards to the text ", end="")
-    print(
-        f"{backward / 1e9:.0f} GFLOP; its graph keeps {kept[False]:.0f} MiB, {kept[True]:.0f} MiB with checkpointing.\n"
-    )
-    print("| a picture | GFLOP | CPU s | graph kept, MiB |")
-    print("|---|---|---|---|")
-    loops: dict[str, tuple[float, float, float]] = {
-        "published loop: 50 steps, 25 of them trained on, both halves of guidance": (
-            100 * forward + 50 * (forward + backward), 100 * seconds["forward"] + 25 * seconds["both"], 2 * kept[False],
-        ),
-        "ppo: 10 steps, 5 trained on": (
-            30 * forward + 5 * backward, 25 * seconds["forward"] + 5 * seconds["pull"], kept[False],
-        ),
-        "streaming: 10 steps, 5 trained on": (
-            20 * forward + 5 * backward, 15 * seconds["forward"] + 5 * seconds["pull"], kept[False],
-        ),
-        "streaming: 20 steps, 10 trained on": (
-            40 * forward + 10 * backward, 30 * seconds["forward"] + 10 * seconds["pull"], kept[False],
-        ),
-    }  # fmt: skip
-    for name, (flops, cpu, memory) in loops.items():
-        print(f"| {name} | {flops / 1e9:,.0f} | {cpu:.1f} | {memory:.0f} |")
-    print("\nComputed from the measured units; sampling, rewards and the decoder are the same for all.\n")
-
-
-def clock(call: Callable[[], Any], *, grad: bool = False) -> float:
-    """CPU seconds of a call, the least of three."""
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        with torch.set_grad_enabled(grad):
-            call()
-        times.append(time.process_time() - start)
-    return min(times)
 
 
 if __name__ == "__main__":
