@@ -67,7 +67,12 @@ def train(
         typer.Option("--batch-size", "--batch", help="Pictures in one U-Net call; 0: as many as memory holds."),
     ] = None,
     checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more work.")] = None,
-    offload: Annotated[bool | None, typer.Option(help="Keep the VAE on the CPU while it is not needed.")] = None,
+    offload: Annotated[
+        bool | None, typer.Option(help="Keep on the CPU what is not at work: decoder, text encoders, learned rewards.")
+    ] = None,
+    decoder: Annotated[
+        str | None, typer.Option(help="A small decoder (AutoencoderTiny) in the VAE's place: a folder, or a Hub id.")
+    ] = None,
     allow_cut: Annotated[bool | None, typer.Option(help="Train on prompts that the text encoder cuts.")] = None,
     track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; repeatable.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,

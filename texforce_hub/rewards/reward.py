@@ -5,14 +5,15 @@ somebody else's is ``python:module:function`` or ``python:./file.py:function``, 
 a reward returns is checked before it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from texforce_hub.errors import RewardError
 from texforce_hub.rewards.built_in import BUILT_IN
@@ -51,6 +52,24 @@ class Reward:
             raise RewardError(f"reward {self.name!r} gave {scores[first].item()} for the prompt {prompts[first]!r}")
         checked: Tensor = scores.float().to(images.device)
         return checked
+
+    def move(self, device: torch.device | str) -> None:
+        """Move the networks that the function holds, in its attributes or in what it encloses."""
+        for network in _networks(self.function):
+            network.to(device)
+
+
+def _networks(holder: Any, deep: int = 3) -> Iterator[nn.Module]:
+    """The networks in an object's attributes, in what a function encloses, and in those' own."""
+    if isinstance(holder, nn.Module):
+        yield holder
+    elif deep:
+        parts = [*getattr(holder, "__dict__", {}).values(), getattr(holder, "__self__", None)]
+        for cell in getattr(holder, "__closure__", None) or ():
+            with suppress(ValueError):  # a name that has no value yet
+                parts.append(cell.cell_contents)
+        for part in parts:
+            yield from _networks(part, deep - 1)
 
 
 def resolve_reward(spec: str, device: str | torch.device = "cpu") -> Reward:

@@ -36,8 +36,9 @@ class TrainConfig(Settings):
     resolution: Annotated[int | None, at_least(8)] = None  # pictures' side in pixels; by default the U-Net's own
     batch_size: Natural = 0  # pictures in one U-Net call; 0: as many as memory holds, at most 64
     checkpointing: bool = False  # recompute the U-Net's activations: 20 times less memory, 35 % more work
-    offload: bool = False  # keep the VAE on the CPU while it is not needed
-    tiling: bool = False  # decode large pictures in tiles
+    offload: bool = False  # keep on the CPU what is not at work: decoder, text encoders, learned rewards
+    tiling: bool = False  # decode pictures one at a time, large ones in tiles
+    decoder: str | None = None  # a small decoder (AutoencoderTiny) for rollouts and sheets: a folder, or a Hub id
 
     rank: Count = 16  # of the LoRA
     alpha: Positive = 16.0  # the LoRA's change is alpha / rank · up @ down

@@ -1,6 +1,6 @@
 """What pictures are worth: rewards, and how much better than its group each picture is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Thread
@@ -29,7 +29,7 @@ class Judge:
     team: Team = ALONE
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
     own: slice = field(default_factory=lambda: slice(0))
-    _seen: list[Future[Tensor]] = field(default_factory=list)
+    _seen: list[Callable[[], Tensor]] = field(default_factory=list)
 
     def begin(self) -> None:
         """A new rollout: nothing has been seen yet."""
@@ -38,27 +38,36 @@ class Judge:
     def see(self, images: Tensor, texts: Sequence[str]) -> None:
         """Have some more pictures of a rollout scored; rewards elsewhere answer while the next are drawn.
 
-        Raises:
-            RewardError: a reward cannot be used; the message names the prompt. One elsewhere says so in :meth:`close`.
-        """
-        answer = Future[Tensor]()
-        if any(reward.remote for reward in self.rewards):
-            Thread(target=self._answer, args=(answer, images, texts), daemon=True).start()
-        else:
-            answer.set_result(self.score(images, texts))
-        self._seen.append(answer)
+        With ``offload`` the pictures wait, so that rewards need the device only once all are drawn.
 
-    def _answer(self, answer: Future[Tensor], images: Tensor, texts: Sequence[str]) -> None:
-        try:
-            answer.set_result(self.score(images, texts))
-        except BaseException as error:  # noqa: BLE001  # whoever waits for the answer gets it
-            answer.set_exception(error)
+        Raises:
+            RewardError: a reward cannot be used; the message names the prompt. It may come from :meth:`close` instead.
+        """
+        rows = [self._ask(reward, images, texts) for reward in self.rewards]
+        self._seen.append(lambda: torch.stack([row() for row in rows]))
+
+    def _ask(self, reward: Reward, images: Tensor, texts: Sequence[str]) -> Callable[[], Tensor]:
+        """What gives a reward's scores ``(b,)``: known already, on their way, or computed when they are asked for."""
+        if reward.remote:
+            answer = Future[Tensor]()
+
+            def ask() -> None:
+                try:
+                    answer.set_result(self.score(images, texts, [reward])[0])
+                except BaseException as error:  # noqa: BLE001  # whoever waits for the answer gets it
+                    answer.set_exception(error)
+
+            Thread(target=ask, daemon=True).start()
+            return answer.result
+        if self.config.offload:
+            waiting, device = images.cpu(), images.device
+            return lambda: self.score(waiting.to(device), texts, [reward])[0]
+        scores = self.score(images, texts, [reward])[0]
+        return lambda: scores
 
     def note(self, scores: Tensor) -> None:
         """Remember scores ``(rewards, b)`` of some more pictures of a rollout."""
-        answer = Future[Tensor]()
-        answer.set_result(scores)
-        self._seen.append(answer)
+        self._seen.append(lambda: scores)
 
     def close(self) -> None:
         """The rollout is drawn, here and in the other processes: ``scores`` are its pictures'.
@@ -66,11 +75,12 @@ class Judge:
         Raises:
             RewardError: a reward cannot be used; the message names the prompt.
         """
-        self.scores, self.own = self.collect(torch.cat([answer.result() for answer in self._seen], 1))
+        self.scores, self.own = self.collect(torch.cat([answer() for answer in self._seen], 1))
         self._seen.clear()
 
     def collect(self, scores: Tensor) -> tuple[Tensor, slice]:
         """Scores ``(rewards, b)`` of all processes' pictures, and which of them are this one's."""
+        self._move(self.rewards, "cpu")
         parts = self.team.gather(scores.cpu())
         first = sum(part.shape[1] for part in parts[: self.team.rank])
         return torch.cat(parts, 1).to(scores.device), slice(first, first + scores.shape[1])
@@ -84,13 +94,15 @@ class Judge:
         self.close()
         return self.compare(self.scores)[self.own]
 
-    def score(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        """Every reward of some pictures, ``(rewards, b)``.
+    def score(self, images: Tensor, texts: Sequence[str], rewards: Sequence[Reward] | None = None) -> Tensor:
+        """Every reward of some pictures, or those of ``rewards``, ``(rewards, b)``.
 
         Raises:
             RewardError: a reward cannot be used; the message names the prompt.
         """
-        return score_images(self.rewards, images, texts, batch=self.config.batch_size)
+        rewards = rewards or self.rewards
+        self._move(rewards, images.device)
+        return score_images(rewards, images, texts, batch=self.config.batch_size)
 
     def compare(self, scores: Tensor, *, images: int | None = None, only: int | None = None) -> Tensor:
         """The advantages ``(b,)`` of scores ``(rewards, b)``, in groups of ``images``; by one reward ``only``."""
@@ -105,11 +117,16 @@ class Judge:
 
     def ascend(self, images: Tensor, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The gradient of the weighted sum at the images, of their shape, and the scores ``(rewards, b)``."""
+        self._move(self.rewards, images.device)
         with torch.enable_grad():
             leaf = images.detach().requires_grad_()
             rows = torch.stack([reward(leaf, texts) for reward in self.rewards])
             (gradient,) = torch.autograd.grad(self.total(rows).sum(), leaf)
         return gradient, rows.detach()
+
+    def _move(self, rewards: Sequence[Reward], device: torch.device | str) -> None:
+        for reward in rewards if self.config.offload else ():
+            reward.move(device)
 
     @property
     def flat_groups(self) -> int:

@@ -139,7 +139,7 @@ def describe_run(config: TrainConfig, step: int, prompts: Mapping[str, str] | No
     """
     settings = {k: v for k, v in asdict(config).items() if k not in ("output", "device")}
     paths = ("base", "unet", "init")
-    lists = ("prompts", "anchor_prompts", "samples")
+    lists = ("prompts", "anchor_prompts", "samples", "decoder")
     settings |= {k: Path(settings[k]).name for k in paths if settings[k] and is_there(settings[k])}
     settings |= {k: source_name(settings[k]) for k in lists if settings[k]}
     facts = {"version": __version__, "reward": " ".join(config.reward), "steps": str(step)}

@@ -1,48 +1,69 @@
 """A pipeline whose weights get no gradient, for as long as a run lasts."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 from texforce_hub.errors import TrainingError
 
 
+def move_frozen(module: nn.Module, device: torch.device | str) -> None:
+    """Move what is not trained of a module; what is trained stays beside its optimiser's state."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.requires_grad:
+            tensor.data = tensor.data.to(device)
+
+
 @contextmanager
 def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) -> Iterator[None]:
-    """No gradient for the pipeline's weights and no dropout; afterwards all as before, the VAE where it was.
+    """No gradient for the pipeline's weights and no dropout; afterwards all as before, every part where it was.
 
     ``checkpointing`` recomputes the network's activations in the backward pass instead of keeping them; with
-    ``tiling`` the VAE decodes large pictures in tiles.
+    ``tiling`` the VAE decodes pictures one at a time, large ones in tiles.
 
     Raises:
         TrainingError: ``checkpointing`` with a network that has dropout: its training mode would change pictures.
     """
     modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     wanted = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-    modes = [(module, module.training) for module in modules]
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-    was = getattr(network, "is_gradient_checkpointing", False)
-    vae, device, tiled = pipeline.vae, pipeline.vae.device, getattr(pipeline.vae, "use_tiling", False)
+    before = [(module, module.training, next(module.parameters()).device) for module in modules]
     try:
         for module in modules:
             module.requires_grad_(requires_grad=False).eval()
-        if checkpointing:
-            if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
-                raise TrainingError("the U-Net has dropout, which gradient checkpointing would switch on; leave it out")
-            network.enable_gradient_checkpointing()
-            network.train()
-        if tiling:
-            vae.enable_tiling()
+        with _checkpointed(pipeline) if checkpointing else nullcontext(), _tiled(pipeline.vae, tiling):
+            yield
+    finally:
+        for module, training, device in before:
+            move_frozen(module.train(training), device)
+        for parameter, trained in wanted:
+            parameter.requires_grad_(trained)
+
+
+@contextmanager
+def _checkpointed(pipeline: Any) -> Iterator[None]:
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    was = getattr(network, "is_gradient_checkpointing", False)
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
+        raise TrainingError("the U-Net has dropout, which gradient checkpointing would switch on; leave it out")
+    network.enable_gradient_checkpointing()
+    network.train()
+    try:
         yield
     finally:
-        vae.to(device)
-        if tiling and not tiled:
-            vae.disable_tiling()
-        if checkpointing and not was:
+        if not was:
             network.disable_gradient_checkpointing()
-        for parameter, before in wanted:
-            parameter.requires_grad_(before)
-        for module, training in modes:
-            module.train(training)
+
+
+@contextmanager
+def _tiled(vae: Any, wanted: bool) -> Iterator[None]:  # noqa: FBT001
+    names = [name for name in ("slicing", "tiling") if wanted and not getattr(vae, f"use_{name}", False)]
+    for name in names:
+        getattr(vae, f"enable_{name}")()
+    try:
+        yield
+    finally:
+        for name in names:
+            getattr(vae, f"disable_{name}")()

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from texforce_hub.errors import ConfigError
 from texforce_hub.train.config import TrainConfig
+from texforce_hub.train.policies.frozen import move_frozen
 from texforce_hub.train.policies.policy import Leaves, Rows, Text, in_slices
 from texforce_hub.train.policies.steps import Steps
 
@@ -86,6 +87,7 @@ class TextToImage(ABC):
         """A CLIP encoder's output."""
         tokenizer = getattr(self.pipeline, part.replace("text_encoder", "tokenizer"))
         length = tokenizer.model_max_length
+        self._wake(part)
         batch = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return self.encoders[part](batch.input_ids.to(self.device), **options)
 
@@ -102,10 +104,25 @@ class TextToImage(ABC):
     def rows(self, prompts: Sequence[str], images: int) -> Rows:
         """What ``images`` pictures of every prompt are drawn from, prompt by prompt."""
         group, negative = torch.arange(len(prompts), device=self.device).repeat_interleave(images), None
+        encoders = [part for part in self.pipeline.components if part.startswith("text_encoder")]
+        self._wake(*encoders)
         if self.guided:
             policy = self.reference if self.config.uncond == "base" else self
             negative = policy.encode_negative().take(torch.zeros_like(group))
-        return Rows(group, Text(self.encode(prompts), self.encode_frozen(prompts)).take(group), negative)
+        prompt = Text(self.encode(prompts), self.encode_frozen(prompts)).take(group)
+        if self.config.offload:  # the network's turn is next
+            for part in encoders:
+                self._move(part, "cpu")
+        return Rows(group, prompt, negative)
+
+    def _wake(self, *parts: str) -> None:
+        """Have parts of the pipeline on the device that may wait on the CPU."""
+        for part in parts if self.config.offload else ():
+            self._move(part, self.device)
+
+    def _move(self, part: str, device: torch.device | str) -> None:
+        if (module := getattr(self.pipeline, part)) is not None:
+            move_frozen(module, device)  # the copies that learn share its weights
 
     def leaves(self, rows: Rows) -> tuple[Rows, Leaves]:
         """The rows anew, with those embeddings that are trained as leaves of a graph."""
@@ -159,7 +176,8 @@ class TextToImage(ABC):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures ``(b, 3, h, w)`` in [0, 1], float32; a saturated pixel has a gradient, so that it can come back."""
-        vae = self.pipeline.vae.to(self.device)
+        vae = self.pipeline.vae
+        self._wake("vae")
         shift = vae.config.get("shift_factor") or 0.0
 
         def decode_some(some: Tensor) -> Tensor:
@@ -168,5 +186,5 @@ class TextToImage(ABC):
 
         images = in_slices(decode_some, self.config.batch_size, latents)
         if self.config.offload and not images.requires_grad:  # a gradient has still to come back through it
-            vae.to("cpu")
+            self._move("vae", "cpu")
         return images
