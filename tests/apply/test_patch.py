@@ -15,6 +15,7 @@ from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.apply import adapter_list, patch
 from texforce_hub.apply.attach import attach, detach
+from texforce_hub.apply.halves import make_halves
 from texforce_hub.apply.model import unwrapped
 from texforce_hub.apply.rounding import summed
 from texforce_hub.apply.wrappers import Wrappers
@@ -63,7 +64,9 @@ def owner_of(model, path):
 
 
 def put_beside(model, path, name, layer):
-    attachment = attach(owner_of(model, path), Wrappers(name), [(layer, 1.0)])
+    pairs = [(layer, 1.0)]
+    (halves,) = make_halves([(unwrapped(model.get_submodule(path)).get_parameter("weight"), pairs)])
+    attachment = attach(owner_of(model, path), Wrappers(name), pairs, halves)
     adapter_list.register(model, name, {path: attachment})
 
 

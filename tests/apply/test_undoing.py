@@ -300,9 +300,10 @@ def test_numbers_beyond_half_precision_are_scaled_before_they_are_rounded():
         assert all(torch.isfinite(output).all() for output in text_outputs(pipe))
 
 
-def test_every_kind_of_layer_is_asked_of_peft_once(monkeypatch):
+def test_every_kind_of_layer_is_asked_of_peft_once_and_by_later_stacks_not_at_all(monkeypatch):
     from texforce_hub.apply import wrappers
 
+    wrappers._TEMPLATES.clear()
     built, build = [], wrappers.Wrappers._build
 
     def count(self, module, rank):
@@ -315,6 +316,8 @@ def test_every_kind_of_layer_is_asked_of_peft_once(monkeypatch):
     kinds = {layer.shape for layer in adapter.layers.values()}
     with apply_adapter(pipe, adapter) as applied:
         assert len(built) == len(kinds) < len(applied.decisions["adapter"])
+    apply_adapter(pipe, adapter).remove()
+    assert len(built) == len(kinds)
 
 
 def test_new_weights_of_a_single_adapter_copy_no_tensor(monkeypatch):

@@ -1,10 +1,11 @@
 """Whether an adapter holds NaN or infinity."""
 
 import math
+from collections.abc import Mapping
 
 from texforce_hub.adapter.lazy import LazyAdapter
-from texforce_hub.adapter.tensors import holds_numbers
-from texforce_hub.adapter.value import Adapter, Layer
+from texforce_hub.adapter.tensors import all_hold_numbers
+from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import AdapterError
 
 
@@ -14,7 +15,10 @@ def check_finite(adapter: Adapter | LazyAdapter) -> None:
     Raises:
         AdapterError: names the layers that hold any.
     """
-    broken = [name for name, layer in adapter.layers.items() if not is_finite(layer)]
+    if isinstance(adapter, Adapter):
+        broken = _broken(adapter.layers)
+    else:  # a layer at a time: it is not kept
+        broken = [name for name, layer in adapter.layers.items() if not is_finite(layer)]
     if broken:
         raise AdapterError(
             f"NaN or infinity in {len(broken)} of {len(adapter.layers)} layers, e.g. {broken[0]!r}; "
@@ -24,4 +28,11 @@ def check_finite(adapter: Adapter | LazyAdapter) -> None:
 
 def is_finite(layer: Layer) -> bool:
     """Whether every number of a layer is finite, its scale included."""
-    return math.isfinite(getattr(layer, "scale", 1.0)) and all(map(holds_numbers, layer.tensors()))
+    return not _broken({"": layer})
+
+
+def _broken(layers: Mapping[LayerName, Layer]) -> list[LayerName]:
+    owners = [(name, tensor) for name, layer in layers.items() for tensor in layer.tensors()]
+    sound = all_hold_numbers([tensor for _, tensor in owners])
+    lost = {name for (name, _), finite in zip(owners, sound, strict=True) if not finite}
+    return [n for n, layer in layers.items() if n in lost or not math.isfinite(getattr(layer, "scale", 1.0))]

@@ -1,7 +1,7 @@
 """What every kind of layer asks of its tensors."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,13 +52,35 @@ def holds_numbers(tensor: Tensor) -> bool:
     return math.isfinite(_peak(tensor))
 
 
+def all_hold_numbers(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether every entry of each is finite; a device is waited for once, whatever lies there."""
+    sound = [True] * len(tensors)
+    elsewhere: dict[torch.device, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.device.type == "cpu":
+            sound[index] = math.isfinite(_peak(tensor))
+        elif tensor.numel():
+            elsewhere.setdefault(tensor.device, []).append(index)
+    for indices in elsewhere.values():
+        ends = [end.double() for index in indices for end in _ends(tensors[index])]
+        finite = torch.stack(ends).isfinite().view(-1, 2).all(1).tolist()
+        for index, answer in zip(indices, finite, strict=True):
+            sound[index] = answer
+    return sound
+
+
 def _peak(tensor: Tensor) -> float:
     """The largest magnitude, NaN if there is one: the extremes are found in one pass, without a wider copy."""
     if tensor.numel() == 0:
         return 0.0
-    ends = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
-    least, most = float(ends.min), float(ends.max)
+    least, most = map(float, _ends(tensor))
     return math.nan if math.isnan(least) else max(-least, most)
+
+
+def _ends(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest entry; both NaN if there is one."""
+    ends = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().float())
+    return ends.min, ends.max
 
 
 def _overflow(dtype: torch.dtype) -> float:

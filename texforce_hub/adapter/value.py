@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +16,7 @@ from texforce_hub.adapter.equality import same, same_bits
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.moving import move_all, move_layers
 from texforce_hub.adapter.tensors import narrow
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import AdapterError
@@ -161,15 +163,13 @@ class Adapter:
             ConfigError: no dtype of this name.
         """
         kind = given_dtype(dtype)
-
-        def move(name: LayerName, layer: Layer) -> Layer:
-            return layer.map(lambda t: (t if kind is None else narrow(t, kind, name)).to(device=device))
-
-        return replace(
-            self,
-            layers={name: move(name, layer) for name, layer in self.layers.items()},
-            extras={name: tensor.to(device=device) for name, tensor in self.extras.items()},
-        )
+        layers, extras = dict(self.layers), dict(self.extras)
+        if kind is not None:
+            layers = {name: layer.map(partial(narrow, dtype=kind, name=name)) for name, layer in layers.items()}
+        if device is not None:
+            layers = move_layers(layers, torch.device(device))
+            extras = dict(zip(extras, move_all(list(extras.values()), torch.device(device)), strict=True))
+        return replace(self, layers=layers, extras=extras)
 
 
 def _show_ranks(layers: Iterable[Layer]) -> str:

@@ -6,6 +6,7 @@ The result is ``W + Σ wᵢ·ΔWᵢ``. All layers are matched and all shapes che
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 from torch import nn
@@ -92,7 +93,8 @@ def apply_adapter(
     roots = {part: plain(module) for part, module in parts_of(pipe).items()}
     made: list[Applied] = []  # an interrupt after the lock is let go would lose what is returned, the stack left on
     try:
-        applied = alone_on(roots.values(), lambda: _apply(pipe, roots, entries, mode, made, strict=strict, draws=draws))
+        apply = partial(_apply, pipe, roots, entries, mode, made, strict=strict, draws=draws)
+        applied = alone_on(roots.values(), apply)
         if follows:
             applied._follow(pipe, refs, composite)
         return applied
@@ -113,7 +115,9 @@ def _apply(
     draws: int | None,
 ) -> Applied:
     live = LiveShapes(pipe)
-    decisions = {e.label: match(e.adapter, live, attaching=mode == "attach") for e in entries}
+    decisions: dict[str, Mapping[LayerName, Decision]] = {}
+    for entry in entries:
+        decisions[entry.label] = match(entry.adapter, live, attaching=mode == "attach")
     for entry in entries:
         check_fit(entry, decisions[entry.label], strict=strict)
     riding, written = sort_contributions(decisions[entry.label] for entry in entries)

@@ -10,19 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.tensors import wide
-from texforce_hub.apply.model import unwrapped
+from texforce_hub.apply.halves import Halves, Pair, factor_of
 from texforce_hub.apply.patch import Copy, Owner, find_copies, follow, put, rebase
 from texforce_hub.apply.wrappers import Wrappers, extend, let_go
 from texforce_hub.errors import MatchError
-
-Pair = tuple[LowRank, float]
-"""A low-rank change and its weight."""
 
 
 @dataclass(eq=False, slots=True)
@@ -39,7 +33,7 @@ class Attachment:
     fused: "_Fused | None" = None  # once its undoing has begun
 
     @property
-    def halves(self) -> tuple[Tensor, Tensor]:
+    def halves(self) -> Halves:
         """``(down, up)``, as PEFT's layer has them."""
         return self.wrapper.lora_A[self.name].weight, self.wrapper.lora_B[self.name].weight
 
@@ -68,10 +62,11 @@ class Attachment:
                 "weights before offloading, or after taking it off and putting it on again"
             )
 
-    def fill(self, pairs: Sequence[Pair]) -> None:
-        """New weights for the pairs that ride as one; of a single one, no tensor is touched."""
-        if len(pairs) > 1:
-            _fill(*self.halves, pairs)
+    def fill(self, pairs: Sequence[Pair], numbers: Halves | None) -> None:
+        """New weights for the pairs that ride as one; ``numbers`` are those of several, of a single one none change."""
+        if numbers is not None:
+            for half, new in zip(self.halves, numbers, strict=True):
+                put(half.detach(), new)
         if self.relative is None:
             self.relative = self.wrapper.scaling[self.name] / self.factor if self.factor else 1.0
         self.factor = factor_of(pairs, self.halves[0].dtype)
@@ -94,58 +89,25 @@ def check_in_memory(part: str, root: nn.Module, attachments: Iterable[Attachment
         )
 
 
-def factor_of(pairs: Sequence[Pair], dtype: torch.dtype) -> float:
-    """What PEFT multiplies a stack's halves by: the weight of a single pair; those of several are in their halves."""
-    if len(pairs) > 1:
-        return 1.0
-    layer, weight = pairs[0]
-    return weight if _narrows(layer, dtype) else layer.scale * weight
-
-
-def _narrows(layer: LowRank, dtype: torch.dtype) -> bool:
-    """Whether numbers may leave the dtype's range unless the layer's scale is in them."""
-    return max(layer.up.dtype.itemsize, layer.down.dtype.itemsize) > dtype.itemsize
-
-
-def _fill(down: Tensor, up: Tensor, pairs: Sequence[Pair]) -> None:
-    """Write each number of the halves once, in their dtype and on their device."""
-    start, single = 0, len(pairs) == 1
-    for layer, weight in pairs:
-        end = start + layer.rank
-        factor = layer.scale * (1.0 if single else weight) if not single or _narrows(layer, down.dtype) else 1.0
-        rows = down.detach()[start:end]
-        scaled = layer.down if factor == 1.0 else wide(layer.down.to(down.device)) * factor
-        put(rows, scaled.view(rows.shape))
-        columns = up.detach()[:, start:end]
-        put(columns, layer.up.view(columns.shape))
-        start = end
-
-
-def attach(owner: Owner, wrappers: Wrappers, pairs: Sequence[Pair]) -> Attachment:
-    """Put pairs beside a layer as one, in the layer's dtype and on its device.
+def attach(owner: Owner, wrappers: Wrappers, pairs: Sequence[Pair], halves: Halves) -> Attachment:
+    """Put pairs beside a layer as one; ``halves`` are their numbers, as :func:`~.halves.make_halves` lays them out.
 
     Other adapters of the layer stay as active and as trainable as they were.
     """
     parent, child = owner
-    module, name, rank = parent._modules[child], wrappers.name, sum(layer.rank for layer, _ in pairs)
+    module, name, rank = parent._modules[child], wrappers.name, len(halves[0])
     assert module is not None
     wrapper: Any = module if isinstance(module, LoraLayer) else wrappers.around(module, rank)
     if wrapper is module:
         extend(wrapper, name, rank)
-    weight = unwrapped(module)._parameters["weight"]
-    assert weight is not None
-    with torch.inference_mode(mode=False):
-        for halves in (wrapper.lora_A, wrapper.lora_B):
-            half = halves._modules[name]
-            empty = torch.empty(half.weight.shape, dtype=weight.dtype, device=weight.device)
-            half._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
-    factor = factor_of(pairs, weight.dtype)
-    attachment = Attachment(parent, child, wrapper, name, wrapper.lora_A._modules[name], factor)
-    _fill(*attachment.halves, pairs)
+    lower, upper = wrapper.lora_A._modules[name], wrapper.lora_B._modules[name]
+    lower._parameters["weight"] = nn.Parameter(halves[0], requires_grad=False)
+    upper._parameters["weight"] = nn.Parameter(halves[1], requires_grad=False)
+    factor = factor_of(pairs, halves[0].dtype)
     wrapper.lora_alpha[name], wrapper.scaling[name] = factor * rank, factor
     if wrapper is not module:
         parent._modules[child] = wrapper
-    return attachment
+    return Attachment(parent, child, wrapper, name, lower, factor)
 
 
 def detach(owner: Owner, name: str, attachment: Attachment | None = None) -> None:

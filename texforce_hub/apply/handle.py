@@ -9,17 +9,16 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.rows import take_rows
+from texforce_hub.adapter.moving import move_all
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.adapter_list import activate, note_factors, register, unregister
-from texforce_hub.apply.attach import Attachment, Pair, attach, check_in_memory, detach, unwrap_moved
+from texforce_hub.apply.attach import Attachment, attach, check_in_memory, detach, unwrap_moved
 from texforce_hub.apply.display import describe_stack, tabulate_stack
+from texforce_hub.apply.halves import Pair, make_halves
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
-    Contribution,
     Contributions,
     Decision,
     Matched,
@@ -29,10 +28,10 @@ from texforce_hub.apply.matching import (
 )
 from texforce_hub.apply.model import unwrapped
 from texforce_hub.apply.patch import Owner, Write, begin_write, check_keepable, check_writable, keep, undo, write
-from texforce_hub.apply.placement import place
 from texforce_hub.apply.projections import calls_joined, find_joined
 from texforce_hub.apply.rounding import Loss, Term, reused_memory, seed_for, to_loss, total_loss
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
+from texforce_hub.apply.terms import bring_layers, make_pairs, make_term
 from texforce_hub.apply.undoing import do_all, insist
 from texforce_hub.apply.wrappers import Wrappers
 from texforce_hub.errors import ConfigError, MatchError
@@ -216,20 +215,23 @@ class Applied:
         self._note_losses()
         wrappers = Wrappers(self.name)
         with torch.inference_mode(mode=False), torch.no_grad():
-            for key in self._riding:
+            pairs = {key: self._pairs(key) for key in self._riding}
+            halves = make_halves([(self._weight(key), beside) for key, beside in pairs.items()])
+            for (key, beside), numbers in zip(pairs.items(), halves, strict=True):
                 owner = self._owner(key)
                 assert owner is not None
-                self._attachments[key] = attach(owner, wrappers, self._pairs(key))
+                self._attachments[key] = attach(owner, wrappers, beside, numbers)
         for part in self._riding_parts():
             register(self.roots[part], self.name, self._attached_to(part))
 
     def _write_all(self) -> None:
+        terms = self._terms()
         for key in self._written:
             seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
             owner = self._owner(key)
             module = unwrapped(self._modules[key[0]][key[1]])
             entry = self._writes[key] = begin_write(module, key[2], seed=seed, owner=owner)
-            write(entry, self._terms(key))
+            write(entry, terms[key])
 
     def _set_weights(self, entries: list[StackEntry]) -> None:
         gone = [key for key, attachment in self._attachments.items() if not attachment.live]
@@ -253,16 +255,20 @@ class Applied:
             raise
 
     def _refill(self) -> None:
+        pairs = {key: self._pairs(key) for key in self._attachments}
+        several = {key: (self._attachments[key].halves[0], beside) for key, beside in pairs.items() if len(beside) > 1}
+        numbers = dict(zip(several, make_halves(list(several.values())), strict=True))
         for key, attachment in self._attachments.items():
-            attachment.fill(self._pairs(key))
+            attachment.fill(pairs[key], numbers.get(key))
         for part in self._riding_parts():
             note_factors(self.roots[part], self.name, self._attached_to(part))
         self._rewrite()
 
     def _rewrite(self) -> None:
+        terms = self._terms() if self._on and self._writes else {}
         with reused_memory():
             for key, entry in self._writes.items():
-                write(entry, self._terms(key) if self._on else ())
+                write(entry, terms.get(key, ()))
         self._note_losses()
 
     def _switch(self, *, on: bool) -> None:
@@ -303,6 +309,10 @@ class Applied:
         with _naming(key):
             undo(self._writes[key])
 
+    def _weight(self, key: ParameterKey) -> Tensor:
+        """The layer's own weight."""
+        return unwrapped(self._modules[key[0]][key[1]]).get_parameter(key[2])
+
     def _owner(self, key: ParameterKey) -> Owner | None:
         """The module that the layer is a child of, and its name there; ``None`` for what is no child."""
         above, _, child = key[1].rpartition(".")
@@ -328,22 +338,19 @@ class Applied:
 
     def _note_losses(self) -> None:
         losses = {".".join(key): entry.loss for key, entry in self._writes.items() if entry.loss is not None}
-        squares = torch.stack([loss.cpu() for loss in losses.values()]).tolist() if losses else []
-        self.rounding_losses = {name: to_loss(both) for name, both in zip(losses, squares)}
+        squares = [loss.tolist() for loss in move_all(list(losses.values()), torch.device("cpu"))]
+        self.rounding_losses = {name: to_loss(both) for name, both in zip(losses, squares, strict=True)}
 
-    def _terms(self, key: ParameterKey) -> list[Term]:
-        return [self._term(contribution) for contribution in self._written[key]]
+    def _terms(self) -> dict[ParameterKey, list[Term]]:
+        """What is to be written into each parameter."""
+        layers = bring_layers(self.entries, self._written, lambda key: self._weight(key).device)
+        return {
+            key: [make_term(self.entries[c[0]], c, layer) for c, layer in zip(of_key, layers[key], strict=True)]
+            for key, of_key in self._written.items()
+        }
 
     def _pairs(self, key: ParameterKey) -> list[Pair]:
-        terms = [self._term(contribution) for contribution in self._riding[key]]
-        return [(layer, weight) for layer, weight in terms if isinstance(layer, LowRank)]
-
-    def _term(self, contribution: Contribution) -> Term:
-        index, name, rows, block = contribution
-        entry = self.entries[index]
-        layer = entry.adapter.layers[name]
-        layer = layer if rows is None else take_rows(layer, rows)
-        return (layer if block is None else place(layer, block)), entry.weight.weight_of(name)
+        return make_pairs(self.entries, self._riding[key])
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from texforce_hub.families.names import PARTS
+
 Result = TypeVar("Result")
 
 _LOCKS: WeakKeyDictionary[nn.Module, threading.RLock] = WeakKeyDictionary()
@@ -14,17 +16,13 @@ _REGISTER = threading.Lock()
 
 
 def alone_on(models: Iterable[nn.Module], action: Callable[[], Result]) -> Result:
-    """What the action returns, run while no other thread changes one of these models.
+    """What the action returns, run while no other thread changes one of these models, the parts of a pipeline.
 
     Several locks are taken in one order everywhere, so that no two threads wait for each other.
     """
     with _REGISTER:
         locks = {id(model): _LOCKS.setdefault(model, threading.RLock()) for model in models}
-    return _holding([locks[key] for key in sorted(locks)], action)
-
-
-def _holding(locks: list[threading.RLock], action: Callable[[], Result]) -> Result:
-    if not locks:
+    spare = [threading.RLock() for _ in PARTS]
+    first, second, third, fourth, fifth = [*(locks[key] for key in sorted(locks)), *spare][: len(PARTS)]
+    with first, second, third, fourth, fifth:  # no loop: an interrupt would come between taking and noting a lock
         return action()
-    with locks[0]:  # a with statement: an interrupt cannot come between taking a lock and noting that it is held
-        return _holding(locks[1:], action)

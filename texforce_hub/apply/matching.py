@@ -128,12 +128,18 @@ class LiveModel:
         self.root = root
         self.modules = dict(walk(root))
         self._prefix: str | None = None
+        self._found: dict[str, tuple[str, str, Tensor | Any]] = {}
 
     def find(self, name: str) -> tuple[str, str, Tensor | Any]:
         """Path of the module, name of the parameter in it, and the parameter that a layer of this name changes.
 
-        The parameter is ``None`` if there is no such module, or nothing of that name in it.
+        The parameter is ``None`` if there is no such module, or nothing of that name in it. Nothing is looked up twice.
         """
+        if name not in self._found:
+            self._found[name] = self._look(name)
+        return self._found[name]
+
+    def _look(self, name: str) -> tuple[str, str, Tensor | Any]:
         path = self._live(name)
         module = self.modules.get(path)
         if module is not None and (weight := getattr(unwrapped(module), "weight", None)) is not None:
@@ -152,7 +158,7 @@ class LiveModel:
 
     def _find_prefix(self, name: str) -> str | None:
         """Where the encoder with this layer lies; ``None`` if no layer, or more than one encoder has it."""
-        endings = {live_name(name, has) for has in (True, False)}
+        endings = {live_name(name, has_text_model=True), live_name(name, has_text_model=False)}
         if endings & self.modules.keys():
             return ""
         nested = [(path, end) for path in self.modules for end in endings if path.endswith(f".{end}")]

@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from texforce_hub.adapter.algebra import concat
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.rows import take_rows
 from texforce_hub.apply.applied import check_fit
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
@@ -28,10 +27,9 @@ from texforce_hub.apply.matching import (
     sort_contributions,
 )
 from texforce_hub.apply.model import parts_of, unwrapped
-from texforce_hub.apply.placement import Block, place
+from texforce_hub.apply.terms import bring_layers, make_pairs
 from texforce_hub.apply.undoing import do_all
 from texforce_hub.errors import ConfigError, MatchError
-from texforce_hub.families.original_transformer import Ranges
 from texforce_hub.hub.stack import Item, StackEntry, read_stack
 
 Stack = Item | Sequence[Item] | None
@@ -77,15 +75,16 @@ def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = Tr
     for part in parts:
         check_ready(part, modules[part], attaching=True)
     roots = {id(root): root for root in (live.models[part].root for part in parts)}.values()
-    alone_on(roots, partial(_claim, list(roots)))
+    claimed: list[nn.Module] = []
     hooks: list[Any] = []
     try:
+        alone_on(roots, partial(_claim, list(roots), claimed))
         for (part, path, _), of_samples in pairs.items():
             layer = live.models[part].modules[path]
             hooks.append(layer.register_forward_hook(_Beside(f"{part}.{path}", unwrapped(layer), of_samples)))
         yield
     finally:
-        raised = do_all([*(hook.remove for hook in hooks), *(partial(_BUSY.discard, root) for root in roots)])
+        raised = do_all([*(hook.remove for hook in hooks), *(partial(_BUSY.discard, root) for root in claimed)])
         if raised:
             raise raised[0]
 
@@ -102,9 +101,10 @@ def are_low_rank(pipe: Any, entries: Sequence[StackEntry]) -> bool:
     return all(m.how == "attached" for of in decisions for decision in of.values() for m in matches(decision))
 
 
-def _claim(roots: Sequence[nn.Module]) -> None:
+def _claim(roots: Sequence[nn.Module], claimed: list[nn.Module]) -> None:
     if any(root in _BUSY for root in roots):
         raise MatchError("the model has a stack for each sample already: leave that block first")
+    claimed.extend(roots)  # noted first: an interrupt right after the claim gives back what was not claimed yet
     _BUSY.update(roots)
 
 
@@ -126,19 +126,16 @@ def _gather(live: LiveShapes, stacks: Sequence[Sequence[StackEntry]], *, strict:
                 f"{entries[position].label}: {name} is a {kind}, which cannot act on single samples of a batch; "
                 "use apply_adapter, one stack after the other"
             )
+        layers = bring_layers(entries, riding, partial(_device, live))
         for key, contributions in riding.items():
-            pairs = [pair_of(entries[position], name, rows, block) for position, name, rows, block in contributions]
-            weights = [entries[position].weight.weight_of(name) for position, name, *_ in contributions]
+            pairs, weights = zip(*make_pairs(entries, contributions, layers[key]), strict=True)
             gathered.setdefault(key, [None] * len(stacks))[index] = concat(pairs, weights)
     return gathered
 
 
-def pair_of(entry: StackEntry, name: str, rows: Ranges | None, block: Block | None) -> LowRank:
-    """A low-rank layer of an adapter, as it acts on one parameter: some of its rows, or a block of the whole."""
-    layer: Any = entry.adapter.layers[name]
-    layer = layer if rows is None else take_rows(layer, rows)
-    pair: LowRank = layer if block is None else place(layer, block)  # type: ignore[assignment]
-    return pair
+def _device(live: LiveShapes, key: ParameterKey) -> torch.device:
+    part, path, parameter = key
+    return unwrapped(live.models[part].modules[path]).get_parameter(parameter).device
 
 
 class _Beside:
@@ -154,14 +151,13 @@ class _Beside:
         present = [pair for pair in pairs if pair is not None]
         rank, first = max(pair.rank for pair in present), present[0]
         weight = layer.get_parameter("weight")
-        with torch.inference_mode(mode=False):
-            down = torch.zeros(len(pairs), rank, *first.down.shape[1:])
-            up = torch.zeros(len(pairs), first.up.shape[0], rank)
+        with torch.inference_mode(mode=False), torch.no_grad():
+            self.down = weight.new_zeros(len(pairs), rank, *first.down.shape[1:])
+            self.up = weight.new_zeros(len(pairs), first.up.shape[0], rank)
             for index, pair in enumerate(pairs):
                 if pair is not None:
-                    down[index].narrow(0, 0, pair.rank)[...] = pair.down
-                    up[index].narrow(1, 0, pair.rank)[...] = pair.up
-            self.down, self.up = down.to(weight.device, weight.dtype), up.to(weight.device, weight.dtype)
+                    self.down[index, : pair.rank] = pair.down
+                    self.up[index, :, : pair.rank] = pair.up
         self.add: Callable[..., Tensor] = (
             _add_to_linear if isinstance(layer, nn.Linear) else partial(_add_to_conv, layer)
         )

@@ -103,16 +103,21 @@ def fit(layers: Mapping[str, Outline], base: Shapes, is_idle: IsIdle = lambda _:
 
 
 def _fit_part(part: str, layers: Mapping[str, Outline], base: Shapes, is_idle: IsIdle) -> dict[str, Answer]:
-    def answers_in(other: str) -> dict[str, Answer]:
-        return {name: _answer(other, name, outline, base, is_idle) for name, outline in layers.items()}
-
-    answers = answers_in(part)
+    answers = _answers(part, layers, base, is_idle)
     if part.startswith("text_encoder") and not any(isinstance(answer, Fitting) for answer in answers.values()):
         others = [other for other in base.parts if other.startswith("text_encoder") and other != part]
-        fitting = [(other, elsewhere) for other in others if _all_fit(elsewhere := answers_in(other))]
+        fitting = [(o, elsewhere) for o in others if _all_fit(elsewhere := _answers(o, layers, base, is_idle))]
         if len(fitting) == 1:
             other, answers = fitting[0]
             return {name: _moved(answer, part, other) for name, answer in answers.items()}
+    return answers
+
+
+def _answers(part: str, layers: Mapping[str, Outline], base: Shapes, is_idle: IsIdle) -> dict[str, Answer]:
+    """The answers for these layers in a part of the base, whatever part they name."""
+    answers = {}
+    for name, outline in layers.items():
+        answers[name] = _answer(part, name, outline, base, is_idle)
     return answers
 
 

@@ -15,7 +15,7 @@ from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.applied import check_fit
 from texforce_hub.apply.matching import LiveShapes, check_ready, match, sort_contributions
 from texforce_hub.apply.model import parts_of, unwrapped
-from texforce_hub.apply.per_sample import pair_of
+from texforce_hub.apply.terms import make_pairs
 from texforce_hub.apply.undoing import do_all
 from texforce_hub.errors import ConfigError
 from texforce_hub.hub.stack import StackEntry
@@ -52,8 +52,8 @@ def weighted_adapters(
         for (part, path, _), contributions in riding.items():
             layer = live.models[part].modules[path]
             pairs = [
-                (pair_of(entries[index], name, rows, block), weight_of(index, name))
-                for index, name, rows, block in contributions
+                (pair, weight_of(index, name))
+                for (index, name, *_), (pair, _) in zip(contributions, make_pairs(entries, contributions), strict=True)
             ]
             hooks.append(layer.register_forward_hook(_Weighted(unwrapped(layer), pairs)))
         yield

@@ -16,49 +16,36 @@ NAME = "texforce"
 """What the adapter names of our stacks begin with."""
 
 
+def _merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: FBT001, FBT002
+    """As PEFT does it, after a copy of what the base held before anything was fused into it."""
+    if not self.merged_adapters:
+        with torch.inference_mode(mode=False):
+            parameters = self.get_base_layer()._parameters.items()
+            self.before_fusing = {name: p.detach().clone() for name, p in parameters if p is not None}
+    _PLAIN[type(self)].merge(self, safe_merge=safe_merge, adapter_names=adapter_names)
+
+
+def _unmerge(self: Any) -> None:
+    """The base to the bit, where PEFT subtracts."""
+    _PLAIN[type(self)].unmerge(self)
+    for name, value in (self.before_fusing or {}).items():
+        put(self.get_base_layer().get_parameter(name).detach(), value)
+    self.before_fusing = None
+
+
+# No common base: Python lets a layer of PEFT's become one of ours, and back, only where each has PEFT's alone.
 class KeepingLinear(LoraLinear):
     """PEFT's layer around an ``nn.Linear`` that keeps what its base held before anything was fused into it."""
 
     before_fusing: "Mapping[str, Tensor] | None" = None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: FBT001, FBT002
-        """As PEFT does it, after a copy."""
-        _keep_base(self)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-    def unmerge(self) -> None:
-        """The base to the bit, where PEFT subtracts."""
-        super().unmerge()
-        _restore_base(self)
+    merge, unmerge = _merge, _unmerge
 
 
 class KeepingConv2d(LoraConv2d):
     """The same around an ``nn.Conv2d``."""
 
     before_fusing: "Mapping[str, Tensor] | None" = None
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:  # noqa: FBT001, FBT002
-        """As PEFT does it, after a copy."""
-        _keep_base(self)
-        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-
-    def unmerge(self) -> None:
-        """The base to the bit, where PEFT subtracts."""
-        super().unmerge()
-        _restore_base(self)
-
-
-def _keep_base(wrapper: Any) -> None:
-    if not wrapper.merged_adapters:
-        with torch.inference_mode(mode=False):
-            parameters = wrapper.get_base_layer()._parameters.items()
-            wrapper.before_fusing = {name: p.detach().clone() for name, p in parameters if p is not None}
-
-
-def _restore_base(wrapper: Any) -> None:
-    for name, value in (wrapper.before_fusing or {}).items():
-        put(wrapper.get_base_layer().get_parameter(name).detach(), value)
-    wrapper.before_fusing = None
+    merge, unmerge = _merge, _unmerge
 
 
 _WRAPPERS: Mapping[type[nn.Module], tuple[Any, Any]] = {
@@ -66,7 +53,7 @@ _WRAPPERS: Mapping[type[nn.Module], tuple[Any, Any]] = {
     nn.Conv2d: (LoraConv2d, KeepingConv2d),
 }
 _KEEPING: Mapping[type, type] = dict(_WRAPPERS.values())
-_PLAIN: Mapping[type, type] = {keeping: plain for plain, keeping in _KEEPING.items()}
+_PLAIN: Mapping[type, Any] = {keeping: plain for plain, keeping in _KEEPING.items()}
 
 
 def can_attach(module: nn.Module) -> bool:
@@ -79,15 +66,17 @@ class Wrappers:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._templates: dict[object, _Template] = {}
 
     def around(self, module: nn.Module, rank: int) -> Any:
         """A tuner layer around the module, its halves still without numbers."""
-        facts = tuple((k, v) for k, v in module.__dict__.items() if k[0] != "_" and isinstance(v, int | str | tuple))
-        key = (type(module), facts, rank)
-        if key not in self._templates:
-            self._templates[key] = _Template(self._build(module, rank))
-        wrapper = self._templates[key].copy()
+        facts = tuple([(k, v) for k, v in module.__dict__.items() if k[0] != "_" and isinstance(v, int | str | tuple)])
+        key = (self.name, type(module), facts, rank)
+        template = _TEMPLATES.get(key)
+        if template is None:
+            if len(_TEMPLATES) >= _MOST_TEMPLATES:
+                _TEMPLATES.clear()
+            template = _TEMPLATES[key] = _Template(self._build(module, rank))
+        wrapper = template.copy()
         wrapper._modules["base_layer"] = module
         return wrapper
 
@@ -106,21 +95,28 @@ class _Template:
     def __init__(self, module: Any) -> None:
         self.kind = type(module)
         self.facts = dict(module.__dict__)
-        self.own = [name for name, value in self.facts.items() if isinstance(value, dict | list | set)]
-        inner = module._modules.items()
-        self.children = [(name, _Template(child)) for name, child in inner if child is not None]
+        own = {name: value for name, value in self.facts.items() if isinstance(value, dict | list | set)}
+        self.makers = [(name, value.copy) for name, value in own.items() if name != "_modules"]
+        self.children = []
+        for name, child in module._modules.items():
+            self.children.append((name, None if child is None else _Template(child)))
 
     def copy(self) -> Any:
         """Another such module, with dictionaries and lists of its own."""
-        module = object.__new__(self.kind)
-        facts = module.__dict__
-        facts.update(self.facts)
-        for name in self.own:
-            facts[name] = facts[name].copy()
-        modules = facts["_modules"]
+        facts = self.facts.copy()
+        for name, make in self.makers:
+            facts[name] = make()
+        modules = facts["_modules"] = {}
         for name, child in self.children:
-            modules[name] = child.copy()
+            modules[name] = None if child is None else child.copy()
+        module = object.__new__(self.kind)
+        object.__setattr__(module, "__dict__", facts)
         return module
+
+
+_TEMPLATES: dict[object, _Template] = {}
+"""By adapter name, kind of layer and rank; kept, so that the next stack on the same layers asks PEFT for none."""
+_MOST_TEMPLATES = 128
 
 
 def _config(rank: int) -> LoraConfig:

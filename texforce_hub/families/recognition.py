@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from texforce_hub.errors import DialectError
@@ -43,7 +44,7 @@ def recognize_family(
 
     ``metadata`` is what the file says of itself, ``config`` its ``adapter_config.json``; both may claim a base.
     """
-    fitting = [family for family in FAMILIES.values() if _all_fit(family, shapes)]
+    fitting = [FAMILIES[name] for name, misfits in _misfits(shapes).items() if shapes and not misfits]
     evidence = [_describe(part, layers) for part, layers in _by_part(shapes).items()]
     claims = list(_claims(metadata, config))
     claimed = [family for family in fitting if any(claims_family(text, family) for _, text in claims)]
@@ -82,12 +83,23 @@ def claims_family(text: str, family: Family) -> bool:
 
 def find_misfits(shapes: Mapping[str, Shape]) -> list[tuple[str, ...]]:
     """For each family that a few layers alone keep a file from fitting, these layers; the fewest first."""
-    misfits = [tuple(n for n, shape in shapes.items() if not _fits(row, n, shape)) for row in FAMILIES.values()]
+    misfits = map(tuple, _misfits(shapes).values())
     return sorted((names for names in misfits if 0 < len(names) <= len(shapes) // 2), key=len)
 
 
-def _all_fit(family: Family, shapes: Mapping[str, Shape]) -> bool:
-    return bool(shapes) and all(_fits(family, name, shape) for name, shape in shapes.items())
+def _misfits(shapes: Mapping[str, Shape]) -> Mapping[str, list[str]]:
+    """For every family, the layers that it does not have."""
+    misfits: dict[str, list[str]] = {name: [] for name in FAMILIES}
+    for name, shape in shapes.items():
+        for family in _strangers_to(name, shape):
+            misfits[family].append(name)
+    return misfits
+
+
+@lru_cache(maxsize=1 << 14)  # files for one base have the same layers
+def _strangers_to(name: str, shape: Shape) -> tuple[str, ...]:
+    """The families without a layer of this name and size."""
+    return tuple(family.name for family in FAMILIES.values() if not _fits(family, name, shape))
 
 
 def _fits(family: Family, name: str, shape: Shape) -> bool:

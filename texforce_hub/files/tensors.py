@@ -11,6 +11,7 @@ from texforce_hub.errors import FileError
 from texforce_hub.files.container import Container, read_layout, recognize_container
 from texforce_hub.files.header import Header, Layout, Span, describe, read_config
 from texforce_hub.files.lazy_mapping import LazyMapping
+from texforce_hub.files.memory import fresh_bytes
 from texforce_hub.files.opened import OpenFile
 from texforce_hub.files.torch_dtypes import DTYPES
 
@@ -97,7 +98,7 @@ class TensorFile:
 
     def _read_bytes(self, begin: int, end: int) -> Tensor:
         try:
-            data = torch.empty(end - begin, dtype=torch.uint8)
+            data = fresh_bytes(end - begin)
         except RuntimeError as error:
             raise FileError(f"{self._file.path}: {end - begin} bytes of tensors are more than the memory") from error
         if data.numel():

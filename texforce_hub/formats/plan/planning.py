@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 
 from texforce_hub.errors import DialectError
@@ -159,6 +160,7 @@ def _sort(header: Header) -> _Sorted:
     return found
 
 
+@lru_cache(maxsize=1 << 14)  # files for one base spell the same names
 def _read(key: str) -> tuple[Reading | None, str]:
     for name, dialect in DIALECTS.items():
         reading = dialect.read_name(key)
@@ -222,6 +224,8 @@ def _plan_layer(stem: Stem, header: Header, settings: LayerSettings) -> LayerPla
     layer = plan_layer(stem, header, settings)
     if "alpha" in stem.roles:  # the configuration does not count
         return layer
+    if settings.config is None:  # there is nothing that could deny it
+        return layer
     faults = (*layer.faults, *find_contradictions(layer, settings))
     return replace(layer, faults=faults, alpha=None if settings.assumes_alpha else layer.alpha)
 
@@ -237,6 +241,8 @@ def _merge_twins(plans: Iterable[LayerPlan]) -> dict[str, LayerPlan]:
 def _fold(layer: LayerPlan, family: FamilyVerdict) -> LayerPlan:
     """Give a convolution its kernel back: LyCORIS flattens it in products, and the file does not say its size."""
     known = {FAMILIES[name].shape_of(layer.name) for name in family.candidates or FAMILIES}
+    if known == {layer.shape} and not layer.twins:
+        return layer
     twins = tuple(replace(twin, shape=_folded(twin.shape, known)) for twin in layer.twins)
     return replace(layer, shape=_folded(layer.shape, known), twins=twins)
 

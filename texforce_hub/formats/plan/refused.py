@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 _KINDS: tuple[tuple[str, str, str], ...] = (
     (
@@ -56,10 +57,14 @@ _MODELS: tuple[tuple[str, str], ...] = (
 def find_refused(keys: Iterable[str]) -> tuple[str, str, str] | None:
     """``(kind, reason, example)`` of the first tensor that belongs to a kind that is not read."""
     for key in keys:
-        for kind, pattern, reason in _PATTERNS:
-            if pattern.search(key):
-                return kind, reason, key
+        if (refusal := _refusal(key)) is not None:
+            return *refusal, key
     return None
+
+
+@lru_cache(maxsize=1 << 14)  # files for one base spell the same names
+def _refusal(key: str) -> tuple[str, str] | None:
+    return next(((kind, reason) for kind, pattern, reason in _PATTERNS if pattern.search(key)), None)
 
 
 def describe_model(keys: Iterable[str]) -> str | None:

@@ -1,0 +1,75 @@
+"""The numbers of attached pairs: laid out in one piece of memory for all layers, and written there once."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.moving import move_all
+from texforce_hub.adapter.tensors import wide
+from texforce_hub.files.memory import fresh
+
+Pair = tuple[LowRank, float]
+"""A low-rank change and its weight."""
+Halves = tuple[Tensor, Tensor]
+"""``(down, up)`` as PEFT's layer has them: ``(rank, in, *kernel)`` and ``(out, rank, *ones)``."""
+
+
+def make_halves(orders: Sequence[tuple[Tensor, Sequence[Pair]]]) -> list[Halves]:
+    """For each layer's weight and the pairs beside it: their halves, in the weight's dtype and on its device.
+
+    Those of one dtype on one device are views of one block, and reach it by one copy.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, (weight, _) in enumerate(orders):
+        kinds.setdefault((weight.device, weight.dtype), []).append(index)
+    halves: dict[int, Halves] = {}
+    for (device, dtype), indices in kinds.items():
+        pieces = [piece for index in indices for piece in _pieces(orders[index][1], dtype)]
+        ends = [() if orders[index][0].dim() == 2 else (1,) * (orders[index][0].dim() - 2) for index in indices]
+        views = iter(_lay_out(pieces, device, dtype))
+        halves |= {
+            index: (down, up.view(*up.shape, *ones)) for index, down, up, ones in zip(indices, views, views, ends)
+        }
+    return [halves[index] for index in range(len(orders))]
+
+
+def _lay_out(pieces: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Copies of the pieces one behind the other; a device that is not theirs gets them as a whole."""
+    here = pieces[0].device
+    same = all(piece.device == here for piece in pieces)
+    pieces = pieces if same else move_all(pieces, here)
+    sizes = [piece.numel() for piece in pieces]
+    block = fresh(sum(sizes), dtype) if here.type == "cpu" else torch.empty(sum(sizes), dtype=dtype, device=here)
+    torch.cat([piece.reshape(-1) for piece in pieces], out=block)
+    (block,) = move_all([block], device)
+    return (view.view(piece.shape) for view, piece in zip(torch.split(block, sizes), pieces, strict=True))
+
+
+def _pieces(pairs: Sequence[Pair], dtype: torch.dtype) -> Halves:
+    """The halves of pairs that ride as one, down and up."""
+    if len(pairs) == 1:
+        layer, _ = pairs[0]
+        down = wide(layer.down) * layer.scale if _narrows(layer, dtype) and layer.scale != 1.0 else layer.down
+        return _plain(down.detach()), _plain(layer.up.detach())
+    downs = [(wide(layer.down) * (layer.scale * weight)).to(dtype) for layer, weight in pairs]
+    return torch.cat(downs).detach(), torch.cat([layer.up.to(dtype) for layer, _ in pairs], dim=1).detach()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Wide enough to be joined: not every version of torch joins fp8."""
+    return tensor if tensor.element_size() > 1 else tensor.float()
+
+
+def factor_of(pairs: Sequence[Pair], dtype: torch.dtype) -> float:
+    """What PEFT multiplies a stack's halves by: the weight of a single pair; those of several are in their halves."""
+    if len(pairs) > 1:
+        return 1.0
+    layer, weight = pairs[0]
+    return weight if _narrows(layer, dtype) else layer.scale * weight
+
+
+def _narrows(layer: LowRank, dtype: torch.dtype) -> bool:
+    """Whether numbers may leave the dtype's range unless the layer's scale is in them."""
+    return max(layer.up.dtype.itemsize, layer.down.dtype.itemsize) > dtype.itemsize
