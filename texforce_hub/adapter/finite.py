@@ -16,7 +16,7 @@ def check_finite(adapter: Adapter | LazyAdapter) -> None:
         AdapterError: names the layers that hold any.
     """
     if isinstance(adapter, Adapter):
-        broken = _broken(adapter.layers)
+        broken = find_broken(adapter.layers)
     else:  # a layer at a time: it is not kept
         broken = [name for name, layer in adapter.layers.items() if not is_finite(layer)]
     if broken:
@@ -28,10 +28,11 @@ def check_finite(adapter: Adapter | LazyAdapter) -> None:
 
 def is_finite(layer: Layer) -> bool:
     """Whether every number of a layer is finite, its scale included."""
-    return not _broken({"": layer})
+    return not find_broken({"": layer})
 
 
-def _broken(layers: Mapping[LayerName, Layer]) -> list[LayerName]:
+def find_broken(layers: Mapping[LayerName, Layer]) -> list[LayerName]:
+    """The layers that hold NaN or infinity; a device on which they lie is waited for once."""
     owners = [(name, tensor) for name, layer in layers.items() for tensor in layer.tensors()]
     sound = all_hold_numbers([tensor for _, tensor in owners])
     lost = {name for (name, _), finite in zip(owners, sound, strict=True) if not finite}

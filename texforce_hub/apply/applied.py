@@ -130,7 +130,8 @@ def _apply(
     try:
         applied._put_on()
         _say_notes(decisions)
-        _say_loss(applied)
+        if applied.rounding_losses:
+            _say_loss(applied)
         return applied
     except BaseException:
         applied.remove()  # here, while no other thread can see half a stack
@@ -147,8 +148,8 @@ def check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, str
     unmatched = [decision for decision in decisions.values() if isinstance(decision, Unmatched)]
     unused = [decision for decision in decisions.values() if isinstance(decision, Unused)]
     matched = len(decisions) - len(wrong) - len(unmatched) - len(unused)
-    family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
     if wrong or not matched or (strict and unmatched):
+        family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
         counts = f"{matched} of {len(decisions)} layers fit, {len(wrong)} have another shape"
         refusals: list[WrongShape | Unmatched] = [*wrong, *unmatched, Unmatched("it has no layers")]
         way_out = "; strict=False leaves out what has no place" if matched and not wrong else ""

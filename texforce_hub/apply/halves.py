@@ -38,12 +38,13 @@ def make_halves(orders: Sequence[tuple[Tensor, Sequence[Pair]]]) -> list[Halves]
 def _lay_out(pieces: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
     """Copies of the pieces one behind the other; a device that is not theirs gets them as a whole."""
     here = pieces[0].device
-    same = all(piece.device == here for piece in pieces)
-    pieces = pieces if same else move_all(pieces, here)
+    if any(piece.device != here for piece in pieces):
+        pieces = move_all(pieces, here)
     sizes = [piece.numel() for piece in pieces]
     block = fresh(sum(sizes), dtype) if here.type == "cpu" else torch.empty(sum(sizes), dtype=dtype, device=here)
     torch.cat([piece.reshape(-1) for piece in pieces], out=block)
-    (block,) = move_all([block], device)
+    if here != device:
+        (block,) = move_all([block], device)
     return (view.view(piece.shape) for view, piece in zip(torch.split(block, sizes), pieces, strict=True))
 
 

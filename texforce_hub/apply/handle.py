@@ -210,9 +210,10 @@ class Applied:
         self._writes.clear()
 
     def _put_on(self) -> None:
-        with reused_memory():
-            self._write_all()
-        self._note_losses()
+        if self._written:
+            with reused_memory():
+                self._write_all()
+            self._note_losses()
         wrappers = Wrappers(self.name)
         with torch.inference_mode(mode=False), torch.no_grad():
             pairs = {key: self._pairs(key) for key in self._riding}

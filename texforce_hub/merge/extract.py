@@ -17,7 +17,7 @@ from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import MergeError
 from texforce_hub.families.names import part_of
 from texforce_hub.families.order import natural
-from texforce_hub.merge.overflow import check_result, naming_overflow
+from texforce_hub.merge.overflow import check_results, naming_overflow
 from texforce_hub.merge.resize import Limits, shrink_dense
 from texforce_hub.reading import is_folder
 
@@ -131,7 +131,7 @@ def _extract_layer(
     if change.dim() >= 2 and name.endswith(".weight") and not _is_table(layer_name):
         with naming_overflow(layer_name):
             low, kept = shrink_dense(Dense(change), limits)
-        check_result(layer_name, low)
+        check_results({layer_name: low})
         return low, ExtractedLayer(layer_name, relative, low.rank, kept)
     label = layer_name if change.dim() >= 2 else name
     if not rest:
@@ -139,7 +139,7 @@ def _extract_layer(
     if change.dim() not in (1, 2, 3, 4):
         return None, ExtractedLayer(label, relative, None, 0.0, f"a tensor of {change.dim()} dimensions")
     full: Layer = Vector(change.float()) if change.dim() == 1 else Dense(change.float())
-    check_result(label, full)
+    check_results({label: full})
     return full, ExtractedLayer(label, relative, None, 1.0)
 
 

@@ -1,11 +1,11 @@
 """Numbers that are finite and too large to compute with: said in one line, never passed on as infinity."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
-from texforce_hub.adapter.finite import is_finite
+from texforce_hub.adapter.finite import find_broken
 from texforce_hub.adapter.value import Layer, LayerName
 from texforce_hub.errors import AdapterError
 
@@ -27,11 +27,11 @@ def naming_overflow(name: LayerName) -> Iterator[None]:
         raise AdapterError(f"{name}: {_REASON}") from error
 
 
-def check_result(name: LayerName, layer: Layer) -> None:
-    """Refuse a result that holds infinity where its sources held none.
+def check_results(layers: Mapping[LayerName, Layer]) -> None:
+    """Refuse results that hold infinity where their sources held none.
 
     Raises:
-        AdapterError: names the layer.
+        AdapterError: names the first layer.
     """
-    if not is_finite(layer):
-        raise AdapterError(f"{name}: {_REASON}")
+    if broken := find_broken(layers):
+        raise AdapterError(f"{broken[0]}: {_REASON}")

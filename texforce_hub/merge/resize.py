@@ -22,7 +22,7 @@ from texforce_hub.errors import MergeError
 from texforce_hub.families.order import natural
 from texforce_hub.merge.methods.resolve import resolve
 from texforce_hub.merge.methods.spaces import as_low_rank
-from texforce_hub.merge.overflow import check_result, naming_overflow
+from texforce_hub.merge.overflow import check_results, naming_overflow
 
 MOST_RANKS = 10**9
 """No adapter's ranks, nor their sum, come near it."""
@@ -204,8 +204,7 @@ def resize_adapter(
                 if isinstance(dense, Dense):
                     kept[name] = shrink_dense(dense, each, rank=ranks[name] if ranks else None)
     layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
-    for name, layer in layers.items():
-        check_result(name, layer)
+    check_results(layers)
     before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
     names = sorted(layers, key=natural)
     facts = tuple(_fact(before.layers[name], name, layers[name], kept.get(name)) for name in names)

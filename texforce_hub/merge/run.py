@@ -16,7 +16,7 @@ from texforce_hub.merge.gather import Gathered, Group
 from texforce_hub.merge.measures import Tally
 from texforce_hub.merge.methods.linear import products
 from texforce_hub.merge.methods.registry import Mergeable, Terms
-from texforce_hub.merge.overflow import check_result, naming_overflow
+from texforce_hub.merge.overflow import check_results, naming_overflow
 from texforce_hub.merge.report import MergeReport
 from texforce_hub.merge.request import MergeRequest
 from texforce_hub.merge.resize import Limits, norm_before, shrink, shrink_dense
@@ -49,8 +49,7 @@ class MergeRun:
         for groups in take_together(self.gathered.groups(), _count, **enough):
             with naming_overflow(groups[0].name):
                 merged = self._merge_together(groups)
-            for name, layer in merged.items():
-                check_result(name, layer)
+            check_results(merged)
             done.update(merged)
         layers = {name: done[name] for name in self.gathered.names if name in done and name not in self.tally.removed}
         return Adapter(layers), self.tally.report(self.method.name, layers)
