@@ -143,6 +143,16 @@ def test_checkpointing_changes_nothing_but_rounding(name):
     assert difference(*gradients) < 1e-5
 
 
+def test_a_vae_that_overflows_in_float16_decodes_in_float32_meanwhile():
+    pipe = family_pipeline("sdxl")
+    before = {name: tensor.clone() for name, tensor in pipe.vae.half().state_dict().items()}
+    with frozen(pipe):
+        assert pipe.vae.dtype == torch.float32
+    after = pipe.vae.state_dict()
+    assert pipe.vae.dtype == torch.float16
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def run(request, tmp_path_factory):
     """The family and the folder of a run of three steps."""

@@ -24,6 +24,13 @@ def test_shapes_prompts_are_seen_combinations_and_half_of_them_canonical_if_aske
     assert not set(held_out) & {text for step in range(30) for text in noisy.anchors(step, 32, seed=0)}
 
 
+def test_more_prompts_than_the_shapes_world_has_are_as_many_as_it_has():
+    prompts = load_prompts(None, base="shapes", canonical=0.0)
+    most = prompts.sample(200)
+    assert len(set(most)) == len(most) < 200
+    assert prompts.sample(48) == load_prompts(None, base="shapes", canonical=0.5).sample(48)
+
+
 def test_listed_prompts_come_all_before_any_comes_again(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n# no\ntwo\nthree\n")
     prompts = load_prompts(str(tmp_path / "p.txt"), base="anything", canonical=0.5)

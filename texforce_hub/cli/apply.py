@@ -158,17 +158,17 @@ def _make_run(given: dict[str, Any]) -> "DrawRun":
     from texforce_hub.generate.prompts.sets import gather_prompts
     from texforce_hub.generate.recipe import DrawRun
     from texforce_hub.hub.refs.adapter import AdapterRef
-    from texforce_hub.shapes import GUIDANCE, INFERENCE_STEPS
+    from texforce_hub.shapes import SHAPES
 
-    own = given["base"] == "shapes"
+    steps, guidance = SHAPES.get(given["base"], (30, 7.5))
     asked = given["prompt"] or given["prompts"] or given["output"] is not None
     prompts = gather_prompts(given["prompt"] or [], given["prompts"]) if asked else ("nothing",)
     same = ("seed", "width", "height", "num_images", "batch_size", "clip_skip", "prompt_weights", "long_prompts")
     settings = DrawSettings(
         prompts=prompts,
         negative_prompt=given["negative_prompt"] or "",
-        inference_steps=given["inference_steps"] or (INFERENCE_STEPS if own else 30),
-        guidance=given["guidance"] if given["guidance"] is not None else (GUIDANCE if own else 7.5),
+        inference_steps=given["inference_steps"] or steps,
+        guidance=given["guidance"] if given["guidance"] is not None else guidance,
         **{name: given[name] for name in same},
     )
     return DrawRun(

@@ -126,7 +126,7 @@ def _make_request(given: dict[str, Any]) -> "Request":
         given["unet"] or "",
         tuple(given["reward"] or ["alignment"]),
         tuple(given["held_out_reward"] or ()),
-        options.make_sampling(*(given[name] for name in sampled)),
+        options.make_sampling(*(given[name] for name in sampled), base=given["base"]),
         tuple(given["sweep"] or ()),
         given["strict"],
     )

@@ -87,7 +87,7 @@ def families(incomplete: str) -> list[str]:
 
 def bases(incomplete: str) -> list[str]:
     """``shapes``, the catalogue's bases, and files."""
-    return _begin(["shapes", *_catalogue("base")], incomplete) + list(_files(incomplete))
+    return _begin(["shapes", "shapes-turbo", *_catalogue("base")], incomplete) + list(_files(incomplete))
 
 
 def refs(incomplete: str) -> list[str]:

@@ -30,7 +30,9 @@ def register(app: typer.Typer) -> None:
 
 def train(
     output: Annotated[Path | None, typer.Option(help="Folder of the run; a run found there goes on.")] = None,
-    base: Annotated[str | None, typer.Option(help="shapes (default), a folder, a single file, or a Hub id.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="shapes (default), shapes-turbo, a folder, a file, a Hub id.")
+    ] = None,
     unet: Annotated[str | None, typer.Option(help="Another U-Net for it, to train the adapter for that one.")] = None,
     init: Annotated[str | None, typer.Option(help="An adapter to go on from, with any reward and prompts.")] = None,
     reward: Annotated[

@@ -84,7 +84,7 @@ def tune(
     entries = read_stack([AdapterRef.parse(text) for text in adapter])
     pipe = load_pipeline(base, unet=unet, device=device, dtype=dtype)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
-    sampling = options.make_sampling(seed, seeds, inference_steps, guidance, negative_prompt, batch_size)
+    sampling = options.make_sampling(seed, seeds, inference_steps, guidance, negative_prompt, batch_size, base=base)
     with bars({"search": generations}) as advance:
 
         def on_generation(_number: int, _generation: "Generation") -> None:

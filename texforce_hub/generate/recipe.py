@@ -17,6 +17,7 @@ from texforce_hub.hub.find import find_bundle, find_local, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.reading import is_there, read_text
 from texforce_hub.recipe import Recipe, RecipeSource
+from texforce_hub.shapes import SHAPES
 
 _SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt")
 
@@ -190,7 +191,7 @@ def _check_hash(source: str, digest: str, recorded: str) -> None:
 
 def _hash_local(source: str) -> str:
     """The hash of a local file or folder that a base or a U-Net names; empty if it is not local."""
-    if not source or source == "shapes":
+    if not source or source in SHAPES:
         return ""
     try:
         path = Path(AdapterRef.parse(source).source)

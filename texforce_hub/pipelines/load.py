@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 
 from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import HubError, PipelineError
@@ -22,7 +22,7 @@ from texforce_hub.pipelines.single_file import load_single_file
 from texforce_hub.pipelines.spoilt import repaired_components
 from texforce_hub.pipelines.unet import put_unet
 from texforce_hub.reading import is_folder, is_there
-from texforce_hub.shapes import WEIGHTS
+from texforce_hub.shapes import SHAPES, TURBO, WEIGHTS
 
 logger = logging.getLogger("texforce_hub")
 
@@ -37,7 +37,7 @@ def load_pipeline(
     """A diffusers pipeline, ready on its device.
 
     Args:
-        base: ``shapes``, a diffusers folder, a single-file checkpoint (SD1, SD2, SDXL), or a Hub id.
+        base: ``shapes``, ``shapes-turbo``, a diffusers folder, a single-file checkpoint (SD1, SD2, SDXL), or a Hub id.
         unet: a fine-tuned U-Net to put in: a folder, a file, or a LoRA with ``:weight``.
         device: CUDA if present, else the CPU.
         dtype: float32 unless told otherwise, whatever the files hold.
@@ -61,6 +61,9 @@ def load_pipeline(
 
 
 def _load_base(base: str, dtype: torch.dtype) -> Any:
+    if base == "shapes-turbo":
+        unet = UNet2DConditionModel.from_pretrained(TURBO / "unet").to(dtype)
+        return load_folder(WEIGHTS, dtype, unet=unet, scheduler=DDIMScheduler.from_pretrained(TURBO / "scheduler"))
     path = WEIGHTS if base == "shapes" else Path(base)
     if is_folder(path):
         return load_folder(path, dtype)
@@ -68,7 +71,9 @@ def _load_base(base: str, dtype: torch.dtype) -> Any:
         return load_single_file(path, dtype)
     if base.count("/") == 1 and not base.startswith(("/", ".")):
         return _load_from_hub(base, dtype)
-    raise PipelineError(f"no base {base!r}: expected 'shapes', a folder, a checkpoint file, or a Hub id owner/name")
+    raise PipelineError(
+        f"no base {base!r}: expected {' or '.join(SHAPES)}, a folder, a checkpoint file, or a Hub id owner/name"
+    )
 
 
 def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 TURBO = Path(__file__).parent / "turbo"
-SHAPES = ("shapes", "shapes-turbo")  # bases that ship
 
 # How the embedded pipeline is meant to be sampled; every figure of its card is at these settings.
 INFERENCE_STEPS = 15
 GUIDANCE = 5.0
+
+SHAPES = {"shapes": (INFERENCE_STEPS, GUIDANCE), "shapes-turbo": (1, 1.0)}
+"""The bases that ship, and the denoising steps and guidance that each is meant for."""

@@ -50,7 +50,7 @@ class Pairs:
 
 def turbo_scheduler() -> Any:
     """DDIM on shapes' own noise, for chains of one to four steps."""
-    changes = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "steps_offset": 0}
+    changes = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
     return DDIMScheduler.from_config(make_scheduler().config, **changes, set_alpha_to_one=True)
 
 
@@ -116,7 +116,8 @@ def distil(teacher: Any, output: Path, size: DistilSize) -> None:
     with own_folder(output / "distil") as folder, as_trained(1), progress_bar() as bar:
         with torch.no_grad():
             pairs = draw_pairs(teacher, size, folder, bar)
-        student = UNet2DConditionModel.from_config(teacher.unet.config)
+        config = {key: value for key, value in teacher.unet.config.items() if key != "_name_or_path"}
+        student = UNet2DConditionModel.from_config(config)
         student.load_state_dict(teacher.unet.state_dict())
         seconds = train_student(student.train(), pairs, size, folder, bar)
     weights = output / TURBO.name

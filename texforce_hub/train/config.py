@@ -16,7 +16,7 @@ class TrainConfig(Settings):
     """
 
     output: str  # folder of the run: adapter, checkpoints, metrics, pictures
-    base: str = "shapes"  # the pipeline: "shapes", a folder, a single file, or a Hub id
+    base: str = "shapes"  # the pipeline: "shapes", "shapes-turbo", a folder, a single file, or a Hub id
     unet: str | None = None  # another U-Net for it: the adapter is then for that one
     init: str | None = None  # an adapter to go on from; None: from nothing
     reward: tuple[str, ...] = ("alignment",)  # rewards, each NAME or NAME=WEIGHT

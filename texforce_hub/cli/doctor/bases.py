@@ -9,6 +9,8 @@ from texforce_hub.files.container import open_header, sniff
 from texforce_hub.reading import is_folder, is_there, read_json
 
 SHAPES = Path(__file__).parents[2] / "shapes" / "weights"
+TURBO = SHAPES.with_name("turbo") / "unet" / "diffusion_pytorch_model.safetensors"
+_SHIPPED = {"shapes": SHAPES, "shapes-turbo": TURBO}
 _WEIGHTS = (".safetensors", ".bin")
 _AGAIN = "copy or download it again, whole"
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
@@ -19,12 +21,12 @@ def examine_base(base: str, *, obstacle: str = "") -> Finding:
 
     ``obstacle`` is what keeps the cache from being looked into.
     """
-    name, path = f"base {base}", SHAPES if base == "shapes" else Path(base)
+    name, path = f"base {base}", _SHIPPED.get(base, Path(base))
     if is_folder(path):
         return _examine_folder(name, path)
     if is_there(path):
         return _examine_file(name, path)
-    if base == "shapes":
+    if base in _SHIPPED:
         return Finding(name, "problem", f"{path} is missing", "install the package again; its weights belong to it")
     if base.count("/") != 1 or base.startswith(("/", ".")):
         advice = "give shapes, a path that exists, or a Hub id owner/name"

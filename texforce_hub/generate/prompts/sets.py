@@ -28,6 +28,7 @@ _WORDS = {
     "both": frozenset({"colour", "shape"}),
     "canonical": frozenset[str](),
 }
+_TRIES = 500  # for one more prompt that is not there yet; then there are as many as the world has
 _SPLIT_FROM = 10  # prompts of a file from which on some are held out
 _HELD_OUT = 96  # prompts of an evaluation that names no file
 
@@ -133,10 +134,12 @@ class ShapesPrompts:
             known = [rng.random() < canonical for _ in range(count)]
         for is_known in known:
             size = len(prompts)
-            while len(prompts) == size:
+            for _ in range(_TRIES):
                 scene = sample_scene(rng, kinds=KINDS if is_known else _KINDS, split="train")
                 if _is_held_out(caption(scene)) == held_out:
                     prompts.setdefault(caption(scene, noisy=frozenset() if is_known else self.noisy))
+                if len(prompts) > size:
+                    break
         return list(prompts)
 
 

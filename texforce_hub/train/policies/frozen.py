@@ -21,6 +21,8 @@ def move_frozen(module: nn.Module, device: torch.device | str) -> None:
 def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) -> Iterator[None]:
     """No gradient for the pipeline's weights and no dropout; afterwards all as before, every part where it was.
 
+    SDXL's VAE, which overflows in float16, is float32 meanwhile, as in the pipeline's own call.
+
     ``checkpointing`` recomputes the network's activations in the backward pass instead of keeping them; with
     ``tiling`` the VAE decodes pictures one at a time, large ones in tiles.
 
@@ -33,7 +35,8 @@ def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) 
     try:
         for module in modules:
             module.requires_grad_(requires_grad=False).eval()
-        with _checkpointed(pipeline) if checkpointing else nullcontext(), _tiled(pipeline.vae, tiling):
+        opened = _checkpointed(pipeline) if checkpointing else nullcontext()
+        with opened, _tiled(pipeline.vae, tiling), _upcast(pipeline):
             yield
     finally:
         for module, training, device in before:
@@ -47,7 +50,7 @@ def _checkpointed(pipeline: Any) -> Iterator[None]:
     network = getattr(pipeline, "unet", None) or pipeline.transformer
     was = getattr(network, "is_gradient_checkpointing", False)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
-        raise TrainingError("the U-Net has dropout, which gradient checkpointing would switch on; leave it out")
+        raise TrainingError("the network has dropout, which gradient checkpointing would switch on; leave it out")
     network.enable_gradient_checkpointing()
     network.train()
     try:
@@ -67,3 +70,16 @@ def _tiled(vae: Any, wanted: bool) -> Iterator[None]:  # noqa: FBT001
     finally:
         for name in names:
             getattr(vae, f"disable_{name}")()
+
+
+@contextmanager
+def _upcast(pipeline: Any) -> Iterator[None]:
+    vae = pipeline.vae
+    overflows = hasattr(pipeline, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast
+    if overflows:
+        vae.float()
+    try:
+        yield
+    finally:
+        if overflows:
+            vae.half()
