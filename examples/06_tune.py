@@ -12,10 +12,10 @@ from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.shapes.grammar import sample_prompts
 
 
-def main(adapters: Sequence[str], output: Path, *, prompts: int = 24, generations: int = 6, steps: int = 15) -> Path:
+def main(adapters: Sequence[str], output: Path, *, prompts: int = 16, generations: int = 4, steps: int = 8) -> Path:
     """Search, print, and give the file with the stack."""
     texts = sample_prompts(prompts, 0, split="test", noisy={"colour", "shape"})
-    found = tune_weights(
+    tuning = tune_weights(
         load_pipeline("shapes"),
         [f"{name}:0.5" for name in adapters],
         texts,
@@ -25,13 +25,13 @@ def main(adapters: Sequence[str], output: Path, *, prompts: int = 24, generation
         sampling=Sampling((0,), steps),
         on_generation=lambda number, g: print(f"generation {number}: best {g.best:.3f}, mean {g.mean:.3f}"),
     )
-    weights = ", ".join(f"{name} {ref.weight:g}" for name, ref in zip(adapters, found.refs, strict=True))
+    weights = ", ".join(f"{name} {ref.weight:g}" for name, ref in zip(adapters, tuning.refs, strict=True))
     print(f"tuned: {weights}")
     for other in ("base", "equal"):
-        print(f"  minus {other}, held out: {found.evaluation.difference('tuned', other)}")
+        print(f"  minus {other}, held out: {tuning.evaluation.difference('tuned', other)}")
     output.mkdir(parents=True, exist_ok=True)
     stack = output / "stack.txt"
-    stack.write_text(" + ".join(f"{name}:{ref.weight:g}" for name, ref in zip(adapters, found.refs)) + "\n")
+    stack.write_text(" + ".join(f"{name}:{ref.weight:g}" for name, ref in zip(adapters, tuning.refs)) + "\n")
     return stack
 
 

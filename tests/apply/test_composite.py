@@ -1,14 +1,19 @@
 """Adapters that guide together without being added: the mean of their predictions, or one of them a step."""
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.support.applying import bits, same_bits
 from tests.support.denoising import STEPS, denoise_by_hand, draw
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.composite import Composite, passes
+from texforce_hub.cli import app
 from texforce_hub.errors import ConfigError, FamilyError
+from texforce_hub.generate.images.png import read_png_text
 from texforce_hub.hub.refs.adapter import AdapterRef
 
 MODES = ["average", "switch"]
@@ -134,3 +139,35 @@ def fail_at(number):
             raise RuntimeError("broken")
 
     return fail
+
+
+def test_a_drawing_follows_a_composite_and_its_recipe_replays_it(tmp_path):
+    words = ["--adapter", "shapes-colour", "--adapter", "shapes-shape", "--prompt", "a lime disc", "--device", "cpu"]
+    words += ["--inference-steps", "2"]
+    recipe = tmp_path / "r.toml"
+    for name, more in (("sum", []), ("mean", ["--composite", "average", "--save-recipe", str(recipe)])):
+        result = CliRunner().invoke(app, ["apply", *words, *more, "--output", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    replayed = ["apply", "--recipe", str(recipe), "--device", "cpu", "--output", str(tmp_path / "again")]
+    assert CliRunner().invoke(app, replayed).exit_code == 0
+    mean, again, summed = ((tmp_path / name / "stack" / "0000.png").read_bytes() for name in ("mean", "again", "sum"))
+    assert mean == again != summed
+    facts = json.loads(read_png_text(tmp_path / "mean" / "stack" / "0000.png")["texforce_hub"])
+    assert facts["composite"] == "average"
+
+
+@pytest.mark.parametrize(
+    ("more", "phrase"),
+    [
+        (["--composite", "mean"], "expected 'average' or 'switch'"),
+        (["--composite", "switch", "--mode", "fuse"], "needs several adapters that are attached"),
+        (["--composite", "switch", "--each"], "needs several adapters that are attached"),
+        (["--composite", "switch", "--save-checkpoint", "x.safetensors"], "save nothing"),
+    ],
+)
+def test_a_composite_that_cannot_be_drawn_is_refused_by_the_command(more, phrase, tmp_path):
+    words = ["apply", "--adapter", "shapes-colour", "--prompt", "a lime disc", "--output", str(tmp_path / "o")]
+    result = CliRunner().invoke(app, [*words, *more])
+    assert isinstance(result.exception, ConfigError)
+    assert phrase in str(result.exception)
+    assert not (tmp_path / "o").exists()

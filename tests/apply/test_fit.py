@@ -215,3 +215,14 @@ def test_the_command_answers_with_its_exit_code(tmp_path):
     answer = json.loads(no.stdout)
     assert (answer["fits"], len(answer["misshapen"])) == (False, 12)
     assert "(1024, 1024)" in listed.stdout
+
+
+def test_layers_that_the_base_lacks_are_left_out_where_that_is_wished(tmp_path):
+    path = write(tmp_path / "a.safetensors", 768, 13)
+    fit = check_adapter(path, "sd1", strict=False)
+    assert (fit.fits, len(fit.matched), len(fit.unmatched)) == (True, 12, 1)
+    assert fit.verdict.startswith("fits in part: 12 of 13 layers match Stable Diffusion 1.x, 1 are not in it")
+    assert not check_adapter(write(tmp_path / "b.safetensors", 1024, 12), "sd1", strict=False).fits
+    loose = CliRunner().invoke(cli.app, ["check", str(path), "--base", "sd1", "--no-strict"])
+    strict = CliRunner().invoke(cli.app, ["check", str(path), "--base", "sd1"])
+    assert (loose.exit_code, strict.exit_code) == (0, 1)

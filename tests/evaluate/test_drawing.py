@@ -9,7 +9,7 @@ from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.adapter.dense import Dense
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
-from texforce_hub.errors import ConfigError, PromptError
+from texforce_hub.errors import ConfigError, MatchError, PromptError
 from texforce_hub.evaluate.drawing import Easel, Variant
 from texforce_hub.evaluate.evaluation import Sampling
 from texforce_hub.evaluate.variants import evaluate_variants
@@ -170,3 +170,17 @@ def test_what_is_no_evaluation_is_refused_with_the_way_out(wrong, error, phrase)
     variants, prompts, rewards = (given.pop(name) for name in ("variants", "prompts", "rewards"))
     with pytest.raises(error, match=phrase):
         evaluate_variants(tiny_pipeline("sd1"), variants, prompts, rewards, **given)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet"])
+def test_layers_that_the_base_lacks_are_left_out_where_that_is_wished(part):
+    pipe = tiny_pipeline("sd1")
+    adapter = random_adapter(pipe, parts=[part])
+    name, layer = next(iter(adapter.layers.items()))
+    more = Adapter({**adapter.layers, name.replace(".0.", ".9.", 1): layer})
+    variants = {"base": Variant(), "more": Variant([(more, 1.0)]), "whole": Variant([(adapter, 1.0)])}
+    with pytest.raises(MatchError, match="does not fit"):
+        evaluate_variants(pipe, variants, PROMPTS, [BRIGHT], sampling=FAST)
+    result = evaluate_variants(pipe, variants, PROMPTS, [BRIGHT], sampling=FAST, strict=False)
+    assert result.per_prompt("more") == pytest.approx(result.per_prompt("whole"), abs=1e-5)
+    assert np.abs(result.per_prompt("more") - result.per_prompt("base")).max() > 0

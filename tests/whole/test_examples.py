@@ -53,14 +53,14 @@ def test_a_schedule_moves_pictures_less_than_the_whole_adapter(tmp_path, capsys)
 
 
 def test_an_evaluation_says_what_helps_and_writes_its_figures(tmp_path, capsys):
-    figures = load_example("05_evaluate").main(["shapes-colour"], tmp_path / "out", prompts=16)
-    assert re.search(r"shapes-colour: \+0\.\d+ .* on 16 prompts, better on \d+%: helps", capsys.readouterr().out)
-    assert json.loads(figures.read_text())["prompts"] == 16
+    figures = load_example("05_evaluate").main(["shapes-colour"], tmp_path / "out", prompts=12, steps=8)
+    assert re.search(r"shapes-colour: \+0\.\d+ .* on 12 prompts, better on \d+%: helps", capsys.readouterr().out)
+    assert json.loads(figures.read_text())["prompts"] == 12
 
 
 def test_a_tuned_stack_is_printed_with_what_it_is_worth(tmp_path, capsys):
     stack = load_example("06_tune").main(
-        ["shapes-colour", "shapes-shape"], tmp_path / "out", prompts=8, generations=2, steps=4
+        ["shapes-colour", "shapes-shape"], tmp_path / "out", prompts=4, generations=2, steps=2
     )
     printed = capsys.readouterr().out
     assert "generation 2: best" in printed

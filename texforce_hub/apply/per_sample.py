@@ -70,7 +70,7 @@ def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = Tr
         raise ConfigError("no stacks; expected one for each sample of the batch")
     modules = parts_of(pipe)
     live = LiveShapes(pipe)
-    pairs = _gather(live, [read_entries(stack) for stack in stacks], strict=strict)
+    pairs = _gather(live, stacks, strict=strict)
     parts = list(dict.fromkeys(part for part, _, _ in pairs))
     for part in parts:
         check_ready(part, modules[part], attaching=True)
@@ -112,9 +112,14 @@ Gathered = dict[ParameterKey, list[LowRank | None]]
 """For each parameter, what each sample adds to it."""
 
 
-def _gather(live: LiveShapes, stacks: Sequence[Sequence[StackEntry]], *, strict: bool) -> Gathered:
+def _gather(live: LiveShapes, stacks: Sequence[Stack], *, strict: bool) -> Gathered:
+    """What each parameter gets; a stack that several samples have is read and matched once."""
     gathered: Gathered = {}
-    for index, entries in enumerate(stacks):
+    samples: dict[int, list[int]] = {}
+    for index, stack in enumerate(stacks):
+        samples.setdefault(id(stack), []).append(index)
+    for members in samples.values():
+        entries = read_entries(stacks[members[0]])
         decisions = [match(entry.adapter, live, attaching=True) for entry in entries]
         for entry, of_entry in zip(entries, decisions):
             check_fit(entry, of_entry, strict=strict)
@@ -129,7 +134,9 @@ def _gather(live: LiveShapes, stacks: Sequence[Sequence[StackEntry]], *, strict:
         layers = bring_layers(entries, riding, partial(_device, live))
         for key, contributions in riding.items():
             pairs, weights = zip(*make_pairs(entries, contributions, layers[key]), strict=True)
-            gathered.setdefault(key, [None] * len(stacks))[index] = concat(pairs, weights)
+            of_samples, pair = gathered.setdefault(key, [None] * len(stacks)), concat(pairs, weights)
+            for index in members:
+                of_samples[index] = pair
     return gathered
 
 

@@ -170,9 +170,9 @@ class Evaluation:
         chosen_from = [name for name in self.variants if among is None or name in (*among, self.variants[0])]
         wanted = [(name, other) for other, name in combinations(chosen_from, 2)]
         chosen = [(name, other) for name, other in wanted if pairs or other == self.variants[0]]
-        found = {names: self.compare(*names, reward=reward) for names in chosen}
-        corrected = holm({names: comparison.p for names, comparison in found.items()})
-        return [Compared(*names, comparison, corrected[names]) for names, comparison in found.items()]
+        compared = {names: self.compare(*names, reward=reward) for names in chosen}
+        corrected = holm({names: comparison.p for names, comparison in compared.items()})
+        return [Compared(*names, comparison, corrected[names]) for names, comparison in compared.items()]
 
     def corrected(self, *, reward: str | None = None) -> dict[str, float]:
         """p of every variant against the first, corrected for there being several (Holm 1979)."""

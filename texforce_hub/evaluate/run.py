@@ -34,6 +34,9 @@ from texforce_hub.rewards.reward import Reward, resolve_rewards
 
 logger = logging.getLogger("texforce_hub")
 
+_FEW = 12
+"""Below so many prompts a bootstrap interval covers the truth less often than it says."""
+
 
 class EvaluationRun:
     """One evaluation: everything that can be refused without the pipeline is refused when it is made.
@@ -186,8 +189,15 @@ class EvaluationRun:
                     line = scores[other, index, seed]
                     yield Line(name, index, line.prompt, seed, line.noise, line.rewards, line.image)
 
+    def _say_few(self) -> None:
+        """Say of which groups the intervals are not to be trusted."""
+        for group in GROUPS:
+            if 0 < (count := len(self.plan.numbers(group))) < _FEW:
+                logger.warning("%s: intervals over %d prompts are too narrow; take %d or more", group, count, _FEW)
+
     def _results(self, evaluation: Evaluation) -> dict[str, Any]:
         plan = self.plan
+        self._say_few()
         groups = {group: numbers for group in GROUPS if (numbers := plan.numbers(group))}
         apart = [[v.name for v in plan.variants if v.sweep == number] for number in range(len(plan.sweeps))]
         described = {

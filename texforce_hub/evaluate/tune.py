@@ -124,12 +124,12 @@ def tune_weights(
     history: list[Generation] = []
     best = start
     task = _Task(pipe, genome, searched, rewards, sampling, strict=strict)
-    found = (
+    rounds = (
         task.climb(start, bounds, generations)
         if gradient
         else task.search(start, bounds, generations, population, seed)
     )
-    for vector, generation in found:
+    for vector, generation in rounds:
         best = vector
         history.append(generation)
         if on_generation is not None:
