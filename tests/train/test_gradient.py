@@ -294,3 +294,16 @@ def test_deterministic_sampling_is_what_the_pipeline_draws():
     expected = pipe(PROMPTS, latents=noise, **settings).images
     drawn = sample_images(policy, PROMPTS, images=1, steps=5, seed=11)
     torch.testing.assert_close(drawn, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_gradient_too_small_for_half_precision_gets_through_an_encoder_in_it():
+    gradients = []
+    for kind in (torch.float32, torch.float16):
+        pipe = copy.deepcopy(tiny_pipeline())
+        pipe.text_encoder.to(kind)
+        policy, parameters = make_policy(pipe=pipe, learning_rate=1e-12)
+        shape = policy.encode(PROMPTS)[0].shape
+        cotangents = 1e-8 * torch.randn(shape, generator=torch.Generator().manual_seed(6))
+        norm = Learner(parameters, policy.config).learn(policy, PROMPTS, (cotangents,), [])
+        gradients.append(norm * torch.cat([p.grad.flatten() for p in parameters.values()]))
+    assert difference(gradients[1], gradients[0]) < 1e-2

@@ -52,10 +52,12 @@ class Learner:
             TrainingError: the gradient is not finite; the parameters are as before.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        scale = _unit_scale(cotangents)
         with torch.enable_grad():
-            torch.autograd.backward(policy.encode(texts), cotangents)
+            torch.autograd.backward(policy.encode(texts), [cotangent * scale for cotangent in cotangents])
         trained = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        torch._foreach_div_(gradients, scale)
         pulls = self._pull_back(policy, anchors, trained) if anchors and self.config.anchor else []
         self.team.add([*gradients, *pulls])
         norm = float(nn.utils.get_total_norm(gradients))
@@ -148,6 +150,12 @@ class Learner:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
+
+
+def _unit_scale(tensors: Sequence[Tensor]) -> float:
+    """The power of two that brings the largest number near 1: an encoder in half precision has nothing below 6e-8."""
+    largest = max(float(tensor.abs().max()) for tensor in tensors)
+    return 2.0 ** -max(-100, min(100, math.frexp(largest)[1]))
 
 
 def learning_rate_share(config: TrainConfig, step: int) -> float:
