@@ -39,9 +39,7 @@ def evaluate(path, request=REQUEST, *, share=None, processes=1, force=False, **o
 
 def files_of(folder):
     return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
     }
 
 
@@ -227,6 +225,28 @@ def test_a_line_that_names_a_file_elsewhere_is_no_score_and_deletes_nothing(tmp_
     assert folder.read_scores() == {}
     folder.clear()
     assert kept.exists()
+
+
+@pytest.mark.parametrize("spoil", [{"rewards": {}}, {"rewards": {"brightness": "much"}}, {"prompt": "a red circle"}])
+def test_a_line_that_was_damaged_is_drawn_again(whole, tmp_path, spoil):
+    shutil.copytree(whole, tmp_path / "run")
+    scores = tmp_path / "run" / "scores.jsonl"
+    first, *others = scores.read_text().splitlines(keepends=True)
+    scores.write_text(json.dumps(json.loads(first) | spoil) + "\n" + "".join(others))
+    run = make_run()
+    assert run.count_missing(EvaluationFolder(tmp_path / "run")) == 1
+    evaluate_in_folder(Launch(REQUEST, tmp_path / "run"), run, Share())
+    assert files_of(tmp_path / "run") == files_of(whole)
+
+
+def test_a_picture_that_was_damaged_is_named_with_the_way_out(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "images" / "base" / "0000-0.png").write_bytes(b"no picture")
+    with pytest.raises(FileError, match=r"0000-0\.png: no picture: .*delete it and start again"):
+        evaluate(tmp_path / "run")
+    (tmp_path / "run" / "images" / "base" / "0000-0.png").unlink()
+    evaluate(tmp_path / "run")
+    assert files_of(tmp_path / "run") == files_of(whole)
 
 
 def test_a_folder_with_something_else_in_it_is_refused_before_anything_is_loaded(tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ class EvaluationFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep others from drawing the same share; the lock dies with the process.
+        """Keep others from drawing the same share; the lock dies with the process, and its file goes at the end.
 
         Raises:
             FileError: another process does, or the folder cannot be made.
@@ -139,12 +139,20 @@ class EvaluationFolder:
         except OSError as error:
             raise FileError(f"{self.path}: cannot be written: {error.strerror or error}") from error
         with lock:
-            yield
+            try:
+                yield
+            finally:
+                self._unlink_lock(self.rank)
 
     def wait_for(self, rank: int) -> None:
         """Return when no other process draws that share any more."""
         with self._lock(rank):
-            return
+            self._unlink_lock(rank)
+
+    def _unlink_lock(self, rank: int) -> None:
+        """Delete the file of a lock that is held: whoever opened it meanwhile sees that its name is gone."""
+        with suppress(OSError):
+            Path(self._lock(rank).lock_file).unlink()
 
     def _lock(self, rank: int) -> FileLock:
         return FileLock(self.path / f".share-{rank}.lock")

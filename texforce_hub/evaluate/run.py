@@ -6,6 +6,7 @@ pictures and figures of one that was neither.
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,7 @@ class EvaluationRun:
         if count > 1 and (missing := self.count_missing(folder)):
             logger.warning("%d pictures of another process's share are missing; they are drawn here", missing)
         self._fill(folder, self._batches(), None)
-        wanted = {_key(job) for batch in self._batches() for job in batch.jobs}
-        scores = {key: line for key, line in folder.read_scores().items() if key in wanted}
-        tally = self._tally()
+        scores, tally = self._read(folder), self._tally()
         for line in scores.values():
             tally.note(line.job, [line.rewards[reward.name] for reward in self.rewards], _read_small(folder, line))
         results = self._results(tally.evaluation())
@@ -125,8 +124,18 @@ class EvaluationRun:
 
     def count_missing(self, folder: EvaluationFolder) -> int:
         """How many pictures are still to be drawn."""
-        there = folder.read_scores()
+        there = self._read(folder)
         return sum(_key(job) not in there for batch in self._batches() for job in batch.jobs)
+
+    def _read(self, folder: EvaluationFolder) -> dict[Key, Line]:
+        """The folder's lines that are of this plan and whole; what is neither is drawn again."""
+        wanted = {_key(job): job for batch in self._batches() for job in batch.jobs}
+        names = {reward.name for reward in self.rewards}
+        return {
+            key: line
+            for key, line in folder.read_scores().items()
+            if line.job == wanted.get(key) and line.rewards.keys() == names and _are_numbers(line.rewards.values())
+        }
 
     def _batches(self) -> list[Batch]:
         return self.easel.plan(dict(enumerate(self.plan.texts)))
@@ -146,7 +155,7 @@ class EvaluationRun:
 
     def _fill(self, folder: EvaluationFolder, batches: Sequence[Batch], on_images: OnImages | None) -> None:
         """Draw the batches of which something is missing, and write that."""
-        there, missing = folder.read_scores(), list[Batch]()
+        there, missing = self._read(folder), list[Batch]()
         for batch in batches:
             if any(_key(job) not in there for job in batch.jobs):
                 missing.append(batch)
@@ -211,6 +220,10 @@ class EvaluationRun:
             "groups": described,
             "requirements": [requirement.judge(judged) for requirement in self.requirements],
         }
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in values)
 
 
 def _key(job: Job) -> Key:
