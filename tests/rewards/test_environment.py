@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from texforce_hub.cli.doctor.rewards import examine_rewards
+from texforce_hub.cli.environments import prepare_rewards
 from texforce_hub.errors import RewardError
 from texforce_hub.hub.provenance import read_training
 from texforce_hub.rewards.environment import build
@@ -246,6 +247,29 @@ def test_every_command_says_what_it_would_install_and_refuses_without_a_yes(argu
     with pytest.raises(RewardError, match=r"mediapipe==0\.10\.14.*--yes installs it"):
         app(arguments, standalone_mode=False)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("answer", "yes", "asked"), [(True, False, 1), (False, False, 1), (False, True, 0)])
+def test_at_a_terminal_there_is_a_question_and_yes_needs_none(answer, yes, asked, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    questions = []
+
+    def confirm(text, **_):
+        questions.append(text)
+        return answer
+
+    monkeypatch.setattr("typer.confirm", confirm)
+    steps = Steps(monkeypatch)
+    if answer or yes:
+        prepare_rewards(["alignment", "env:hands=2", "env:faces"], yes=yes)
+        assert steps.ran == ["venv", "pip"]  # both rewards need the same
+    else:
+        with pytest.raises(RewardError, match="was not installed"):
+            prepare_rewards(["env:hands"], yes=yes)
+        assert steps.ran == []
+    assert len(questions) == asked
+    assert "mediapipe==0.10.14" in capsys.readouterr().err
 
 
 class Steps:

@@ -74,6 +74,18 @@ def test_png_pictures_are_read_too(server):
     assert prompts == PROMPTS
 
 
+def test_float_pictures_that_were_received_are_not_copied_and_can_be_written_to():
+    message = bytearray(wire.write_question(IMAGES.numpy(), PROMPTS))
+    images, _ = wire.read_question(message)
+    assert torch.equal(torch.from_numpy(images), IMAGES)
+    message[-4:] = bytes(4)
+    assert images[-1, -1, -1, -1] == 0
+    shifted = bytes(wire.write_question(IMAGES.numpy(), ["a", "b", "c", "d"])).replace(b" ", b"", 1)
+    length = int.from_bytes(shifted[:8], "little") - 1
+    images, _ = wire.read_question(bytearray(length.to_bytes(8, "little") + shifted[8:]))
+    assert torch.equal(torch.from_numpy(images), IMAGES)  # where a header's length leaves numbers between words
+
+
 HEADERS = [
     "5",
     "{}",
