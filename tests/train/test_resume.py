@@ -15,6 +15,7 @@ from tests.support.training import Stopped, bits, run, saved, short_config
 from texforce_hub.errors import ConfigError, FileError, TrainingError
 from texforce_hub.files.checkpoint import list_checkpoints, write_checkpoint
 from texforce_hub.train.learner import Learner
+from texforce_hub.train.training_run import TrainingRun
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "direct"])
@@ -164,3 +165,22 @@ def test_a_refused_run_leaves_the_lock_of_the_one_that_goes_on(tmp_path):
         assert {"run.pid", ".lock"} <= {path.name for path in tmp_path.iterdir()}
 
     run(tmp_path, steps=1, validate_every=0, on_step=second)
+
+
+def test_a_signal_while_the_state_is_saved_waits_until_it_is(tmp_path, monkeypatch):
+    save = TrainingRun.save
+
+    def save_disturbed(self, state):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        save(self, state)
+
+    def stop(report):
+        monkeypatch.setattr(TrainingRun, "save", save_disturbed)
+        raise Stopped
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, validate_every=0, checkpoint_every=50, on_step=stop)
+    assert saved(tmp_path).step == 1
+    assert signal.getsignal(signal.SIGINT) is handler
