@@ -201,6 +201,14 @@ def test_processes_that_a_launcher_started_share_the_work(tmp_path):
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 
 
+def test_a_process_that_comes_when_all_is_drawn_leaves_nothing(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    run, late = make_run(), EvaluationFolder(tmp_path / "run", rank=1)
+    late.append(EvaluationFolder(whole).read_scores().values())
+    assert evaluate_in_folder(Launch(REQUEST, tmp_path / "run"), run, Share(1, 2)) is None
+    assert files_of(tmp_path / "run") == files_of(whole)
+
+
 def test_another_evaluation_in_the_folder_is_refused_and_replaced_by_force(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "mine.txt").write_text("kept")

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
+from texforce_hub.evaluate.diversity import shrink, spread
 from texforce_hub.evaluate.statistics import bootstrap_mean, holm, resolvable, sign_flip, wilson, win_rate
 
 
@@ -64,3 +66,15 @@ def test_what_a_sample_resolves_is_found_in_four_of_five_experiments():
     found = [stats.ttest_1samp(rng.normal(true, 0.3, 96), 0).pvalue < 0.05 for _ in range(600)]
     assert 0.75 <= np.mean(found) <= 0.85
     assert resolvable(np.array([0.5])) == math.inf
+
+
+def test_diversity_is_the_mean_distance_of_pairs_and_grain_does_not_count():
+    black, white = Image.new("RGB", (128, 64)), Image.new("RGB", (128, 64), "white")
+    small = [shrink(picture) for picture in (black, black, white)]
+    assert small[0].shape == (32, 64, 3)
+    assert spread(small) == pytest.approx(2 / 3)
+    assert spread(small[:2]) == spread(small[:1]) == 0.0
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.choice([0, 255], (512, 512, 3)).astype(np.uint8)) for _ in range(2)]
+    assert spread([np.asarray(picture, np.float32) / 255 for picture in noise]) == pytest.approx(0.707, abs=0.01)
+    assert spread([shrink(picture) for picture in noise]) < 0.1

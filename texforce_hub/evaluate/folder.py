@@ -113,7 +113,7 @@ class EvaluationFolder:
 
     def append(self, lines: Iterable[Line]) -> None:
         """More lines of this process's scores, on the disk when this returns."""
-        append_lines(self.path / (SCORES if self.rank == 0 else f"scores-{self.rank}.jsonl"), map(str, lines))
+        append_lines(self._own_scores, map(str, lines))
 
     def finish(self, lines: Sequence[Line], results: Mapping[str, Any], tables: str) -> None:
         """All lines in order, in one file, then the results."""
@@ -123,6 +123,15 @@ class EvaluationFolder:
                 path.unlink()
         _write_text(self.path / TABLES, tables)
         _write_json(self.path / RESULTS, results)
+
+    def retire(self) -> None:
+        """Delete this process's scores where the first process has not waited for them: it has drawn all itself."""
+        if (self.path / RESULTS).is_file():
+            self._own_scores.unlink(missing_ok=True)
+
+    @property
+    def _own_scores(self) -> Path:
+        return self.path / (SCORES if self.rank == 0 else f"scores-{self.rank}.jsonl")
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -139,6 +139,7 @@ def evaluate_in_folder(
             _wait_for_plan(folder)
             run.begin(folder)
             run.draw_share(folder, share.count, on_images)
+            folder.retire()
             return None
         run.begin(folder, force=force)
         count = max(processes, share.count)
