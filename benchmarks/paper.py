@@ -186,8 +186,8 @@ def schedule(lab: Lab, seeds: Sequence[int]) -> None:
     prompts = lab.prompts({"colour"})
     chosen_on, reported_on = split_in_half(prompts)
     print("**Schedules against constants.** The colour adapter; the best constant of", ", ".join(map(str, CONSTANTS)))
-    print(f"and the best schedule of {', '.join(f'`{s}`' for s in SCHEDULES)} are chosen on half of the prompts and")
-    print("compared on the other half.\n")
+    print(f"and the best schedule of {', '.join(f'`{s}`' for s in SCHEDULES)}")
+    print("are chosen on half of the prompts and compared on the other half.\n")
     head("seed", "best constant", "best schedule", "schedule − constant")
     lab.figures["schedule"], differences = {}, []
     for seed in seeds:
@@ -243,7 +243,8 @@ def _draw_combined(figures: Mapping[str, Any], axes: Any) -> None:
 def _draw_blends(figures: Mapping[str, Any], axes: Any) -> None:
     for name, means in figures["blend"].items():
         task, seed = name.split()
-        axes.plot(BLENDS, means, "o-" if task == "colour" else "s--", label=f"{task} words, seed {seed}")
+        style = "o-" if task == "colour" else "s--"
+        axes.plot(BLENDS, means, style, color=f"C{seed}", label=f"{task} words, seed {seed}")
     axes.set(title="Two tasks blended", xlabel="w: 1 − w of the colour adapter, w of the shape one", ylabel="reward")
     axes.legend(fontsize=7)
 
