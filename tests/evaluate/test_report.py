@@ -157,6 +157,23 @@ def test_every_control_has_a_name_and_every_id_is_used_once(page):
     assert {given["lang"] for given in page.all("html")} == {"en"}
 
 
+def test_what_evaluate_writes_is_what_is_read(tmp_path):
+    folder, prompts = tmp_path / "scores", tmp_path / "prompts.txt"
+    prompts.write_text("a lime disc\na golden square\n")
+    command = ["evaluate", "--adapter", "shapes-colour", "--sweep", "shapes-colour=0:1:3", "--prompts", str(prompts)]
+    result = CliRunner().invoke(app, [*command, "--seeds", "2", "--inference-steps", "1", "--output", str(folder)])
+    assert result.exit_code == 0, result.output
+    content = read_evaluation(folder)
+    (gallery,) = content.galleries
+    (sweep,) = gallery.sweeps
+    assert sweep.axes[0].values == (0.0, 0.5, 1.0)
+    assert gallery.choices == ("shapes-colour",)
+    assert {measure.name for measure in content.measures} >= {"alignment"}
+    assert len(gallery.shots) == 2 * len(gallery.variants)
+    html = make_report([folder], words=0).html
+    assert len(Page(html).all("li", **{"class": "card"})) == 2
+
+
 def test_strangers_texts_stay_text(tmp_path):
     folder = tmp_path / "<b>folder"
     variants = [BASE, variant(HOSTILE, "hostile", "shapes-colour"), variant(f"{HOSTILE}2", "half", "a:0.5", sweep=0)]

@@ -81,3 +81,19 @@ def test_the_command_prints_a_table_and_json():
     assert "lime" in table.output
     (found,) = json.loads(runner.invoke(app, ["words", "shapes-colour", "--prompt", "a lime disc", "--json"]).stdout)
     assert [word["word"] for word in found["words"]] == ["a", "lime", "disc", END]
+
+
+def test_the_attention_of_every_word_stands_beside_its_shift():
+    runner, command = CliRunner(), ["words", "shapes-colour", "--prompt", "a lime disc", "--attention", "--steps", "2"]
+    table = runner.invoke(app, command)
+    (described,) = json.loads(runner.invoke(app, [*command, "--json"]).stdout)
+    for word in described["words"]:
+        before, after = word["attention"]["before"], word["attention"]["after"]
+        assert 0 < before < 1
+        assert f"{before:.1%} → {after:.1%}" in table.output
+
+
+def test_how_to_draw_is_refused_where_nothing_is_drawn():
+    result = CliRunner().invoke(app, ["words", "shapes-colour", "--prompt", "a lime disc", "--seed", "3"])
+    assert isinstance(result.exception, ConfigError)
+    assert "--attention" in str(result.exception)

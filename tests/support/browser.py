@@ -1,11 +1,17 @@
 """A headless Chromium, spoken to over a pipe in its own protocol; no port, no library."""
 
 import base64
+import io
 import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 _FLAGS = (
@@ -64,12 +70,13 @@ class Page:
         elif method == "Network.requestWillBeSent":
             self.asked.append(given["request"]["url"])
 
-    def open(self, address):
-        """Open an address in a page of its own and wait until it is loaded."""
+    def open(self, address, width=1280, **window):
+        """Open an address in a page of its own, in a window of this size, and wait until it is loaded."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.resize(width, **window)
         self.call("Page.navigate", url=address)
         while self.evaluate("document.readyState") != "complete" or self.evaluate("location.href") == "about:blank":
             pass
@@ -128,3 +135,15 @@ def browsing(browser, profile):
         os.close(ours_out)
         process.terminate()
         process.wait(20)
+
+
+def photograph(page_path, picture_path, *, width=1280, height=1200, scheme="light"):
+    """What a window shows of a page's file, as a PNG of few colours."""
+    with tempfile.TemporaryDirectory() as profile, browsing(find_browser(), profile) as page:
+        page.open(Path(page_path).resolve().as_uri(), width, height=height, scheme=scheme)
+        image = Image.open(io.BytesIO(page.photograph()))
+    image.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(picture_path, optimize=True)
+
+
+if __name__ == "__main__":  # python -m tests.support.browser report.html docs/report.png
+    photograph(*sys.argv[1:3])

@@ -21,8 +21,9 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """Variants that differ in one weight or two, the first axis moving fastest."""
+    """Variants of one stack that differ in one weight or two, the first axis moving fastest."""
 
+    stack: str
     axes: tuple[Axis, ...]
     variants: tuple[str, ...]
 

@@ -74,7 +74,10 @@ def measure_moves(
         return [], [f"which words it moves: {error}"]
     moved: list[Moved] = []
     lines: list[str] = []
-    for stack in [*stacks.values()][:_MOST_STACKS]:
+    for number, stack in enumerate(stacks.values()):
+        if number >= _MOST_STACKS:
+            lines.append(f"which words {_title_of(stack)} moves: {_MOST_STACKS} stacks are measured; report it alone")
+            continue
         lines += _measure_stack(pipe, stack, prompts, moved)
     return moved, list(dict.fromkeys(lines))
 
@@ -112,7 +115,7 @@ def _measure_stack(pipe: Any, stack: Sequence[str], prompts: Sequence[str], move
     except TexForceHubError as error:
         yield f"which words {' + '.join(stack)} moves: {error}"
         return
-    title = " + ".join(_title(AdapterRef.parse(ref)) for ref in stack)
+    title = _title_of(stack)
     text = list(_text_items(entries))
     shifts, attention = list[PromptShift](), list[PromptAttention]()
     if text:
@@ -211,9 +214,10 @@ def _sources(stack: Sequence[str]) -> tuple[str, ...]:
     return tuple(text.rpartition(":")[0] or text for text in stack)
 
 
-def _title(ref: AdapterRef) -> str:
-    weights = str(replace(ref, source="a", name=None)).removeprefix("a")
-    return ref.label + weights
+def _title_of(stack: Sequence[str]) -> str:
+    """The labels of a stack with their weights, without where they lie."""
+    refs = [AdapterRef.parse(text) for text in stack]
+    return " + ".join(ref.label + str(replace(ref, source="a", name=None)).removeprefix("a") for ref in refs)
 
 
 def _is_plain(prompt: str) -> bool:

@@ -79,7 +79,7 @@ def make_report(
         galleries=galleries,
         trainings=[view_training(training) for training in content.trainings],
         acting=acting,
-        moved=moved,
+        moved={stack: [of for of in moved if of.stack == stack] for stack in dict.fromkeys(of.stack for of in moved)},
         left_out=left_out,
         watched=f"seed {SEED}, {STEPS} steps, guidance {GUIDANCE:g}",
         mark_width=MARK_WIDTH,

@@ -110,7 +110,7 @@ def _find_sweep(stacks: Mapping[str, Sequence[str]]) -> Sweep | None:
     positions = points(axes)
     if len(axes) not in (1, 2) or len(at) != len(known) or set(positions) != set(at):
         return None
-    return Sweep(axes, tuple(at[position] for position in positions))
+    return Sweep(" + ".join(values), axes, tuple(at[position] for position in positions))
 
 
 def _weights_of(stack: Sequence[str]) -> Weights | None:

@@ -84,7 +84,7 @@ def _read_sweep(sweep: Mapping[str, Any], variants: tuple[str, ...]) -> Sweep:
         count *= len(axis.values)
     if len(axes) not in (1, 2) or count != len(names) or not set(names) <= set(variants):
         raise ValueError(f"a sweep of {len(axes)} axes and {count} positions names {len(names)} variants")
-    return Sweep(axes, names)
+    return Sweep(text(sweep["stack"]), axes, names)
 
 
 def _read_shots(folder: Path, variants: tuple[str, ...], prompts: int, seed: int) -> dict[tuple[str, int], Shot]:

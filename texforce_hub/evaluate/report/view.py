@@ -174,7 +174,9 @@ def view_gallery(gallery: Gallery, embedded: Mapping[Path, Embedded], measures: 
     measure = next((measure for measure in measures if measure.name == gallery.reward), None)
     sweeps = tuple(view_sweep(sweep, numbers, measure) for sweep in gallery.sweeps)
     choices = tuple((numbers[name], name) for name in gallery.choices)
-    first = choices[0][0] if choices else sweeps[0].variants[-1] if sweeps else 0
+    means = {numbers[row.variant]: row.mean.mean for row in measure.rows if row.variant in numbers} if measure else {}
+    best = max((number for number, _ in choices), key=lambda number: means.get(number, 0.0), default=None)
+    first = best if best is not None else sweeps[0].variants[-1] if sweeps else 0
     small = all(max(card.before.width, card.before.height) <= 128 for card in cards)
     return GalleryView(gallery, cards, choices, sweeps, first, small, gallery.facts)
 
