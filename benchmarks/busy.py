@@ -1,7 +1,7 @@
 """A busy machine: ``shapes`` drawing on two threads while one core is taken by other work.
 
-``python -m benchmarks.busy`` prints the Markdown section of BENCHMARKS.md. Wall seconds, since that is what a busy
-machine costs; medians of ROUNDS runs with the least and the most, each run in a process of its own, by turns.
+``python -m benchmarks.busy [ROUNDS]`` prints the Markdown section of BENCHMARKS.md. Wall seconds, since that is what a
+busy machine costs; medians of ROUNDS (5) runs with the least and the most, each in a process of its own, by turns.
 """
 
 import json
@@ -50,10 +50,10 @@ def in_process(threads: int, setting: dict[str, str]) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure(rows: dict[str, tuple[int, dict[str, str]]]) -> dict[str, list[float]]:
-    """Every row ROUNDS times, by turns, so that what else the machine does falls on all alike."""
+def measure(rows: dict[str, tuple[int, dict[str, str]]], rounds: int) -> dict[str, list[float]]:
+    """Every row so many times, by turns, so that what else the machine does falls on all alike."""
     seconds: dict[str, list[float]] = {label: [] for label in rows}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for label, (threads, setting) in rows.items():
             seconds[label].append(in_process(threads, setting))
     return seconds
@@ -64,17 +64,18 @@ def main() -> None:
     if sys.argv[1:] == ["draw"]:
         print(json.dumps(draw()))
         return
+    rounds = int(sys.argv[1]) if sys.argv[1:] else ROUNDS
     rows = {label: (2, setting) for label, setting in SETTINGS.items()} | {"one thread": (1, {})}
     print("## A busy machine\n")
     print(f"`python -m benchmarks.busy`: {IMAGES} pictures of `shapes`, {STEPS} steps, {os.cpu_count()} cores; wall")
     print(
-        f"seconds, medians of {ROUNDS} (least – most), the rows by turns. The other work is one process that spins.\n"
+        f"seconds, medians of {rounds} (least – most), the rows by turns. The other work is one process that spins.\n"
     )
     print("| | quiet | beside other work | ratio |\n|---|---|---|---|")
-    quiet = measure(rows)
+    quiet = measure(rows, rounds)
     with subprocess.Popen([sys.executable, "-c", SPIN]) as other:
         try:
-            busy = measure(rows)
+            busy = measure(rows, rounds)
         finally:
             other.kill()
     for label in rows:
