@@ -15,7 +15,8 @@ from tests.support.hub_writing import User, XetStore
 from texforce_hub import __version__
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
-from texforce_hub.errors import ConfigError, DialectError, HubError, TexForceHubError
+from texforce_hub.apply.fit import Fit
+from texforce_hub.errors import ConfigError, DialectError, HubError, PipelineError, TexForceHubError
 from texforce_hub.hub import push
 from texforce_hub.hub.push import push_adapter
 from texforce_hub.hub.read import read_adapter
@@ -214,6 +215,37 @@ def test_no_path_of_this_machine_is_in_anything_pushed(alice, tmp_path):
     assert "| 0.7 |" in done.card
     assert json.loads(alice.files("alice/mine")["adapter_config.json"])["base_model_name_or_path"] == BASE
     assert b"v1-5.ckpt" in alice.files("alice/mine")["mine-kohya.safetensors"]
+
+
+def test_an_adapter_that_does_not_fit_its_base_is_not_published(alice, tmp_path, caplog):
+    def check(ref, base):
+        asked.append((ref, base))
+        return Fit(False, "does not fit: of 12 layers, 12 have another shape", ())
+
+    def unknown(ref, base):
+        raise PipelineError("no base of that name")
+
+    asked: list[tuple[Any, str]] = []
+    with pytest.raises(ConfigError, match=r"12 have another shape.*--base-id"):
+        push_adapter("mine.safetensors", "alice/mine", **SAID, check=check)
+    assert asked == [("mine.safetensors", BASE)]
+    assert "alice/mine" not in alice.repos
+    done = push_adapter("mine.safetensors", "alice/mine", **SAID, check=unknown, dry_run=True)
+    assert done.files
+    assert "not checked against its base: no base of that name" in caplog.text
+
+
+def test_the_licences_of_a_merges_sources_are_those_that_catalogue_and_cards_name(alice, tmp_path):
+    from texforce_hub.merge.merge import merge_adapters
+
+    card = b"---\nlicense: cc-by-4.0\n---\n# Cats\n"
+    alice.commit("bob/cats", {"a.safetensors": (tmp_path / "mine.safetensors").read_bytes(), "README.md": card})
+    alice.commit("bob/dogs", {"a.safetensors": (tmp_path / "mine.safetensors").read_bytes()})
+    merged = merge_adapters([("bob/cats", 0.5), ("bob/dogs", 0.25), ("mine.safetensors", 0.125)])
+    write_adapter(merged.adapter, tmp_path / "merged.safetensors")
+    done = push_adapter("merged.safetensors", "alice/mine", **SAID, dry_run=True)
+    rows = [line.strip("| ").split(" | ") for line in done.card.splitlines() if "| 0." in line]
+    assert {row[1]: row[-1] for row in rows} == {"0.5": "cc-by-4.0", "0.25": "unknown", "0.125": "unknown"}
 
 
 def test_a_pull_request_changes_nothing_but_proposes_it(alice):

@@ -100,7 +100,9 @@ def test_what_was_fetched_can_be_read_offline_by_branch_tag_and_commit(hub, offl
     for name in ("me/x", f"me/x@{commit}", f"me/x@{commit}/a.safetensors"):
         assert find_file(name) == path
     assert not hub.log
-    assert "only what the cache holds of me/x" in caplog.text
+    assert f"offline: using me/x@{commit[:12]} from the cache" in caplog.text
+    with pytest.raises(HubError, match=f"of me/x the cache holds {commit[:12]}"):
+        find_file("me/x@v9")
     with pytest.raises(HubError, match=r"'me/y' is no file.*not in the cache .*HF_HUB_OFFLINE is set; unset it"):
         find_file("me/y")
 

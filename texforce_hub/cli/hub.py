@@ -69,6 +69,7 @@ def push(
 
     Example: texforce-hub push runs/colour alice/colour --base-id stable-diffusion-v1-5/stable-diffusion-v1-5
     """
+    from texforce_hub.apply.fit import check_adapter
     from texforce_hub.hub.push import push_adapter
 
     done = push_adapter(
@@ -85,6 +86,7 @@ def push(
         evaluation=evaluation,
         alpha=alpha,
         allow_pickle=allow_pickle,
+        check=check_adapter,
         dry_run=dry_run,
     )
     if json:

@@ -15,6 +15,7 @@ from texforce_hub.generate.draw import DrawSettings
 from texforce_hub.generate.prompts.tags import TaggedPrompt
 from texforce_hub.hub.find import find_bundle, find_local, pin_source
 from texforce_hub.hub.refs.adapter import AdapterRef
+from texforce_hub.pipelines.pin import pin_base
 from texforce_hub.reading import is_there, read_text
 from texforce_hub.recipe import Recipe, RecipeSource
 from texforce_hub.shapes import SHAPES
@@ -70,7 +71,7 @@ def record_run(run: DrawRun, path: Path) -> None:
     chosen = asdict(run.settings)
     prompts, seed = chosen.pop("prompts"), chosen.pop("seed")
     table: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
-    table |= {"base": run.base, "mode": run.mode, "rounding": run.rounding}
+    table |= {"base": pin_base(run.base), "mode": run.mode, "rounding": run.rounding}
     table |= {} if run.strict else {"strict": False}
     table |= {"prompts": {str(i): text for i, text in enumerate(prompts)}}
     table |= {name: getattr(run, name) for name in ("scheduler", "each", "composite") if getattr(run, name)}

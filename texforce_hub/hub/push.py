@@ -2,12 +2,13 @@
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from texforce_hub.arguments import check_kind
-from texforce_hub.errors import ConfigError, HubError
+from texforce_hub.errors import ConfigError, FamilyError, HubError, PipelineError, RefError
 from texforce_hub.files.writing import writing
 from texforce_hub.hub.card import render_card
 from texforce_hub.hub.catalog import read_catalog
@@ -15,7 +16,7 @@ from texforce_hub.hub.convert import parse_weights
 from texforce_hub.hub.find import find_bundle
 from texforce_hub.hub.huggingface.client import find_endpoint
 from texforce_hub.hub.huggingface.fetch import read_text
-from texforce_hub.hub.huggingface.repository import Repository
+from texforce_hub.hub.huggingface.repository import Repository, open_repository
 from texforce_hub.hub.huggingface.upload import (
     Account,
     ChangedMeanwhileError,
@@ -28,7 +29,7 @@ from texforce_hub.hub.huggingface.upload import (
 from texforce_hub.hub.licenses import check_license, is_definite
 from texforce_hub.hub.publication import Publication, Request, write_publication
 from texforce_hub.hub.refs.adapter import AdapterRef
-from texforce_hub.hub.refs.hub_id import is_repository
+from texforce_hub.hub.refs.hub_id import HubId, is_repository
 
 _LOG = logging.getLogger("texforce_hub")
 
@@ -68,6 +69,21 @@ class PushedAdapter:
         return sum(file.changed for file in self.files)
 
 
+class Fitting(Protocol):
+    """What a check of an adapter against a base says."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits."""
+
+    @property
+    def verdict(self) -> str:
+        """That, in words."""
+
+
+Check = Callable[[str | Path | AdapterRef, str], Fitting]
+
+
 @dataclass(frozen=True, slots=True)
 class _Target:
     """Where it goes: the repository, a branch of it, and whether as a pull request; ``now``: what it holds."""
@@ -94,6 +110,7 @@ def push_adapter(
     evaluation: str | Path | None = None,
     alpha: float | None = None,
     allow_pickle: bool = False,
+    check: Check | None = None,
     dry_run: bool = False,
 ) -> PushedAdapter:
     """Publish an adapter on the Hub as ``repo`` (``owner/name``), in one commit, so that every tool loads it.
@@ -119,10 +136,12 @@ def push_adapter(
             ``evaluation`` or ``evaluation.json`` beside the adapter.
         alpha: of layers that store none.
         allow_pickle: whether a pickle from the Hub may be read.
+        check: ``check_adapter``, which sees whether it fits the base; a base that it does not know is not looked at.
         dry_run: find out everything, change nothing.
 
     Raises:
-        ConfigError: an impossible name, licence or option, or a base or licence that nobody knows.
+        ConfigError: an impossible name, licence or option, a base or licence that nobody knows, or ``check`` says
+            that the adapter does not fit its base.
         RefError, FileError, DialectError, AdapterError: the adapter cannot be read or written.
         HubError: the Hub refuses, or cannot be reached; what was published before is as it was.
 
@@ -149,6 +168,8 @@ def push_adapter(
     )
     with tempfile.TemporaryDirectory(prefix="texforce-hub-") as folder:
         publication = write_publication(request, Path(folder))
+        if check is not None:
+            _check_fit(check, ref, publication.facts.base)
         account = read_account()
         if not create_pr:
             account.check_writing(repo)
@@ -160,6 +181,18 @@ def push_adapter(
         if not plan.changed:
             return plan
         return _send(publication, target, plan, card, message or f"Publish {repo.partition('/')[2]} with texforce-hub")
+
+
+def _check_fit(
+    check: Callable[[str | Path | AdapterRef, str], Fitting], ref: str | Path | AdapterRef, base: str
+) -> None:
+    try:
+        fit = check(ref, base)
+    except (PipelineError, FamilyError, HubError) as error:
+        _LOG.warning("%s: not checked against its base: %s", ref, error)
+        return
+    if not fit.fits:
+        raise ConfigError(f"{ref}: {fit.verdict}; name the base that it was made for with --base-id")
 
 
 def _look(repo: str, revision: str | None, *, create_pr: bool, private: bool) -> _Target:
@@ -197,7 +230,21 @@ def _with_licenses(publication: Publication, target: _Target, in_catalog: str) -
             f"nobody says under which licence this adapter is, and the base {facts.base} does not decide it; "
             "give it with --license, e.g. apache-2.0 or creativeml-openrail-m"
         )
-    return replace(publication, facts=replace(facts, license=chosen, base_license=of_base))
+    sources = tuple(replace(source, license=source.license or _license_of(source.name)) for source in facts.sources)
+    return replace(publication, facts=replace(facts, license=chosen, base_license=of_base, sources=sources))
+
+
+def _license_of(ref: str) -> str:
+    """A merge source's licence, by the catalogue, or its card on the Hub or in the cache; empty: unknown."""
+    if entry := read_catalog().get(ref):
+        return entry.license
+    if not ref.startswith("hf://"):
+        return ""
+    try:
+        source = HubId.parse(ref)
+        return open_repository(source.repo, source.revision).license
+    except (RefError, HubError):
+        return ""
 
 
 def _plan(publication: Publication, target: _Target, account: Account, folder: Path) -> tuple[PushedAdapter, Path]:

@@ -12,11 +12,12 @@ from texforce_hub.device import choose_device, choose_dtype
 from texforce_hub.errors import HubError, PipelineError
 from texforce_hub.hub.huggingface.faults import is_outage
 from texforce_hub.hub.huggingface.repository import ask_repository
-from texforce_hub.hub.refs.hub_id import is_repository
+from texforce_hub.hub.refs.hub_id import HubId
 from texforce_hub.pipelines.bad_value import check_weights, explain, say
 from texforce_hub.pipelines.configuration import check_configuration
 from texforce_hub.pipelines.configuration import components as components_of
 from texforce_hub.pipelines.folder import folder_variant
+from texforce_hub.pipelines.pin import hub_base
 from texforce_hub.pipelines.quiet import quiet
 from texforce_hub.pipelines.single_file import load_single_file
 from texforce_hub.pipelines.spoilt import repaired_components
@@ -37,7 +38,8 @@ def load_pipeline(
     """A diffusers pipeline, ready on its device.
 
     Args:
-        base: ``shapes``, ``shapes-turbo``, a diffusers folder, a single-file checkpoint (SD1, SD2, SDXL), or a Hub id.
+        base: ``shapes``, ``shapes-turbo``, a diffusers folder, a single-file checkpoint (SD1, SD2, SDXL), or a Hub id,
+            with or without ``@revision``.
         unet: a fine-tuned U-Net to put in: a folder, a file, or a LoRA with ``:weight``.
         device: CUDA if present, else the CPU.
         dtype: float32 unless told otherwise, whatever the files hold.
@@ -69,8 +71,8 @@ def _load_base(base: str, dtype: torch.dtype) -> Any:
         return load_folder(path, dtype)
     if is_there(path):
         return load_single_file(path, dtype)
-    if base.count("/") == 1 and not base.startswith(("/", ".")):
-        return _load_from_hub(base, dtype)
+    if (known := hub_base(base)) is not None:
+        return _load_from_hub(known, dtype)
     raise PipelineError(
         f"no base {base!r}: expected {' or '.join(SHAPES)}, a folder, a checkpoint file, or a Hub id owner/name"
     )
@@ -98,28 +100,27 @@ def load_folder(path: Path, dtype: torch.dtype, **components: Any) -> Any:
     return pipe
 
 
-def _ask_hub(name: str) -> str:
+def _ask_hub(base: HubId) -> str:
     """Why the Hub does not give a base: private, gated, missing; empty if it cannot be asked, or would give it."""
-    if not is_repository(name):
-        return ""
     try:
-        ask_repository(name)
+        ask_repository(base.repo, base.revision)
     except HubError as error:
         return "" if is_outage(error.__cause__) else str(error)
     return ""
 
 
-def _load_from_hub(name: str, dtype: torch.dtype) -> Any:
+def _load_from_hub(base: HubId, dtype: torch.dtype) -> Any:
+    name = str(base)
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(base.repo, revision=base.revision, dtype=dtype, use_safetensors=True)
     except MemoryError:
         raise
     except Exception as error:  # as above
-        if refusal := _ask_hub(name):
+        if refusal := _ask_hub(base):
             raise PipelineError(f"no base {name!r} on this machine, and on the Hub: {refusal}") from error
         if "not fully cached locally" in str(error):  # its cause is of another class for each way to be offline
             raise PipelineError(
                 f"no base {name!r} on this machine, and the Hub cannot be reached: download it where it can, "
-                f"'hf download {name}', and give the folder"
+                f"'hf download {base.repo}', and give the folder"
             ) from error
         raise PipelineError(f"no base {name!r} on this machine or on the Hub: {say(error)}") from error

@@ -19,10 +19,13 @@ from texforce_hub.files.hashing import hash_as_git, hash_files
 from texforce_hub.files.header import CONFIG_NAME
 from texforce_hub.hub.huggingface.client import ask_json, find_endpoint
 from texforce_hub.hub.huggingface.faults import explained, is_outage
+from texforce_hub.hub.huggingface.front_matter import split_card
+from texforce_hub.reading import read_text
 
 _LOG = logging.getLogger("texforce_hub")
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_LONGEST_CARD = 1_000_000  # bytes
 _DRIVE = re.compile(r"[A-Za-z]:")  # of a path on Windows
 _SHA1 = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -116,8 +119,11 @@ def _open(repo: str, revision: str | None, endpoint: str, folder: str, *, offlin
             raise
         cached = _find_cached(repo, revision, Path(folder))
         if cached is None:
-            raise
-        _LOG.warning("%s; only what the cache holds of %s is known", error, cached)
+            raise _with_cached_revisions(error, repo, revision, Path(folder)) from error.__cause__
+        if constants.HF_HUB_OFFLINE:
+            _LOG.warning("offline: using %s from the cache", cached)
+        else:
+            _LOG.warning("%s; using %s from the cache", error, cached)
         return cached
 
 
@@ -191,4 +197,34 @@ def _find_cached(repo: str, revision: str | None, folder: Path) -> Repository | 
     snapshot = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots" / commit
     files = {path.relative_to(snapshot).as_posix(): path for path in sorted(snapshot.rglob("*")) if path.is_file()}
     blobs = {name: Blob(path.stat().st_size) for name, path in files.items()}
-    return Repository(repo, commit, MappingProxyType(blobs), revision, cached=True) if blobs else None
+    license = _read_license(snapshot / "README.md")
+    return Repository(repo, commit, MappingProxyType(blobs), revision, cached=True, license=license) if blobs else None
+
+
+def find_cached_commit(repo: str, revision: str | None = None) -> str | None:
+    """The commit that the cache has of a repository, at a revision or as last asked for; the Hub is not asked."""
+    try:
+        resolved = HfApi().resolve_revision(
+            repo, revision=revision, cache_dir=constants.HF_HUB_CACHE, local_files_only=True
+        )
+    except (RevisionResolutionError, HFValidationError):
+        return None
+    return str(resolved.resolved)
+
+
+def _with_cached_revisions(error: HubError, repo: str, revision: str | None, folder: Path) -> HubError:
+    """The error, and which revisions of the repository lie in the cache."""
+    snapshots = folder / repo_folder_name(repo_id=repo, repo_type="model") / "snapshots"
+    commits = sorted(path.name[:12] for path in snapshots.iterdir()) if snapshots.is_dir() else []
+    if not commits or revision is None:
+        return error
+    return HubError(f"{error}; of {repo} the cache holds {', '.join(commits[:8])}")
+
+
+def _read_license(card: Path) -> str:
+    """The licence that a cached card names; empty where it names none."""
+    try:
+        said = split_card(read_text(card, most=_LONGEST_CARD, error=HubError))[0].get("license")
+    except (HubError, ValueError):
+        return ""
+    return said if isinstance(said, str) else ""
