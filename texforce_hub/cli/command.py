@@ -21,7 +21,7 @@ AllowPickle = Annotated[
     typer.Option(
         "--allow-pickle",
         help="Read pickles from the Hub too; nothing in them is run.",
-        rich_help_panel="How it is read",
+        rich_help_panel="Where it is computed",
         show_default=False,
     ),
 ]

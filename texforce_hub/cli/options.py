@@ -108,7 +108,8 @@ FirstSeed = Annotated[
     int, option("--seed", metavar="N", min=0, max=LARGEST_SEED, help="The first seed of the noise.", group=SAMPLING)
 ]
 Strict = Annotated[
-    bool, option("--strict/--no-strict", help="Refuse an adapter with a layer that the base lacks.", group=WORK)
+    bool,
+    option("--strict/--no-strict", help="Refuse a layer that the base lacks; --no-strict leaves it out.", group=WORK),
 ]
 Seed = Annotated[
     int,
