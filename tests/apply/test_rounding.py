@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
+from texforce_hub.apply import rounding
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.fold import measure_fold
 from texforce_hub.apply.rounding import round_stochastically
@@ -183,3 +184,16 @@ def test_a_live_model_is_a_base_and_its_biases_are_found():
     fold = measure_fold(adapter, encoder, dtype=torch.bfloat16)
     assert set(fold.layers) == {NAME, f"{NAME}.bias"}
     assert fold.layers[NAME] > 0.3
+
+
+def test_a_large_weight_s_loss_is_that_of_the_blocks_that_are_measured(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight = (torch.randn(512, 64, generator=generator) * 0.03).bfloat16()
+    pair = LowRank(torch.randn(4, 64, generator=generator) * 0.02, torch.randn(512, 4, generator=generator) * 0.02)
+    whole, exact = rounding.rounded_sum(weight, [(pair, 1.0)], None)
+    monkeypatch.setattr(rounding, "_BLOCK", 1 << 12)  # 16 rows of 512 at once
+    blocks, sampled = rounding.rounded_sum(weight, [(pair, 1.0)], None)
+    assert torch.equal(whole, blocks)
+    assert sampled[1] == exact[1]
+    assert sampled[0] != exact[0]
+    assert sampled[0] == pytest.approx(float(exact[0]), rel=0.1)

@@ -27,7 +27,17 @@ from texforce_hub.apply.matching import (
     why_dead,
 )
 from texforce_hub.apply.model import unwrapped
-from texforce_hub.apply.patch import Owner, Write, begin_write, check_keepable, check_writable, keep, undo, write
+from texforce_hub.apply.patch import (
+    Owner,
+    Write,
+    begin_write,
+    check_keepable,
+    check_writable,
+    keep,
+    make_rooms,
+    undo,
+    write,
+)
 from texforce_hub.apply.projections import calls_joined, find_joined
 from texforce_hub.apply.rounding import Loss, Term, reused_memory, seed_for, to_loss, total_loss
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
@@ -227,11 +237,13 @@ class Applied:
 
     def _write_all(self) -> None:
         terms = self._terms()
-        for key in self._written:
+        with torch.inference_mode(mode=False):
+            rooms = make_rooms([self._weight(key) for key in self._written])
+        for key, room in zip(self._written, rooms, strict=True):
             seed = None if self._seed is None else seed_for(self._seed, ".".join(key))
             owner = self._owner(key)
             module = unwrapped(self._modules[key[0]][key[1]])
-            entry = self._writes[key] = begin_write(module, key[2], seed=seed, owner=owner)
+            entry = self._writes[key] = begin_write(module, key[2], seed=seed, owner=owner, room=room)
             write(entry, terms[key])
 
     def _set_weights(self, entries: list[StackEntry]) -> None:

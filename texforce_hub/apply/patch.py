@@ -21,6 +21,7 @@ from texforce_hub.apply.model import tuner_layers as tuner_layers
 from texforce_hub.apply.projections import find_joined
 from texforce_hub.apply.rounding import Term, rounded_sum, summed
 from texforce_hub.errors import MatchError
+from texforce_hub.files.memory import fresh_bytes
 
 Owner = tuple[nn.Module, str]
 """A module and the name of its child that is meant."""
@@ -65,17 +66,32 @@ def put(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
-def begin_write(module: nn.Module, name: str, *, seed: int | None = None, owner: Owner | None = None) -> Write:
+def make_rooms(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Memory for copies of the parameters, in one piece, for :func:`begin_write`; ``None`` for those elsewhere."""
+    plain = [p.device.type == "cpu" and p.is_contiguous() for p in parameters]
+    sizes = [p.numel() * p.element_size() if ours else 0 for p, ours in zip(parameters, plain, strict=True)]
+    padded = [-(-size // 16) * 16 for size in sizes]
+    rooms = torch.split(fresh_bytes(sum(padded)), padded)
+    return [
+        room[:size].view(p.dtype).view(p.shape) if ours else None
+        for p, ours, room, size in zip(parameters, plain, rooms, sizes, strict=True)
+    ]
+
+
+def begin_write(
+    module: nn.Module, name: str, *, seed: int | None = None, owner: Owner | None = None, room: Tensor | None = None
+) -> Write:
     """Copy what a parameter holds, so that whatever happens later can be undone; with a seed, stochastic rounding.
 
     Nothing is written yet: who keeps the entry before :func:`write` can undo even a write cut off midway.
 
     Args:
         owner: the module that the layer is a child of, and its name there.
+        room: memory for the copy, from :func:`make_rooms`.
     """
     parameter = module.get_parameter(name)
-    with torch.inference_mode(mode=False):
-        saved = parameter.detach().clone()
+    with torch.inference_mode(mode=False), torch.no_grad():
+        saved = parameter.detach().clone() if room is None else room.copy_(parameter.detach())
     above = None if owner is None else (ref(owner[0]), owner[1])
     return Write(ref(module), name, ref(parameter), saved, above, seed=seed, fused=fused_into(owner))
 
