@@ -54,7 +54,7 @@ def push(
     ] = None,
     evaluation: Annotated[
         Path | None,
-        option("--evaluation", metavar="PATH", help="Figures: the folder of evaluate --output.", group=_CARD),
+        option("--evaluation", metavar="PATH", help="Figures: the folder that evaluate wrote.", group=_CARD),
     ] = None,
     alpha: Annotated[
         float | None, option("--alpha", metavar="X", help="Of layers that store none.", group=RESULT)
