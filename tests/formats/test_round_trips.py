@@ -127,6 +127,30 @@ def test_every_delta_is_kept_or_the_layout_says_why_not(dialect, adapter):
     assert all(t.is_contiguous() for t in encoded.tensors.values())
 
 
+def halves():
+    return LowRank(torch.ones(1, 6), torch.ones(8, 1))
+
+
+@pytest.mark.parametrize("other", [T5[0], "transformer.transformer_blocks.0.attn.to_q"])
+@pytest.mark.parametrize("dialect", ["diffusers", "diffusers-layers", "kohya"])
+def test_a_clip_layer_stays_in_the_first_encoder_whatever_lies_beside_it(dialect, other):
+    """Of sizes that no family has, in a file that is read as what the folder of its other part holds."""
+    adapter = Adapter({other: halves(), f"text_encoder.{TEXT[0]}": halves()})
+    for part in (None, "text_encoder_2", "text_encoder_3"):
+        assert read_back(encode(adapter, dialect), part).layers.keys() == adapter.layers.keys()
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "text_encoder_3"])
+def test_a_folder_names_no_part_of_a_file_that_names_its_own(part):
+    first, third = "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(1, 6) for stem in (first, third)}
+    tensors |= {f"{stem}.lora_up.weight": torch.ones(8, 1) for stem in (first, third)}
+    assert plan(header_of(tensors), part=part).layers.keys() == {
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1",
+        "text_encoder_3.encoder.block.0.layer.0.SelfAttention.q",
+    }
+
+
 def projections_of(adapter):
     return Adapter({name: layer for name, layer in adapter.layers.items() if name in PROJECTIONS})
 

@@ -12,6 +12,7 @@ from texforce_hub import __version__
 from texforce_hub.adapter.lazy import LazyAdapter, outline_adapter
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.errors import DialectError
+from texforce_hub.families import FAMILIES
 from texforce_hub.families.recognition import FamilyVerdict
 from texforce_hub.formats.codec.fitting import describe_gaps
 from texforce_hub.formats.codec.headers import describe_training, keep_metadata
@@ -102,7 +103,8 @@ def _shown_under(verdict: FamilyVerdict) -> str | None:
 
 
 def _spell(adapter: Adapter, dialect: str, verdict: FamilyVerdict, dtype: torch.dtype | None) -> Spelling:
-    family = verdict.family or (None if "text_encoder_2" in adapter.parts else "sd1")
+    """How it is written; an adapter of no known family as SD1's, but only if SD1 has all of its parts."""
+    family = verdict.family or ("sd1" if FAMILIES["sd1"].parts.keys() >= set(adapter.parts) else None)
     return choose_spelling(adapter, dialect, family, dtype)
 
 

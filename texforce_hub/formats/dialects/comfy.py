@@ -53,7 +53,7 @@ def write_name(name: str, role: str, family: str | None = None) -> str:
     prefix = _prefix(part, path, family)
     if part == "unet":
         path = to_ldm(path, family) or ""
-    if part == "transformer" and family is not None and not is_original(_module(path)):
+    if part == "transformer" and not is_original(_module(path)):
         raise DialectError(
             f"comfy: ComfyUI knows a transformer's layers by their original names in this layout, and {name} is "
             "diffusers' name; write it as 'kohya', which it reads"

@@ -194,9 +194,13 @@ def _settle(stems: Iterable[Stem]) -> list[Stem]:
 
 
 def _assign_parts(stems: Sequence[Stem], part: str | None) -> Iterator[Stem]:
-    """Text layers whose encoder the file leaves open go to the one named; as wide as CLIP-G, to the second."""
-    is_open = [stem.assumed and stem.name.startswith("text_encoder") for stem in stems]
-    named = part if part is not None and part.startswith("text_encoder") else None
+    """Text layers whose encoder the file leaves open go to the one named; as wide as CLIP-G, to the second.
+
+    The name counts for a file of one part only: one that names text encoders itself holds a whole pipeline's.
+    """
+    texts = [stem.name.startswith("text_encoder") for stem in stems]
+    is_open = [stem.assumed and is_text for stem, is_text in zip(stems, texts)]
+    named = part if part is not None and part.startswith("text_encoder") and is_open == texts else None
     wide = any(_width(stem) == _CLIP_G_WIDTH for stem, left_open in zip(stems, is_open) if left_open)
     for stem, left_open in zip(stems, is_open):
         if left_open:
