@@ -1,11 +1,18 @@
-"""What callers give, checked where it comes in: a wrong type is one line with the way out; and a pipeline's type."""
+"""What callers give, checked where it comes in: a pipeline's type, values, and the numbers in names.
 
+A wrong value is one line with the way out; a mistake in a name is shown with a caret.
+"""
+
+import math
+import re
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
-from texforce_hub.errors import ConfigError
+from texforce_hub.errors import ConfigError, RefError
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 T = TypeVar("T")
 
@@ -79,6 +86,29 @@ def check_kind(value: Any, kind: type[T], way_out: str) -> T:
     if not isinstance(value, kind):
         raise ConfigError(f"{_shown(value)} is no {kind.__name__}; {way_out}")
     return value
+
+
+def fail(text: str, position: int, problem: str) -> NoReturn:
+    """Raise a RefError that shows ``text`` with a caret under the character at ``position``."""
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    indent = " " * len("".join(shown[:position]))
+    raise RefError(f"{problem}\n  {''.join(shown)}\n  {indent}^")
+
+
+def parse_number(text: str, start: int, end: int, what: str) -> float:
+    """The finite number at ``text[start:end]``; ``what`` says in the error what was expected."""
+    word = text[start:end]
+    if not NUMBER.fullmatch(word):
+        fail(text, start, f"{word!r} is not a number; expected {what}")
+    value = float(word)
+    if not math.isfinite(value):
+        fail(text, start, f"{word!r} is too large a number; expected {what}")
+    return value
+
+
+def write_number(number: float) -> str:
+    """The shortest text that :func:`parse_number` reads as this number."""
+    return repr(number).removesuffix(".0")
 
 
 def _shown(value: Any) -> str:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "texforce_hub"
 PAGE = (ROOT / "ARCHITECTURE.md").read_text()
 ROW = re.search(r"^ +(cli( \w+)+)$", PAGE, re.MULTILINE)[1].split()
-GROUND = ["errors", "reading", "arguments", "settings", "recipe", "grammar", "device", "notebook"]
+GROUND = ["errors", "reading", "arguments", "settings", "recipe", "device", "notebook"]
 TABLES = ("families", "formats/dialects", "merge/methods", "cli", "cli/doctor")
 """The ``__init__`` files that may hold more than a docstring."""
 

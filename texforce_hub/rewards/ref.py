@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from texforce_hub.arguments import NUMBER, fail, parse_number, write_number
 from texforce_hub.errors import RefError
-from texforce_hub.grammar import NUMBER, fail, parse_number, write_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ import math
 import re
 from dataclasses import dataclass
 
+from texforce_hub.arguments import NUMBER, fail, parse_number, write_number
 from texforce_hub.errors import ConfigError, RefError
-from texforce_hub.grammar import NUMBER, fail, parse_number, write_number
 
 STRONGER = 1.1
 """What a pair of parentheses multiplies by; a pair of brackets divides by it."""

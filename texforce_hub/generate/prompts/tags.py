@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from texforce_hub.arguments import check_kind
+from texforce_hub.arguments import check_kind, fail, parse_number, write_number
 from texforce_hub.errors import PromptError, RefError
-from texforce_hub.grammar import fail, parse_number, write_number
 from texforce_hub.hub.refs.adapter import WHOLE, AdapterRef, parse_ramp
 
 _TAG = re.compile(r"<(\w+):([^<>]*)(>?)", re.ASCII)

@@ -9,8 +9,8 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
+from texforce_hub.arguments import fail, parse_number, write_number
 from texforce_hub.errors import RefError
-from texforce_hub.grammar import fail, parse_number, write_number
 
 Exists = Callable[[str], bool]
 

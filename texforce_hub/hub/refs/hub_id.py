@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from texforce_hub.grammar import fail
+from texforce_hub.arguments import fail
 
 _ADDRESS = re.compile(r"https?://(www\.)?(huggingface\.co|hf\.co)/", re.IGNORECASE)
 _REPO_WORD = re.compile(r"\w[\w.-]*", re.ASCII)

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 
+from texforce_hub.arguments import fail
 from texforce_hub.errors import RefError
-from texforce_hub.grammar import fail
 from texforce_hub.hub.refs.adapter import AdapterRef, Exists, exists_on_disk
 
 _TOKEN = re.compile(r"""'([^']*)'|"((?:[^"\\]|\\.)*)"|\\(.)|(['"])|(.)""", re.DOTALL)
