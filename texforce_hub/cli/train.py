@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from texforce_hub.cli import names
 from texforce_hub.cli.console import put, put_json, say
 from texforce_hub.cli.environments import prepare_rewards
+from texforce_hub.cli.options import RESULT, WORK, AsJson, Yes, option
 from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, NotBetterError, TexForceHubError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from texforce_hub.train.training_run import StepReport
 
 
+_WHAT, _HOW = "What is trained", "How it is trained"
 _NO_SETTINGS = ("config", "preset", "dry_run", "yes", "as_json")
 
 
@@ -29,61 +32,137 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    output: Annotated[Path | None, typer.Option(help="Folder of the run; a run found there goes on.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="shapes (default), shapes-turbo, a folder, a file, a Hub id.")
+        str | None,
+        option(
+            "--base",
+            metavar="BASE",
+            help="shapes (default), shapes-turbo, a folder, a file, a Hub id.",
+            group=_WHAT,
+            autocompletion=names.bases,
+        ),
     ] = None,
-    unet: Annotated[str | None, typer.Option(help="Another U-Net for it, to train the adapter for that one.")] = None,
-    init: Annotated[str | None, typer.Option(help="An adapter to go on from, with any reward and prompts.")] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME or NAME=WEIGHT, repeatable: a built-in such as alignment, or python:module:function."),
+    unet: Annotated[
+        str | None, option("--unet", metavar="REF", help="Another U-Net, to train the adapter for.", group=_WHAT)
     ] = None,
-    watch: Annotated[
-        list[str] | None, typer.Option(help="A reward that is not trained on, to notice when the others are fooled.")
+    init: Annotated[
+        str | None,
+        option(
+            "--init",
+            metavar="REF",
+            help="An adapter to go on from, with any reward.",
+            group=_WHAT,
+            autocompletion=names.refs,
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="A prompt a line; FILE.csv:COLUMN, hub:NAME, a .toml of templates, shapes:colour."),
+        option("--prompts", metavar="LIST", help="A prompt a line; or FILE.csv:COLUMN, hub:NAME …", group=_WHAT),
     ] = None,
-    anchor_prompts: Annotated[str | None, typer.Option(help="File of prompts that are to stay as they are.")] = None,
-    samples: Annotated[str | None, typer.Option(help="File of prompts to draw on the run's sheets.")] = None,
-    algorithm: Annotated[str | None, typer.Option(help="streaming (default), ppo, or direct.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Rollouts, each followed by its updates.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(help="End after so long.")] = None,
-    inference_steps: Annotated[int | None, typer.Option(help="Denoising steps of a rollout.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Of the rollouts; at most 1 for none, as turbo has.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with any of the settings; options win.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Settings for a GPU's memory: 8gb, 24gb or 80gb.")] = None,
+    anchor_prompts: Annotated[
+        str | None,
+        option("--anchor-prompts", metavar="LIST", help="Prompts that are to stay as they are.", group=_WHAT),
+    ] = None,
+    allow_cut: Annotated[
+        bool | None,
+        option("--allow-cut/--no-allow-cut", help="Train on prompts that the text encoder cuts.", group=_WHAT),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        option(
+            "--reward",
+            metavar="NAME",
+            help="NAME[=WEIGHT], python:module:function …; repeatable.",
+            group=_WHAT,
+            autocompletion=names.rewards,
+        ),
+    ] = None,
+    watch: Annotated[
+        list[str] | None,
+        option(
+            "--watch",
+            metavar="NAME",
+            help="Not trained on: notices when others are fooled.",
+            group=_WHAT,
+            autocompletion=names.rewards,
+        ),
+    ] = None,
+    algorithm: Annotated[
+        str | None, option("--algorithm", metavar="NAME", help="streaming (default), ppo, or direct.", group=_HOW)
+    ] = None,
+    steps: Annotated[
+        int | None, option("--steps", metavar="N", help="Rollouts, each followed by its updates.", group=_HOW)
+    ] = None,
+    max_minutes: Annotated[
+        float | None, option("--max-minutes", metavar="X", help="End after so long.", group=_HOW)
+    ] = None,
+    inference_steps: Annotated[
+        int | None, option("--inference-steps", metavar="N", help="Denoising steps of a rollout.", group=_HOW)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        option("--guidance", metavar="X", help="Of rollouts; at most 1 for none, as turbo has.", group=_HOW),
+    ] = None,
     uncond: Annotated[
-        str | None, typer.Option(help="How the negative prompt is encoded in training: detach, base or full.")
+        str | None, option("--uncond", metavar="HOW", help="Negative prompt: detach, base or full.", group=_HOW)
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the LoRA.")] = None,
-    target: Annotated[str | None, typer.Option(help="Layers that carry it: attention (default), mlp, or all.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
-    anchor: Annotated[float | None, typer.Option(help="How strongly known prompts are held where they are.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of a running average of the LoRA.")] = None,
+    seed: Annotated[int | None, option("--seed", metavar="N", help="Of everything random.", group=_HOW)] = None,
+    rank: Annotated[int | None, option("--rank", metavar="N", help="Of the LoRA.", group=_HOW)] = None,
+    target: Annotated[
+        str | None, option("--target", metavar="LAYERS", help="attention (default), mlp, or all.", group=_HOW)
+    ] = None,
+    learning_rate: Annotated[float | None, option("--learning-rate", metavar="X", help="Of AdamW.", group=_HOW)] = None,
+    anchor: Annotated[
+        float | None, option("--anchor", metavar="X", help="How strongly known prompts are held.", group=_HOW)
+    ] = None,
+    ema: Annotated[
+        float | None, option("--ema", metavar="X", help="Decay of a running average of the LoRA.", group=_HOW)
+    ] = None,
+    config: Annotated[
+        Path | None, option("--config", metavar="FILE", help="TOML with any of the settings; options win.", group=_HOW)
+    ] = None,
+    preset: Annotated[
+        str | None, option("--preset", metavar="NAME", help="For a GPU's memory: 8gb, 24gb or 80gb.", group=WORK)
+    ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option("--batch-size", "--batch", help="Pictures in one U-Net call; 0: as many as memory holds."),
+        option("--batch-size", "--batch", metavar="N", help="In one U-Net call; 0: what memory holds.", group=WORK),
     ] = None,
-    checkpointing: Annotated[bool | None, typer.Option(help="Less memory for more work.")] = None,
+    checkpointing: Annotated[
+        bool | None,
+        option("--checkpointing/--no-checkpointing", help="Less memory for more work.", group=WORK),
+    ] = None,
     offload: Annotated[
-        bool | None, typer.Option(help="Keep on the CPU what is not at work: decoder, text encoders, learned rewards.")
+        bool | None, option("--offload/--no-offload", help="Keep on the CPU what is not at work.", group=WORK)
     ] = None,
     decoder: Annotated[
-        str | None, typer.Option(help="A small decoder (AutoencoderTiny) in the VAE's place: a folder, or a Hub id.")
+        str | None, option("--decoder", metavar="REF", help="An AutoencoderTiny in the VAE's place.", group=WORK)
     ] = None,
-    allow_cut: Annotated[bool | None, typer.Option(help="Train on prompts that the text encoder cuts.")] = None,
-    track: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb or trackio; repeatable.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: float32, float16 or bfloat16.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what is trained on and what it costs.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Install what a reward env:… needs, without a question.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Annotated[
+        str | None,
+        option("--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: CUDA if present.", group=WORK),
+    ] = None,
+    dtype: Annotated[
+        str | None, option("--dtype", metavar="NAME", help="float32 (default), float16, bfloat16.", group=WORK)
+    ] = None,
+    yes: Yes = False,
+    output: Annotated[
+        Path | None,
+        option("--output", "-o", metavar="DIR", help="Of the run; a run found there goes on.", group=RESULT),
+    ] = None,
+    samples: Annotated[
+        str | None, option("--samples", metavar="LIST", help="Prompts to draw on the run's sheets.", group=RESULT)
+    ] = None,
+    track: Annotated[
+        list[str] | None,
+        option("--track", metavar="NAME", help="tensorboard, wandb or trackio; repeatable.", group=RESULT),
+    ] = None,
+    dry_run: Annotated[
+        bool, option("--dry-run", help="Only say what is trained on and what it costs.", group=RESULT)
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a text-encoder LoRA with a reward (TexForce); writes the adapter, checkpoints, metrics and pictures."""
+    """Train a text-encoder LoRA with a reward (TexForce): adapter, metrics, pictures."""
     options = {name: value for name, value in locals().items() if name not in _NO_SETTINGS and value is not None}
     from texforce_hub.settings import read_settings, suggest_name
     from texforce_hub.train.config import PRESETS, make_config
