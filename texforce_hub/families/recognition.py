@@ -11,6 +11,7 @@ from typing import Any
 from texforce_hub.errors import DialectError
 from texforce_hub.families import FAMILIES, Family
 from texforce_hub.families.names import part_of, path_of
+from texforce_hub.files.header import CONFIG_NAME
 
 Shape = tuple[int, ...]
 Config = Mapping[str, Any]
@@ -158,7 +159,7 @@ def _claims(metadata: Mapping[str, str], config: Config | None) -> Iterator[tupl
         if metadata.get(key):
             yield key, metadata[key].replace("/lora", "")
     if config is not None and isinstance(config.get("base_model_name_or_path"), str):
-        yield "adapter_config.json", _model_id(config["base_model_name_or_path"])
+        yield CONFIG_NAME, _model_id(config["base_model_name_or_path"])
     for part, name in _collated_bases(metadata.get("lora_adapter_metadata", "")):
         yield f"lora_adapter_metadata {part}", _model_id(name)
     if metadata.get("ss_sd_model_name"):

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-FLOATING = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0", "F16", "BF16", "F32", "F64"})
+FRACTIONAL = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+"""The dtypes with a sign and a fraction, by safetensors' names, in which a layer's numbers are written."""
+FLOATING = frozenset({*FRACTIONAL, "F8_E8M0"})
 """The dtypes, by safetensors' names, that a layer's numbers can have."""
 UNREADABLE = frozenset({"F4", "F6_E2M3", "F6_E3M2"})
 """The dtypes that the format has and torch has not: whatever has one cannot be read."""

@@ -1,4 +1,4 @@
-"""What makes a folder of tensors a PEFT adapter: ``adapter_config.json``, and names that PEFT of any age finds."""
+"""What makes a folder a PEFT adapter: its files' names, its configuration, and names that PEFT of any age finds."""
 
 import math
 import re
@@ -6,8 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+WEIGHTS = "adapter_model.safetensors"
+"""What PEFT calls its tensors; ``files/header.CONFIG_NAME`` lies beside them."""
+
+PICKLED_WEIGHTS = "adapter_model.bin"
+"""What it called them while they were a pickle."""
+
 PRODUCTS = {"Hadamard": "LOHA", "Kronecker": "LOKR"}
 """PEFT's names for products; it has one kind in a folder, everything low rank is ``LORA``."""
+
+
+def owns_config(name: str) -> bool:
+    """Whether a file is called as PEFT calls its own, shards too, so that the config beside it is the file's."""
+    return name.startswith(WEIGHTS.partition(".")[0])
 
 
 def peft_twin(key: str) -> str | None:

@@ -23,6 +23,7 @@ from typing import Any
 from texforce_hub.errors import DialectError, FileError
 from texforce_hub.files.container import find_zeros, open_header
 from texforce_hub.files.header import CONFIG_NAME, Header
+from texforce_hub.formats.peft_config import PICKLED_WEIGHTS, WEIGHTS, owns_config
 from texforce_hub.formats.plan.joining import join_plans
 from texforce_hub.formats.plan.planning import Plan, plan
 from texforce_hub.hub.filenames import PICKLED, PREFERRED, is_candidate
@@ -35,7 +36,6 @@ _PARTS = {
     **{part: part for part in ("text_encoder_2", "text_encoder_3", "unet", "transformer")},
 }
 _PART_FOLDERS = tuple(f"{name}{end}" for name in _PARTS for end in ("", "_lora"))
-_PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +161,6 @@ def plan_opened(piece: Piece, header: Header) -> Plan:
     return plan(header, piece.part, owns_config=owns_config(name), find_zeros=partial(find_zeros, piece.paths))
 
 
-def owns_config(name: str) -> bool:
-    """Whether a file is called as PEFT calls its own, so that the config beside it is the file's."""
-    return name.startswith("adapter_model")
-
-
 def open_piece(piece: Piece) -> Header:
     """The header of a file, or of all its shards together.
 
@@ -232,8 +227,9 @@ def _has_config(folder: Path) -> bool:
 
 
 def _peft_file(folder: Path) -> Path | None:
-    usual = next((folder / name for name in _PEFT_FILES if (folder / name).is_file()), None)
-    return usual or next((path for path in sorted(folder.glob("adapter_model-*")) if _SHARD.fullmatch(path.name)), None)
+    usual = next((folder / name for name in (WEIGHTS, PICKLED_WEIGHTS) if (folder / name).is_file()), None)
+    shards = folder.glob(f"{WEIGHTS.partition('.')[0]}-*")
+    return usual or next((path for path in sorted(shards) if _SHARD.fullmatch(path.name)), None)
 
 
 def _peft_piece(folder: Path) -> Piece:

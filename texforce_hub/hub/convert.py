@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from texforce_hub import device
 from texforce_hub.adapter.lazy import LazyAdapter
 from texforce_hub.arguments import check_path
-from texforce_hub.device import spell_dtype
 from texforce_hub.errors import ConfigError, FileError
 from texforce_hub.families import find_family
 from texforce_hub.families.recognition import FAMILY_CLAIMS
@@ -27,13 +27,7 @@ from texforce_hub.reading import is_there
 
 _LOG = logging.getLogger("texforce_hub")
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float8_e4m3": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
-}
+DTYPES = {**device.DTYPES, "float8_e4m3": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 """The dtypes that a converted file can have, by name; without one, tensors keep theirs."""
 
 
@@ -177,7 +171,7 @@ def pick_dtype(name: str | None) -> torch.dtype | None:
     Raises:
         ConfigError: files are not converted to it.
     """
-    known = None if name is None else spell_dtype(name)
+    known = None if name is None else device.spell_dtype(name)
     if known is not None and known not in DTYPES:
         raise ConfigError(f"no dtype {name!r}; known: {', '.join(DTYPES)}")
     return None if known is None else DTYPES[known]

@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
 from texforce_hub.errors import FileError, RefError
+from texforce_hub.formats.peft_config import PICKLED_WEIGHTS, WEIGHTS
 
-PREFERRED = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-PICKLED = ("pytorch_lora_weights.bin", "adapter_model.bin", "pytorch_model.bin")
+PREFERRED = ("pytorch_lora_weights.safetensors", WEIGHTS)
+PICKLED = ("pytorch_lora_weights.bin", PICKLED_WEIGHTS, "pytorch_model.bin")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".pth")
 """Files with these endings, in capitals or not, can hold an adapter."""
 

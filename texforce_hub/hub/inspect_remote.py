@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from texforce_hub.errors import TexForceHubError
+from texforce_hub.formats.peft_config import owns_config
 from texforce_hub.formats.plan.planning import plan
-from texforce_hub.hub.bundles import owns_config
 from texforce_hub.hub.filenames import is_safetensors
 from texforce_hub.hub.huggingface.ranges import RemoteHeader
 from texforce_hub.hub.huggingface.repository import RemoteFile

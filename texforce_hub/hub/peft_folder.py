@@ -17,6 +17,7 @@ from texforce_hub.files.leftovers import name_part, remove_leftovers
 from texforce_hub.files.writing import write_stream, writing
 from texforce_hub.formats.codec.decoding import check_plan
 from texforce_hub.formats.codec.encoding import Encoded
+from texforce_hub.formats.peft_config import owns_config
 from texforce_hub.formats.plan.planning import plan
 from texforce_hub.hub.filenames import is_candidate, list_names
 from texforce_hub.reading import is_there
@@ -79,7 +80,7 @@ def _refuse_other_weights(path: Path, filename: str) -> None:
     """Other files of weights in a PEFT folder would be read with the new configuration."""
     if not path.is_dir():
         raise FileError(f"{path}: is a file; PEFT's layout is a folder of two files, name a folder")
-    others = [file.name for file in path.iterdir() if file.name.startswith(filename.partition(".")[0])]
+    others = [file.name for file in path.iterdir() if owns_config(file.name)]
     others = sorted(name for name in others if name != filename and is_candidate(name))
     if others:
         raise FileError(

@@ -18,6 +18,7 @@ from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.value import Layer
 from texforce_hub.apply.rounding import summed
 from texforce_hub.errors import PipelineError
+from texforce_hub.files.header import CONFIG_NAME
 from texforce_hub.formats.live import is_live, take_apart
 from texforce_hub.pipelines.build import build_model
 from texforce_hub.pipelines.folder import read_json, read_shapes, read_state, weight_files
@@ -138,7 +139,7 @@ def spoilt_components(folder: Path) -> Iterator[str]:
     parts = [entry for entry in sorted(folder.iterdir()) if entry.name.startswith(("text_encoder", "unet"))]
     for part in parts:
         has_model = (part / "config.json").is_file()
-        if (part / "adapter_config.json").is_file() and not has_model:
+        if (part / CONFIG_NAME).is_file() and not has_model:
             raise PipelineError(
                 f"{part} holds an adapter and no model: its base was not saved; put it on one with --adapter {part}"
             )

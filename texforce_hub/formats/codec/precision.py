@@ -9,9 +9,11 @@ from torch import Tensor
 
 from texforce_hub.adapter.tensors import holds_numbers, narrow, wide
 from texforce_hub.errors import AdapterError
+from texforce_hub.files.dtypes import FRACTIONAL
+from texforce_hub.files.torch_dtypes import DTYPES
 from texforce_hub.formats.codec.roles import Part
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+_DTYPES = tuple(DTYPES[name] for name in FRACTIONAL)
 """Those with a sign and a fraction that files can have."""
 
 _SMALL = (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -10,6 +10,7 @@ from texforce_hub.errors import DialectError
 from texforce_hub.families.names import infer_part, path_of, publish, split_part
 from texforce_hub.formats.dialects.layout import PLAIN_AND_DORA, Dialect, Reading
 from texforce_hub.formats.dialects.suffixes import LORA_AB, LYCORIS, split_suffix, write_suffix
+from texforce_hub.formats.peft_config import WEIGHTS
 
 _WRAPPER = "base_model.model."
 _SUFFIXES = MappingProxyType({**LORA_AB, **{k: v for k, v in LYCORIS.items() if k.startswith((".hada", ".lokr"))}})
@@ -47,4 +48,4 @@ def write_name(name: str, role: str, family: str | None = None) -> str:  # noqa:
     return f"{_WRAPPER}{path}{end}"
 
 
-PEFT = Dialect("peft", "PEFT folder", read_name, write_name, kinds=PLAIN_AND_DORA, filename="adapter_model.safetensors")
+PEFT = Dialect("peft", "PEFT folder", read_name, write_name, kinds=PLAIN_AND_DORA, filename=WEIGHTS)
