@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
+from typer.testing import CliRunner
 
 from tests.support.hub_session import LAYER, adapter_bytes, find_file
 from tests.support.hub_writing import User, XetStore
@@ -16,6 +17,7 @@ from texforce_hub import __version__
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.fit import Fit
+from texforce_hub.cli import app
 from texforce_hub.errors import ConfigError, DialectError, HubError, PipelineError, TexForceHubError
 from texforce_hub.hub import push
 from texforce_hub.hub.push import push_adapter
@@ -411,3 +413,23 @@ def test_the_hub_may_want_files_in_the_commit_or_through_xet(alice, monkeypatch,
 
 def test_the_version_is_in_the_card(alice):
     assert f"texforce-hub {__version__}" in push_adapter("mine.safetensors", "alice/mine", **SAID, dry_run=True).card
+
+
+def test_the_base_of_a_trained_adapter_is_filed_without_its_commit(alice):
+    metadata = {"texforce_hub.base": f"{BASE}@{'a' * 40}"}
+    layer = LowRank(torch.ones(2, 768), torch.ones(768, 2))
+    write_adapter(Adapter({LAYER.format(0): layer}, metadata), "trained.safetensors")
+    done = push_adapter("trained.safetensors", "alice/mine", license="mit", dry_run=True)
+    assert ModelCard(done.card).data.base_model == BASE
+
+
+def test_the_command_refuses_an_adapter_of_another_base_before_anything_is_sent(alice):
+    write_adapter(read_adapter("shapes-colour"), "narrow.safetensors")  # 128 wide, where the base is 768
+    done = CliRunner().invoke(app, ["push", "narrow.safetensors", "alice/mine", "--base-id", BASE, "--license", "mit"])
+    assert isinstance(done.exception, ConfigError)
+    assert "another shape" in str(done.exception)
+    assert "--base-id" in str(done.exception)
+    assert [request for request in asked(alice) if not request.startswith(("GET", "HEAD"))] == []
+    assert "alice/mine" not in alice.repos
+    (known,) = alice.repos
+    assert known == BASE

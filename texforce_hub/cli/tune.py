@@ -1,7 +1,7 @@
 """``texforce-hub tune``: a reward chooses a stack's weights."""
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +81,8 @@ def tune(
     sys.path.insert(0, "")  # python:module:function finds modules of the current folder
     texts = held_out_prompts(prompts)
     split_in_half(texts)
-    entries = read_stack([AdapterRef.parse(text) for text in adapter])
+    given = [AdapterRef.parse(text) for text in adapter]
+    entries = read_stack(given)
     pipe = load_pipeline(base, unet=unet, device=device, dtype=dtype)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
     sampling = options.make_sampling(seed, seeds, inference_steps, guidance, negative_prompt, batch_size, base=base)
@@ -95,7 +96,7 @@ def tune(
             generations=generations, population=population, bounds=(lowest, highest), gradient=gradient,
             sampling=sampling, strict=strict, seed=seed, on_generation=on_generation,
         )  # fmt: skip
-    stack = [f"{entry.weight.source}{str(ref).removeprefix(ref.source)}" for entry, ref in zip(entries, tuning.refs)]
+    stack = [str(replace(ref, weight=best.weight, parts=best.parts)) for ref, best in zip(given, tuning.refs)]
     if save_recipe is not None:
         _record(tuning, stack, save_recipe, base=base, unet=unet or "", strict=strict)
     if as_json:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ def evaluate_in_folder(
             return None
         run.begin(folder, force=force)
         count = max(processes, share.count)
-        with others_at_work(launch, processes):
+        pinned = replace(launch, request=run.plan.request)  # a base from the Hub moves while the others load
+        with others_at_work(pinned, processes):
             run.draw_share(folder, count, on_images)
         return run.finish(folder, count)

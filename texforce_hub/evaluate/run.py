@@ -8,6 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from texforce_hub.generate.images.png import a1111_parameters, encode_png
 from texforce_hub.generate.images.sheet import as_picture
 from texforce_hub.generate.log import saying_once
 from texforce_hub.pipelines.load import load_pipeline
+from texforce_hub.pipelines.pin import pin_base
 from texforce_hub.reading import first_line
 from texforce_hub.rewards.reward import Reward, resolve_rewards
 
@@ -64,13 +66,15 @@ class EvaluationRun:
         self._easel: Easel | None = None
 
     def load(self, *, device: str | None = None, dtype: str | None = None) -> None:
-        """Load the base, and the tuned U-Net if there is one.
+        """Load the base, and the tuned U-Net if there is one; from here on the plan names a base's commit.
 
         Raises:
             PipelineError: one of them cannot be loaded.
         """
         request = self.plan.request
         self.pipe = load_pipeline(request.base, device=device, dtype=dtype)
+        request = replace(request, base=pin_base(request.base))
+        self.plan = replace(self.plan, request=request)
         unet = load_pipeline(request.base, unet=request.unet, device=device, dtype=dtype).unet if request.unet else None
         variants = {
             variant.name: Variant([entry.item for entry in variant.entries], unet if variant.unet else None)

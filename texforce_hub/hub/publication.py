@@ -88,12 +88,13 @@ def write_publication(request: Request, folder: Path) -> Publication:
 
 
 def find_base(metadata: Mapping[str, str], given: str | None) -> str:
-    """The Hub id of the base: as given, else as the adapter's file says.
+    """The Hub id of the base: as given, else as the adapter's file says, without the commit that it was trained on.
 
     Raises:
         ConfigError: there is none.
     """
-    for source, text in (("--base-id", given), ("", metadata.get("texforce_hub.base"))):
+    recorded = metadata.get("texforce_hub.base", "").partition("@")[0] or None
+    for source, text in (("--base-id", given), ("", recorded)):
         if text is not None and is_repository(text) and (source or not Path(text).exists()):
             return text
         if text is not None and source:

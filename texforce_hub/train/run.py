@@ -23,6 +23,7 @@ from texforce_hub.generate.prompts.weighting import find_cut
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.pipelines.decoder import with_decoder
 from texforce_hub.pipelines.load import load_pipeline
+from texforce_hub.pipelines.pin import pin_base
 from texforce_hub.rewards.reward import Reward, resolve_rewards
 from texforce_hub.train.algorithms.direct import require_gradients
 from texforce_hub.train.config import TrainConfig, differing, make_config
@@ -107,6 +108,7 @@ def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder, team: Team =
     if pipeline is None:
         device = team.device if config.device in (None, "cuda") and team.device else config.device
         pipeline = load_pipeline(config.base, unet=config.unet, device=device, dtype=config.dtype)
+        config = replace(config, base=pin_base(config.base))
     if config.decoder is not None:
         pipeline = with_decoder(pipeline, config.decoder)
     policy, parameters = make_policy(pipeline, config, seed=mix_seed(config.seed, 0, 3))
