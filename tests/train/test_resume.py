@@ -13,7 +13,7 @@ import torch
 from tests.support.kills import ends_with, in_child
 from tests.support.training import Stopped, bits, run, saved, short_config
 from texforce_hub.errors import ConfigError, FileError, TrainingError
-from texforce_hub.files.checkpoint import list_checkpoints, write_checkpoint
+from texforce_hub.files.checkpoint import State, list_checkpoints, write_checkpoint
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.training_run import TrainingRun
 
@@ -144,6 +144,28 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_not_begun_anew(w
         run(tmp_path / "run")
     assert "\n" not in str(caught.value)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_run_of_an_earlier_version_without_hashes_is_refused_in_one_line_that_says_so(whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    for path in list_checkpoints(tmp_path / "run"):
+        (path / "sha256").unlink()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(FileError, match=r"run of an earlier version \(checkpoint-3 has no sha256\).*another --output"):
+        run(tmp_path / "run")
+    assert "cannot read" not in caplog.text
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("absent", ["text_encoder.", "processes", "config"])
+def test_a_state_of_an_earlier_version_is_refused_in_one_line_that_says_so(whole, tmp_path, absent):
+    state = saved(whole)
+    tensors = {name.replace(f"/{absent}", "/"): tensor for name, tensor in state.tensors.items()}
+    facts = {name: fact for name, fact in state.facts.items() if name != absent}
+    write_checkpoint(tmp_path, State(state.step, tensors, facts), keep=2)
+    with pytest.raises(ConfigError, match=r"run of an earlier version \(.*\), which cannot go on") as caught:
+        run(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, Stopped, None])

@@ -66,9 +66,14 @@ def read_checkpoint(folder: Path) -> State | None:
     """The newest whole checkpoint in ``folder``; a damaged one is named and passed over. ``None`` if there is none.
 
     Raises:
-        FileError: there are checkpoints, and all of them are damaged.
+        FileError: there are checkpoints, and all of them are damaged, or of an earlier version, which wrote no hash.
     """
     checkpoints = list_checkpoints(folder)
+    if checkpoints and not any((path / "sha256").exists() for path in checkpoints):
+        raise FileError(
+            f"{folder} holds a run of an earlier version ({checkpoints[-1].name} has no sha256), which cannot go on; "
+            "give another --output"
+        )
     for path in reversed(checkpoints):
         if (state := _read(path)) is not None:
             return state

@@ -123,6 +123,12 @@ class Learner:
         facts |= {"config": asdict(self.config), "threads": torch.get_num_threads(), "processes": self.team.size}
         return State(self.step, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}, facts)
 
+    def list_absent(self, state: State) -> list[str]:
+        """What :meth:`restore` needs and a state of an earlier version does not have."""
+        tensors = [f"{kind}/{name}" for kind in ("lora", "average", "best") for name in self.parameters]
+        facts = ("best_step", "batch_size", "validations", "watched", "threads", "processes")
+        return [*(n for n in facts if n not in state.facts), *(n for n in tensors if n not in state.tensors)]
+
     def restore(self, state: State) -> None:
         """Become what :meth:`snapshot` saw."""
 

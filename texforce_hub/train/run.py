@@ -161,6 +161,8 @@ def _go_on(run: TrainingRun, state: State) -> None:
     if changed:
         was = ", ".join(f"{name} was {state.facts['config'].get(name)!r}" for name in changed)
         raise ConfigError(f"{run.folder.path} holds a run with other settings ({was}); use them, or another --output")
+    if absent := run.learner.list_absent(state):
+        raise _earlier_version(run.config, f"its state has no {absent[0]!r}")
     for name, now in {"threads": torch.get_num_threads(), "processes": run.team.size}.items():
         if (before := state.facts[name]) != now:
             run.say("the checkpoint was made with %d %s, not %d: the last bits may differ", before, name, now)
@@ -176,10 +178,16 @@ def _go_on(run: TrainingRun, state: State) -> None:
 def _read_config(state: State, config: TrainConfig) -> TrainConfig:
     try:
         return make_config({**state.facts["config"], "output": config.output})
+    except KeyError:
+        raise _earlier_version(config, "its state has no settings") from None
     except ConfigError as error:
-        raise ConfigError(
-            f"{config.output} holds a run of an older version ({error}); give another --output"
-        ) from error
+        raise _earlier_version(config, str(error)) from error
+
+
+def _earlier_version(config: TrainConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"{config.output} holds a run of an earlier version ({reason}), which cannot go on; give another --output"
+    )
 
 
 def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
