@@ -103,11 +103,11 @@ def tune_weights(
         >>> from texforce_hub.evaluate.evaluation import Sampling
         >>> from texforce_hub.rewards.reward import resolve_reward
         >>> prompts = ["a lime disc", "a red circle", "a blue square", "a green disc"]
-        >>> found = tune_weights(
+        >>> tuned = tune_weights(
         ...     load_pipeline("shapes", device="cpu"), "shapes-colour", prompts, [resolve_reward("brightness")],
         ...     generations=1, population=4, sampling=Sampling((0,), inference_steps=1),
         ... )
-        >>> found.evaluation.variants
+        >>> tuned.evaluation.variants
         ('base', 'equal', 'tuned')
     """
     check_pipeline(pipe)

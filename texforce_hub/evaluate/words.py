@@ -63,10 +63,10 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
     Example:
         >>> from texforce_hub import load_pipeline, measure_words
         >>> pipeline = load_pipeline("shapes", device="cpu")
-        >>> (found,) = measure_words(pipeline, "shapes-colour", ["a lime disc"])
-        >>> [word.word for word in found.words]
+        >>> (measured,) = measure_words(pipeline, "shapes-colour", ["a lime disc"])
+        >>> [word.word for word in measured.words]
         ['a', 'lime', 'disc', '(end)']
-        >>> found.words[0].shift < found.words[1].shift
+        >>> measured.words[0].shift < found.words[1].shift
         True
     """
     prompts = check_texts(prompts)

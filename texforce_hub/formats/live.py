@@ -45,12 +45,12 @@ class LiveState:
         Raises:
             PipelineError: a kind of adapter whose change cannot be told from its tensors.
         """
-        found: dict[str, list[Layer]] = {}
+        layers: dict[str, list[Layer]] = {}
         for module, riders in self.riders.items():
             for adapter, roles in _by_adapter(module, riders).items():
                 for parameter, layer in _decode(f"{module} ({adapter})", roles, self.base.get(f"{module}.weight")):
-                    found.setdefault(f"{module}.{parameter}", []).append(layer)
-        return found
+                    layers.setdefault(f"{module}.{parameter}", []).append(layer)
+        return layers
 
 
 def is_live(names: Iterable[str]) -> bool:

@@ -176,7 +176,7 @@ def score_pictures(
 ) -> NDArray[np.float32]:
     """For each picture ``(b, 3, h, w)`` in [0, 1] the mean score of what is found in it; 0 where nothing is."""
     pictures = (images.clip(0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    rows = [[score(picture, found) for found in detector.find(picture)] for picture in pictures]
+    rows = [[score(picture, finding) for finding in detector.find(picture)] for picture in pictures]
     return np.array([np.mean(row) if row else 0.0 for row in rows], np.float32)
 
 

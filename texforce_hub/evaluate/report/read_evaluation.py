@@ -111,14 +111,14 @@ def _read_measures(table: Mapping[str, Any]) -> Iterator[Measure]:
     swept = {text(variant["name"]): variant["sweep"] is not None for variant in table["variants"]}
     order = list(swept)
     held_out = {text(reward["name"]) for reward in table["rewards"] if reward["held_out"]}
-    for group, found in table["groups"].items():
-        for name, measure in found["measures"].items():
+    for group, results in table["groups"].items():
+        for name, measure in results["measures"].items():
             rows = {
                 row.variant: replace(row, is_swept=swept.get(row.variant, False))
                 for row in _read_rows(measure, order[0])
             }
             known = tuple(rows[variant] for variant in order if variant in rows)
-            yield Measure(name, group, index(found["prompts"], 10**9), known, name in held_out)
+            yield Measure(name, group, index(results["prompts"], 10**9), known, name in held_out)
 
 
 def _read_rows(measure: Mapping[str, Any], base: str) -> Iterator[Row]:

@@ -85,5 +85,5 @@ def _say(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _last_sheet(folder: Path) -> Path | None:
-    sheets = {path: int(found[1]) for path in (folder / "samples").glob("*") if (found := _SHEET.fullmatch(path.name))}
+    sheets = {path: int(match[1]) for path in (folder / "samples").glob("*") if (match := _SHEET.fullmatch(path.name))}
     return max(sheets, key=lambda path: sheets[path], default=None)

@@ -148,18 +148,18 @@ def _decode_kronecker(parts: Mapping[str, Tensor], plan: LayerPlan, scale: float
 
 def describe_reading(plan: Plan, alpha: float | None) -> dict[str, str]:
     """The file's own words, and what reading it established: dialects, family, the alphas as they were found."""
-    found = dict(plan.metadata)
-    found["texforce_hub.dialect"] = _named(plan.dialects)
+    metadata = dict(plan.metadata)
+    metadata["texforce_hub.dialect"] = _named(plan.dialects)
     if plan.family.family is not None:
-        found["texforce_hub.family"] = plan.family.family
+        metadata["texforce_hub.family"] = plan.family.family
     else:
-        found.pop("texforce_hub.family", None)
+        metadata.pop("texforce_hub.family", None)
     alphas = {alpha if layer.alpha is None else layer.alpha for layer in plan.layers.values()} - {None}
     if alphas:
-        found["texforce_hub.alpha"] = ", ".join(sorted(f"{value:g}" for value in alphas))
+        metadata["texforce_hub.alpha"] = ", ".join(sorted(f"{value:g}" for value in alphas))
     if plan.base is not None:
-        found.setdefault("texforce_hub.base", plan.base)
-    return found
+        metadata.setdefault("texforce_hub.base", plan.base)
+    return metadata
 
 
 def decode_lazily(

@@ -123,11 +123,11 @@ def _spell_layers(layers: Mapping[LayerName, Layer], spelling: Spelling) -> dict
 def _warn_of_diffusers(dialect: str, layers: Mapping[LayerName, Layer]) -> None:
     """Say where ``diffusers`` cannot load a text encoder's layers from a layout that it otherwise reads."""
     for part in ("text_encoder", "text_encoder_2"):
-        found = {name.rpartition(".")[2] for name in layers if name.startswith(f"{part}.")}
-        attention = found & {"q_proj", "k_proj", "v_proj", "out_proj"}
+        modules = {name.rpartition(".")[2] for name in layers if name.startswith(f"{part}.")}
+        attention = modules & {"q_proj", "k_proj", "v_proj", "out_proj"}
         if dialect == "kohya" and attention and "out_proj" not in attention:
             lost, other = "leaves out q_proj, k_proj and v_proj of such a file, or refuses it", "diffusers"
-        elif dialect == "diffusers" and found & {"fc1", "fc2"} and not attention:
+        elif dialect == "diffusers" and modules & {"fc1", "fc2"} and not attention:
             lost, other = "refuses such a file", "kohya"
         else:
             continue

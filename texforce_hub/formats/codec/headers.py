@@ -24,7 +24,7 @@ def describe_training(ranks: Sequence[int], kinds: Collection[str], family: str 
     """The ``ss_*`` and ``modelspec.*`` keys that A1111 and its kin show and sort by; every layer has this ``alpha``."""
     plain = set(kinds) <= {"LowRank"}
     dim = str(ranks[0]) if len(set(ranks)) == 1 else "Dynamic"
-    found = {
+    metadata = {
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": dim,
         "ss_network_alpha": f"{alpha:.9g}",
@@ -34,8 +34,8 @@ def describe_training(ranks: Sequence[int], kinds: Collection[str], family: str 
     }
     row = None if family is None else FAMILIES[family]
     if row is not None and row.kohya_version is not None:
-        found["ss_base_model_version"] = row.kohya_version
-        found["ss_v2"] = str(row.name == "sd2")
+        metadata["ss_base_model_version"] = row.kohya_version
+        metadata["ss_v2"] = str(row.name == "sd2")
     if row is not None and row.architecture is not None:
-        found["modelspec.architecture"] = f"{row.architecture}/lora"
-    return found
+        metadata["modelspec.architecture"] = f"{row.architecture}/lora"
+    return metadata

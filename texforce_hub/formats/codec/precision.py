@@ -49,7 +49,7 @@ def _store_product(parts: Sequence[Part], dtype: torch.dtype | None, name: str) 
             return plain
     shared = _share(parts)
     stored = _round(shared, dtype, name)
-    narrowest = min((tensor.dtype for tensor in stored.values()), key=lambda found: torch.finfo(found).bits)
+    narrowest = min((tensor.dtype for tensor in stored.values()), key=lambda kind: torch.finfo(kind).bits)
     most = torch.finfo(narrowest).eps
     lost = _underflow(shared, stored) if _most_underflow(shared, stored) > most else 0.0
     if not lost <= most:
@@ -116,15 +116,15 @@ def _underflow(parts: Sequence[Part], stored: Mapping[str, Tensor]) -> float:
     The ranks of a low-rank change are weighed by their own size: one may be small in ``down`` and large in ``up``.
     """
     missing = {role: _missing(tensor, factor, stored[role]) for role, tensor, factor in parts}
-    if all(found is None for found in missing.values()):
+    if all(error is None for error in missing.values()):
         return 0.0
     lost, size = 0.0, 1.0  # of each rank
     for role, tensor, _ in parts:
-        found, scale = missing[role], _peak(tensor) or 1.0
+        error, scale = missing[role], _peak(tensor) or 1.0
         norm = torch.linalg.vector_norm(_by_rank(role, wide(tensor) / scale), dim=1)
         size = size * norm
-        if found is not None:
-            lost = lost + torch.linalg.vector_norm(_by_rank(role, found / scale), dim=1) / norm.clamp(min=2**-100)
+        if error is not None:
+            lost = lost + torch.linalg.vector_norm(_by_rank(role, error / scale), dim=1) / norm.clamp(min=2**-100)
     total = float(torch.linalg.vector_norm(size))
     return float(torch.linalg.vector_norm(lost * size)) / total if total else 0.0
 
@@ -134,11 +134,11 @@ def _missing(tensor: Tensor, factor: float, stored: Tensor) -> Tensor | None:
     if tensor.is_meta or factor == 0 or (abs(factor) == 1 and stored.dtype == tensor.dtype):
         return None
     mantissa, exponent = math.frexp(factor)
-    found = wide(stored)
-    if abs(mantissa) == 0.5 and torch.equal(found, factor * wide(tensor.detach())):
+    numbers = wide(stored)
+    if abs(mantissa) == 0.5 and torch.equal(numbers, factor * wide(tensor.detach())):
         return None  # a power of two rounds nothing but what underflows
-    small = found.abs() < torch.finfo(stored.dtype).smallest_normal
-    error = found * math.ldexp(1.0, min(-exponent, 127)) / mantissa - wide(tensor.detach())
+    small = numbers.abs() < torch.finfo(stored.dtype).smallest_normal
+    error = numbers * math.ldexp(1.0, min(-exponent, 127)) / mantissa - wide(tensor.detach())
     error = torch.where(small, error, 0.0)
     return error if bool(error.any()) else None
 

@@ -68,11 +68,11 @@ def share_names(adapters: Sequence[Adapter | LazyAdapter]) -> list[Adapter | Laz
 
 def _library_names(layers: Mapping[LayerName, Layer]) -> set[LayerName]:
     """What ``diffusers`` calls the layers that have other names here, as far as it can be told."""
-    found: set[LayerName] = set()
+    names: set[LayerName] = set()
     for name in layers:
         with suppress(FamilyError):
-            found |= {target for target, _ in _find_targets(name, layers)}
-    return found
+            names |= {target for target, _ in _find_targets(name, layers)}
+    return names
 
 
 def rename_originals(adapter: Either) -> Either:
@@ -115,16 +115,16 @@ def _find_targets(name: LayerName, layers: Mapping[LayerName, Layer]) -> list[tu
     part, path = part_of(name), path_of(name)
     if part != "transformer" or ("blocks." not in path and any(other.startswith(_BLOCKS) for other in layers)):
         return []  # img_in beside diffusers' blocks is a layer of a model that diffusers names so
-    return [(f"{part}.{found.path}", found.ranges) for found in find_rows(path, layers[name].shape)]
+    return [(f"{part}.{target.path}", target.ranges) for target in find_rows(path, layers[name].shape)]
 
 
 def _take(piece: _Piece, layers: Mapping[LayerName, Layer]) -> Layer:
     try:
-        found = piece.take(layers)
+        taken = piece.take(layers)
     except AdapterError as error:
         raise DialectError(f"{piece.source}: {error}") from error
-    if isinstance(found, Dense) and isinstance(layers[piece.source], Kronecker):
+    if isinstance(taken, Dense) and isinstance(layers[piece.source], Kronecker):
         raise DialectError(
             f"{piece.source} is a full Kronecker product whose factors do not divide as diffusers divides its rows"
         )
-    return found
+    return taken

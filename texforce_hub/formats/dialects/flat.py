@@ -29,10 +29,10 @@ def unflatten(flat: str) -> tuple[str, str] | None:
     ``None`` if no known model has such a layer. Original U-Net names come back in ``diffusers``' spelling.
     """
     numbers = _NUMBER.findall(flat)
-    found = None if "#" in flat else _templates().get(_NUMBER.sub("#", flat))
-    if found is None or any(map(_PADDED.fullmatch, numbers)):
+    known = None if "#" in flat else _templates().get(_NUMBER.sub("#", flat))
+    if known is None or any(map(_PADDED.fullmatch, numbers)):
         return None
-    kind, template = found
+    kind, template = known
     left = iter(numbers)
     path = re.sub("#", lambda _: next(left), template)
     if kind == "unet" and is_ldm(path):
@@ -43,13 +43,13 @@ def unflatten(flat: str) -> tuple[str, str] | None:
 
 @cache
 def _templates() -> dict[str, tuple[str, str]]:
-    found: dict[str, tuple[str, str]] = {}
+    templates: dict[str, tuple[str, str]] = {}
     for kind, path in _known_paths():
         template = _NUMBER.sub("#", path)
         flat = _NUMBER.sub("#", flatten(path))
-        if found.setdefault(flat, (kind, template)) != (kind, template):
-            raise AssertionError(f"{flat} flattens both {found[flat]} and {(kind, template)}")
-    return found
+        if templates.setdefault(flat, (kind, template)) != (kind, template):
+            raise AssertionError(f"{flat} flattens both {templates[flat]} and {(kind, template)}")
+    return templates
 
 
 def _known_paths() -> Iterator[tuple[str, str]]:

@@ -47,12 +47,12 @@ def read_name(key: str) -> Reading | None:
     match = _PREFIX.fullmatch(split[0]) if split else None
     if split is None or match is None:
         return None
-    found = unflatten(match[2])
-    part = None if found is None else _part(match[1], found[0])
-    name = None if found is None or part is None else publish(part, found[1])
-    if name is None or found is None:
+    kind, path = unflatten(match[2]) or (None, "")
+    part = None if kind is None else _part(match[1], kind)
+    name = None if part is None else publish(part, path)
+    if name is None:
         return None
-    left_open = match[1] == "lora_te" and found[0] == "clip"  # SD1's or SD2's only one, or the refiner's second
+    left_open = match[1] == "lora_te" and kind == "clip"  # SD1's or SD2's only one, or the refiner's second
     return Reading(name + split[2], split[1], split[0], assumed=left_open)
 
 

@@ -54,11 +54,11 @@ def settle(shapes: Shapes) -> Mapping[str, str]:
 Walk = Sequence[tuple[str, tuple[int, ...]]]
 
 
-def _fits(walk: Walk, found: Shapes, part: str) -> bool:
-    if len(walk) != len(found):
+def _fits(walk: Walk, layers: Shapes, part: str) -> bool:
+    if len(walk) != len(layers):
         return False
     for index, (_, shape) in enumerate(walk):
-        roles = found.get(f"{part}.#{index}", {})
+        roles = layers.get(f"{part}.#{index}", {})
         if (roles.get("up", ())[:1], roles.get("down", (0, 0))[1:2]) != (shape[:1], shape[1:2]):
             return False
     return True

@@ -108,8 +108,8 @@ def plan_layer(stem: Stem, header: Header, settings: LayerSettings) -> LayerPlan
 def _no_numbers(stem: Stem) -> str | None:
     """Which of the tensors holds no real numbers that can be read; an alpha may be a whole one."""
     odd = (f"{role} has dtype {info.dtype}" for role, (_, info) in stem.roles.items() if info.dtype not in FLOATING)
-    found = next((text for text in odd if not text.startswith("alpha ")), None)
-    return None if found is None else f"{found}; expected a floating dtype, F16, BF16 or F32"
+    problem = next((text for text in odd if not text.startswith("alpha ")), None)
+    return None if problem is None else f"{problem}; expected a floating dtype, F16, BF16 or F32"
 
 
 def _impossible(stem: Stem, outcome: _Outcome) -> str | None:

@@ -61,10 +61,12 @@ class Patterns:
         """
         if len(self.names) * len(path) * layers > _STEPS:
             raise DialectError(f"{len(self.names)} sorts of rank or alpha patterns could take forever to look through")
-        found = [table[key] for form, table in self.names.items() if (key := form.key_of(path) or "") in table]
+        matches = [table[key] for form, table in self.names.items() if (key := form.key_of(path) or "") in table]
         times = layers * len(self.expressions)
-        found += [(position, value) for position, pattern, value in self.expressions if _matches(pattern, path, times)]
-        return min(found, key=lambda entry: entry[0])[1] if found else None
+        matches += [
+            (position, value) for position, pattern, value in self.expressions if _matches(pattern, path, times)
+        ]
+        return min(matches, key=lambda entry: entry[0])[1] if matches else None
 
 
 def read_patterns(patterns: Any) -> Patterns:

@@ -78,18 +78,18 @@ def plan(
     if stray:
         header = replace(header, config=None)
     check_config(header.config or {})
-    found = _sort(header)
-    if not found.stems:
+    contents = _sort(header)
+    if not contents.stems:
         raise DialectError(_nothing_read(header))
-    named = _settle(found.stems.values())
+    named = _settle(contents.stems.values())
     used = _used(_assign_parts(named, part))
     configs = read_configs(header)
     settings = [configs.of(stem.name, stem.stem, in_folder=owns_config or _is_wrapped(stem.stem)) for stem in used]
     layers = _merge_twins(_plan_layer(stem, header, said) for stem, said in zip(used, settings, strict=True))
-    trained = find_trained(found.unread, layers)
+    trained = find_trained(contents.unread, layers)
     if trained is not None:
         raise DialectError("this is {}: {!r}, {}; it cannot be read".format(*trained))
-    left = sort_leftovers(found.unread, layers)
+    left = sort_leftovers(contents.unread, layers)
     layers, idle = leave_out_idle(layers, find_zeros)
     shapes = {name: layer.shape for name, layer in layers.items() if layer.shape}
     family = recognize_family(shapes, header.metadata, header.config)
@@ -101,7 +101,7 @@ def plan(
         family=family,
         metadata=header.metadata,
         base=find_base(header.metadata, header.config),
-        faults=(*found.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
+        faults=(*contents.clashes, *_all_faults(layers), *left.faults, *_unreadable(left.extras, header)),
         notes=(
             *_all_notes(layers, named),
             *_note_positions(named),
@@ -136,28 +136,28 @@ def _used(stems: Iterable[Stem]) -> list[Stem]:
 
 
 def _sort(header: Header) -> _Sorted:
-    found = _Sorted()
+    contents = _Sorted()
     for key, info in header.tensors.items():
         reading, dialect = _read(key)
         if reading is None:
-            found.unread.append(key)
+            contents.unread.append(key)
             continue
         if not key.isprintable():
-            found.clashes.append(f"{key!r} holds control characters, and no layer is called so")
+            contents.clashes.append(f"{key!r} holds control characters, and no layer is called so")
             continue
         identity = f"{reading.stem}|{reading.name}"
-        stem = found.stems.setdefault(identity, Stem(reading.stem, reading.name, dialect, reading.assumed))
+        stem = contents.stems.setdefault(identity, Stem(reading.stem, reading.name, dialect, reading.assumed))
         if reading.role in stem.roles and reading.role != "unused":
-            found.clashes.append(
+            contents.clashes.append(
                 f"{key!r} and {stem.roles[reading.role][0]!r} are both the {reading.role} of one layer"
             )
         stem.roles[reading.role] = (key, info)
-    found.clashes += [  # a pickle can hold numbers that are no tensors
+    contents.clashes += [  # a pickle can hold numbers that are no tensors
         f"{key!r} is {value!r:.40} and no tensor; a reader would lose it"
         for key, value in header.metadata.items()
         if len(key) <= _LONGEST_NAME and _read(key)[0] is not None
     ]
-    return found
+    return contents
 
 
 @lru_cache(maxsize=1 << 14)  # files for one base spell the same names
@@ -268,9 +268,9 @@ def _all_faults(layers: Mapping[str, LayerPlan]) -> Iterator[str]:
 
 
 def _unreadable(extras: Sequence[str], header: Header) -> Iterator[str]:
-    found = [key for key in extras if header.tensors[key].dtype in UNREADABLE]
-    if found:
-        yield f"extra tensor {found[0]!r} has dtype {header.tensors[found[0]].dtype}, which torch cannot hold"
+    keys = [key for key in extras if header.tensors[key].dtype in UNREADABLE]
+    if keys:
+        yield f"extra tensor {keys[0]!r} has dtype {header.tensors[keys[0]].dtype}, which torch cannot hold"
 
 
 def _note_positions(stems: Sequence[Stem]) -> Iterator[str]:
