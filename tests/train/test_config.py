@@ -54,3 +54,8 @@ def test_a_config_file_that_is_none_is_refused(tmp_path):
         read_settings(tmp_path / "bad.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_settings(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(("called", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16"), ("torch.float32", "float32")])
+def test_a_dtype_has_the_names_that_it_has_in_other_commands(called, dtype):
+    assert make_config({"output": "run", "dtype": called}).dtype == dtype

@@ -1,6 +1,7 @@
 """What a run costs, said before it is started."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -65,3 +66,30 @@ def test_the_command_prints_the_table_and_writes_nothing(tmp_path, monkeypatch):
 def test_a_preset_is_made_of_settings_that_exist(name):
     config = make_config({"output": "x", **PRESETS[name]})
     assert config.dtype == "bfloat16"
+
+
+def test_of_several_processes_one_prints_what_a_run_costs_and_what_is_wrong(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    (tmp_path / "tiny.toml").write_text("prompts_per_step = 1\nimages_per_prompt = 2\ninference_steps = 4\n")
+    printed = []
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        result = CliRunner().invoke(app, ["train", "--dry-run", "--config", "tiny.toml", "--json"])
+        assert result.exit_code == 0, result.output
+        printed.append(result.output.count('"units"'))
+    assert printed == [1, 0]
+    result = CliRunner().invoke(app, ["train", "--preset", "9gb"])
+    assert (result.exit_code, result.output) == (2, "")
+
+
+def test_a_dry_run_reads_rewards_from_the_current_folder_as_the_run_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    (tmp_path / "my_own_reward.py").write_text("def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n")
+    (tmp_path / "tiny.toml").write_text("prompts_per_step = 1\nimages_per_prompt = 2\ninference_steps = 4\n")
+    arguments = ["train", "--dry-run", "--config", "tiny.toml", "--reward", "python:my_own_reward:dark"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(app, ["train", "--dry-run", "--reward", "env:./my_own_reward.py:dark"])
+    assert "does not say what it needs" in str(result.exception)

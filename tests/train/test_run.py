@@ -124,12 +124,18 @@ def test_training_on_brightness_makes_the_shapes_pipeline_draw_brighter(tmp_path
     assert after[1] > before[1] + 0.015
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
-def test_a_tracker_that_is_not_there_is_named(tmp_path, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("tensorboard", "'tensorboard', which is not installed: pip install tensorboard$"),
+        ("mlflow", "'mlflow'; expected one of tensorboard, wandb, trackio$"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_named(tmp_path, name, says, monkeypatch):
     from accelerate import tracking
 
     monkeypatch.setattr(tracking, "is_tensorboard_available", lambda: False)
-    with pytest.raises(ConfigError, match=f"track = '{name}'; expected one of tensorboard, wandb, trackio"):
+    with pytest.raises(ConfigError, match=f"track = {says}"):
         run(tmp_path, track=(name,))
 
 

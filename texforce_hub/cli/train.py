@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from texforce_hub.cli import names
 from texforce_hub.cli.console import put, put_json, say
 from texforce_hub.cli.environments import prepare_rewards
-from texforce_hub.cli.options import RESULT, WORK, AsJson, Yes, option
+from texforce_hub.cli.options import RESULT, WORK, AsJson, Device, Dtype, Yes, option
 from texforce_hub.cli.table import put_table
 from texforce_hub.errors import ConfigError, NotBetterError, TexForceHubError
 
@@ -138,13 +138,8 @@ def train(
     decoder: Annotated[
         str | None, option("--decoder", metavar="REF", help="An AutoencoderTiny in the VAE's place.", group=WORK)
     ] = None,
-    device: Annotated[
-        str | None,
-        option("--device", metavar="NAME", help="cpu, cuda, cuda:1 …; default: CUDA if present.", group=WORK),
-    ] = None,
-    dtype: Annotated[
-        str | None, option("--dtype", metavar="NAME", help="float32 (default), float16, bfloat16.", group=WORK)
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     yes: Yes = False,
     output: Annotated[
         Path | None,
@@ -164,20 +159,31 @@ def train(
 ) -> None:
     """Train a text-encoder LoRA with a reward (TexForce): adapter, metrics, pictures."""
     options = {name: value for name, value in locals().items() if name not in _NO_SETTINGS and value is not None}
+    from texforce_hub.evaluate.processes import Share
+    from texforce_hub.train.config import make_config
+
+    sys.path.insert(0, "")  # python:module:function finds modules of the current folder
+    follows = Share.from_environment().rank > 0  # a launcher started another process, which speaks for all
+    with _silently() if follows else nullcontext():
+        settings = _read_settings(config, preset, options)
+        prepared = make_config({"output": "none", **settings} if dry_run else settings)
+        prepare_rewards([*prepared.reward, *prepared.watch], yes=yes)
+        if follows:
+            _follow(prepared, dry_run=dry_run)
+        elif dry_run:
+            _estimate(prepared, as_json)
+        else:
+            _run(prepared, as_json)
+
+
+def _read_settings(config: Path | None, preset: str | None, options: dict[str, Any]) -> dict[str, Any]:
     from texforce_hub.settings import read_settings, suggest_name
-    from texforce_hub.train.config import PRESETS, make_config
+    from texforce_hub.train.config import PRESETS
 
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"no preset {preset!r}; {suggest_name(preset, PRESETS, otherwise='there are')}")
-    settings = PRESETS[preset] if preset else {}
-    settings = settings | (read_settings(config) if config else {})
-    settings |= {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    if dry_run:
-        _estimate(make_config({"output": "none", **settings}), as_json)
-    else:
-        prepared = make_config(settings)
-        prepare_rewards([*prepared.reward, *prepared.watch], yes=yes)
-        _run(prepared, as_json)
+    settings = (PRESETS[preset] if preset else {}) | (read_settings(config) if config else {})
+    return settings | {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
 def _estimate(config: Any, as_json: bool) -> None:
@@ -198,12 +204,7 @@ def _estimate(config: Any, as_json: bool) -> None:
 def _run(config: Any, as_json: bool) -> None:
     from texforce_hub.train.run import train_adapter
     from texforce_hub.train.run_folder import ADAPTER
-    from texforce_hub.train.team import follows
 
-    sys.path.insert(0, "")  # python:module:function finds modules of the current folder
-    if follows():
-        _follow(config)
-        return
     with _progress(config.steps) as show:
         try:
             adapter = train_adapter(config, on_step=show)
@@ -221,16 +222,23 @@ def _run(config: Any, as_json: bool) -> None:
         put(f"{path}: weights of step {step} of {config.steps}")
 
 
-def _follow(config: Any) -> None:
-    """Train behind another process, which says all there is to say but that it is lost."""
+def _follow(config: Any, *, dry_run: bool) -> None:
+    from texforce_hub.train.run import train_adapter
+
+    if not dry_run:  # one process is enough to say what it would cost
+        train_adapter(config)
+
+
+@contextmanager
+def _silently() -> Iterator[None]:
+    """End as another process does, which says all there is to say but that it is lost."""
     import logging
 
-    from texforce_hub.train.run import train_adapter
     from texforce_hub.train.team import LostProcessError
 
     logging.getLogger("texforce_hub").setLevel(logging.CRITICAL)
     try:
-        train_adapter(config)
+        yield
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except LostProcessError:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal
 
+from texforce_hub.device import spell_dtype
 from texforce_hub.errors import ConfigError
 from texforce_hub.settings import ABOVE_ZERO, UNIT, Count, Natural, NotNegative, Positive, Settings, Share, at_least
 
@@ -143,6 +144,8 @@ def make_config(settings: dict[str, Any]) -> TrainConfig:
         if name in GONE:
             raise ConfigError(f"there is no option {name!r} any more: {GONE[name]}")
     settings = {RENAMED.get(name, name): value for name, value in settings.items()}
+    if isinstance(dtype := settings.get("dtype"), str):
+        settings["dtype"] = spell_dtype(dtype)
     lists = {name: [value] for name in ("reward", "watch", "track") if isinstance(value := settings.get(name), str)}
     return TrainConfig.from_table(settings | lists)
 

@@ -106,8 +106,10 @@ class Trackers:
         for name in config.track:
             from accelerate import tracking
 
-            if name not in TRACKERS or not getattr(tracking, f"is_{name}_available")():
-                raise ConfigError(f"track = {name!r}; expected one of {', '.join(TRACKERS)}, and pip install {name}")
+            if name not in TRACKERS:
+                raise ConfigError(f"track = {name!r}; expected one of {', '.join(TRACKERS)}")
+            if not getattr(tracking, f"is_{name}_available")():
+                raise ConfigError(f"track = {name!r}, which is not installed: pip install {name}")
 
     def __enter__(self) -> Self:
         for name in self.config.track:

@@ -132,11 +132,6 @@ def joined() -> Iterator[Team]:
     yield Team(state.process_index, state.num_processes, state.device, group)
 
 
-def follows() -> bool:
-    """Whether a launcher started this process behind another, which speaks for both."""
-    return int(os.environ.get("RANK") or 0) > 0
-
-
 @contextmanager
 def _losing() -> Iterator[None]:
     try:

@@ -107,13 +107,16 @@ def _read_csv(path: Path, column: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: Path, column: str) -> Iterator[str]:
+    picked = column  # in the first row that has columns; a row without it is no row of this table
     for number, line in enumerate(read_text(path, error=PromptError).split("\n"), 1):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line) if line.strip() else ""
         except (ValueError, RecursionError) as error:
             raise PromptError(f"{where}: is no JSON: {first_line(error)}") from error
-        yield _read_row(row, column, where)
+        if isinstance(row, Mapping):
+            picked = _pick_column(list(row), picked, where)
+        yield _read_row(row, picked, where)
 
 
 def _read_row(row: Any, column: str, where: str) -> str:
