@@ -48,6 +48,23 @@ def check_help(command, *names):
         assert "-o, --output" in result.output or command == "demo"
 
 
+def flags(command):
+    parameters = typer.main.get_command(cli.app).commands[command].params
+    return [parameter for parameter in parameters if getattr(parameter, "is_flag", False)]
+
+
+@pytest.mark.parametrize("command", ["apply", "check", "evaluate", "tune", "train"])
+def test_help_names_both_spellings_of_what_can_be_switched_off(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    switches = [option for option in flags(command) if option.secondary_opts]
+    output = run(command, "-h").output
+    assert switches
+    for option in switches:
+        (name,), (off,) = option.opts, option.secondary_opts
+        assert off == f"--no-{name[2:]}"
+        assert f"--[no-]{name[2:]} " in output
+
+
 def test_help_and_completion_import_no_torch():
     code = (
         "import sys, runpy\n"

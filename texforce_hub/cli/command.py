@@ -98,6 +98,8 @@ class Command(TyperCommand):
 
 def _spelled(option: Any) -> str:
     names = ", ".join(sorted(option.opts, key=len))
+    if option.secondary_opts:  # --[no-]strict is --strict and --no-strict
+        names = names.replace("--", "--[no-]", 1)
     kind = getattr(option.type_descriptor, "annotation", str)
     value = option.metavar or {int: "N", float: "X"}.get(kind, "PATH" if "Path" in str(kind) else "TEXT")
     return names if option.is_flag or option.name == "help" else f"{names} {value}"

@@ -109,7 +109,7 @@ FirstSeed = Annotated[
 ]
 Strict = Annotated[
     bool,
-    option("--strict/--no-strict", help="Refuse a layer that the base lacks; --no-strict leaves it out.", group=WORK),
+    option("--strict/--no-strict", help="Refuse a layer that the base lacks, or leave it out.", group=WORK),
 ]
 Seed = Annotated[
     int,

@@ -206,7 +206,8 @@ class EvaluationRun:
         """Say of which groups the intervals are not to be trusted."""
         for group in GROUPS:
             if 0 < (count := len(self.plan.numbers(group))) < _FEW:
-                logger.warning("%s: intervals over %d prompts are too narrow; take %d or more", group, count, _FEW)
+                prompts = "1 prompt" if count == 1 else f"{count} prompts"
+                logger.warning("%s: intervals over %s are too narrow; take %d or more", group, prompts, _FEW)
 
     def _results(self, evaluation: Evaluation) -> dict[str, Any]:
         plan = self.plan

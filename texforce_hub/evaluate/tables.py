@@ -30,7 +30,8 @@ def tabulate(results: Mapping[str, Any]) -> Iterator[Figures]:
     for group, of_group in results["groups"].items():
         for measure, figures in of_group["measures"].items():
             mark = " (held out)" if measure in held_out else ""
-            title = f"{measure}{mark}, {of_group['prompts']} {_WORDS[group]}"
+            words = _WORDS[group].removesuffix("s") if of_group["prompts"] == 1 else _WORDS[group]
+            title = f"{measure}{mark}, {of_group['prompts']} {words}"
             columns = ["stack", "mean", f"minus {first}, paired", "prompts better", "p (Holm)", "could show"]
             against = {c["stack"]: c for c in figures["comparisons"] if c["other"] == first}
             rows = [(name, _mean(mean), *_compared(against.get(name))) for name, mean in figures["means"].items()]

@@ -69,6 +69,8 @@ class StackEntry:
         if self.weight.ramp or self.weight.ramps:
             raise ConfigError(f"{self.weight}: it brings weights over the steps, and {weight!r} beside them; give one")
         weights = _weights(weight, self.label, self.adapter)
+        if not isinstance(weight, AdapterRef):
+            weights = replace(weights, source=self.weight.source, name=self.weight.name)
         return replace(self, weight=weights if self.weight.is_constant else replace(weights, window=self.weight.window))
 
 
