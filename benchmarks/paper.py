@@ -160,7 +160,7 @@ def tune(lab: Lab, seeds: Sequence[int]) -> None:
         paths = [str(lab.adapters[task, seed]) for task in TASKS]
         found = tune_weights(
             lab.pipe, [(path, 0.5) for path in paths], prompts, list(lab.rewards), sampling=sampling, seed=seed,
-            generations=1 if lab.quick else 8, population=4 if lab.quick else 8,
+            generations=1 if lab.quick else 8, population=4 if lab.quick else 8, patience=8,
         )  # fmt: skip
         weights = [ref.weight for ref in found.refs]
         variants = {

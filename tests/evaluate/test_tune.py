@@ -17,7 +17,7 @@ from texforce_hub.evaluate import tune
 from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Sampling
 from texforce_hub.evaluate.genome import Genome
-from texforce_hub.evaluate.gradient import value_and_gradient
+from texforce_hub.evaluate.gradient import values_and_gradient
 from texforce_hub.evaluate.tune import split_in_half, tune_weights
 from texforce_hub.evaluate.variants import evaluate_variants
 from texforce_hub.generate.recipe import replay_run
@@ -59,8 +59,9 @@ def test_a_search_finds_the_weight_that_a_reward_was_made_from(part):
         return -(images - wanted).square().mean((1, 2, 3)) * 1000
 
     found = tune_weights(
-        pipe, [(adapter, 0.2)], PROMPTS, [Reward("score", score)], generations=14, population=8, sampling=FAST
-    )
+        pipe, [(adapter, 0.2)], PROMPTS, [Reward("score", score)],
+        generations=14, population=8, patience=14, sampling=FAST,
+    )  # fmt: skip
     assert found.refs[0].weight == pytest.approx(0.9, abs=0.06)
     assert found.generations[-1].mean > found.generations[0].mean
     assert same_bits(pipe, before)
@@ -80,8 +81,29 @@ def test_the_report_is_on_prompts_that_the_search_did_not_see():
     )
     assert set(found.searched).isdisjoint(found.evaluation.prompts)
     assert {*found.searched, *found.evaluation.prompts} == set(PROMPTS)
-    assert seen[: 4 * len(found.searched)] == [prompt for prompt in found.searched for _ in range(4)]
+    assert seen[: 5 * len(found.searched)] == [prompt for prompt in found.searched for _ in range(5)]
     assert found.evaluation.variants == ("base", "adapter", "adapter-2", "equal", "tuned")
+
+
+def test_a_search_that_gains_nothing_ends_before_its_last_generation():
+    pipe = tiny_pipeline("sd1")
+    noise = torch.Generator().manual_seed(0)
+    chance = Reward("chance", lambda images, _: torch.rand(len(images), generator=noise))
+    adapter = random_adapter(pipe, parts=["text_encoder"])
+    asked = {"generations": 12, "population": 4, "sampling": FAST}
+    found = tune_weights(pipe, adapter, PROMPTS, [chance], **asked, patience=2)
+    assert found.ended == "unresolved"
+    assert 2 <= len(found.generations) < 12
+    found = tune_weights(pipe, adapter, PROMPTS, [chance], **asked | {"generations": 4}, patience=4)
+    assert (len(found.generations), found.ended) == (4, "generations")
+
+
+def test_weights_that_began_unequal_are_reported_beside_equal_ones():
+    pipe = tiny_pipeline("sd1")
+    stack = [(random_adapter(pipe, parts=["text_encoder"], seed=seed), weight) for seed, weight in ((0, 0.4), (1, 0.8))]
+    found = tune_weights(pipe, stack, PROMPTS, [near(0.5)], generations=1, population=4, sampling=FAST)
+    assert found.evaluation.variants == ("base", "adapter", "adapter-2", "equal", "start", "tuned")
+    assert found.start == "start"
 
 
 def test_every_candidate_has_the_same_noise_and_a_stack_is_drawn_as_it_is_put_on_by_hand():
@@ -120,7 +142,9 @@ def test_a_split_depends_on_the_text_of_the_prompts_alone():
         ({"per": "layer"}, "expected one of adapter, part, block"),
         ({"generations": 0}, "at least one"),
         ({"population": 2}, "at least 4"),
+        ({"patience": 0}, "patience 0; expected at least one"),
         ({"bounds": (1.0, 0.0)}, "lower one first"),
+        ({"bounds": (0.0, 0.5)}, "adapter: begins at weight 1, which is not within the bounds 0 to 0.5"),
         ({"rewards": []}, "expected a list of at least one"),
         ({"seed": 2**31}, "seed 2147483648; expected 0 to 2147483647"),
         ({"seed": -1}, "seed -1; expected 0"),
@@ -148,7 +172,7 @@ def test_the_command_prints_a_stack_and_writes_a_recipe_that_replays(tmp_path):
     result = CliRunner().invoke(
         app,
         [
-            *("tune", "--adapter", "shapes-colour:0.5", "--adapter", "shapes-shape:0.5", "--prompts", str(prompts)),
+            *("tune", "--adapter", "shapes-colour", "--adapter", "shapes-shape:0.5", "--prompts", str(prompts)),
             *("--generations", "1", "--population", "4", "--inference-steps", "1", "--reward", "brightness"),
             *("--device", "cpu", "--save-recipe", str(tmp_path / "r.toml"), "--json"),
         ],
@@ -169,11 +193,11 @@ def test_the_gradient_is_that_of_finite_differences(parts):
     sampling = Sampling((0, 1), inference_steps=2, guidance=2.0, batch_size=3)
     drawn = PROMPTS[:2], [reward], sampling
     at = np.full(len(genome.keys), 0.5)
-    value, slope = value_and_gradient(pipe, genome, at, *drawn)
-    assert value == pytest.approx(tune._Task(pipe, genome, *drawn).score([at]).mean(), abs=1e-3)
+    values, slope = values_and_gradient(pipe, genome, at, *drawn)
+    assert values == pytest.approx(tune._Task(pipe, genome, *drawn).score([at])[0], abs=1e-3)
     for number in range(len(at)):
         step = np.eye(len(at))[number] * 0.01
-        above, below = (value_and_gradient(pipe, genome, at + s * step, *drawn)[0] for s in (1, -1))
+        above, below = (values_and_gradient(pipe, genome, at + s * step, *drawn)[0].mean() for s in (1, -1))
         assert slope[number] == pytest.approx((above - below) / 0.02, rel=0.05, abs=0.02)
     assert same_bits(pipe, before)
 

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from texforce_hub.evaluate.tune import Generation, Tuning
 
 SEARCH, POPULATION = "The search", 8
+_ENDED = {
+    "generations": "as many as were allowed",
+    "resolved": "ended as it had gained and no further gain could be told from chance",
+    "unresolved": "ended as no gain could be told from chance",
+    "converged": "ended as its steps were too short to see",
+}
 
 
 def register(app: typer.Typer) -> None:
@@ -40,6 +46,9 @@ def tune(
     generations: Annotated[int, option("--generations", metavar="N", min=1, help="At most: 12.", group=SEARCH)] = 12,
     population: Annotated[int, option("--population", metavar="N", min=4, help="Candidates in each: 8.", group=SEARCH)]
     = POPULATION,
+    patience: Annotated[
+        int, option("--patience", metavar="N", min=1, help="Generations without a gain that end it: 4.", group=SEARCH)
+    ] = 4,
     highest: Annotated[float, option("--highest", metavar="X", help="Largest weight: 1.5.", group=SEARCH)] = 1.5,
     lowest: Annotated[float, option("--lowest", metavar="X", help="Smallest weight: 0.", group=SEARCH)] = 0.0,
     gradient: Annotated[
@@ -93,8 +102,8 @@ def tune(
 
         tuning = tune_weights(
             pipe, [entry.item for entry in entries], texts, rewards, per=per,  # type: ignore[arg-type]
-            generations=generations, population=population, bounds=(lowest, highest), gradient=gradient,
-            sampling=sampling, strict=strict, seed=seed, on_generation=on_generation,
+            generations=generations, population=population, patience=patience, bounds=(lowest, highest),
+            gradient=gradient, sampling=sampling, strict=strict, seed=seed, on_generation=on_generation,
         )  # fmt: skip
     stack = [str(replace(ref, weight=best.weight, parts=best.parts)) for ref, best in zip(given, tuning.refs)]
     if save_recipe is not None:
@@ -123,6 +132,7 @@ def _described(tuning: "Tuning", stack: list[str]) -> dict[str, object]:
     return {
         "stack": stack,
         "generations": generations,
+        "ended": tuning.ended,
         "searched": tuning.searched,
         "held_out": describe(tuning.evaluation),
     }
@@ -136,10 +146,11 @@ def _print(tuning: "Tuning", stack: list[str]) -> None:
             against = "" if name == "tuned" else str(result.difference("tuned", name, reward=reward))
             rows.append([name, f"{result.mean(name, reward=reward).mean:.3f}", against])
         put_table(["stack", f"{reward}, held out", "tuned minus it, paired"], rows)
+    count = len(tuning.generations)
     put_detail(
-        f"{len(tuning.generations)} generations on {len(tuning.searched)} prompts; reported on {len(result.prompts)} "
-        "others, 95 % bootstrap intervals over prompts"
+        f"{count} generation{'' if count == 1 else 's'} on {len(tuning.searched)} prompts, {_ENDED[tuning.ended]}; "
+        f"reported on {len(result.prompts)} others, 95 % bootstrap intervals over prompts"
     )
-    gain = result.difference("tuned", "equal")
+    gain = result.difference("tuned", tuning.start)
     verdict = "better than" if gain.low > 0 else "worse than" if gain.high < 0 else "not told apart from"
     put(f"{' + '.join(stack)}: {verdict} the weights it began with ({gain})")

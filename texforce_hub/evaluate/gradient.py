@@ -20,8 +20,8 @@ _FIRST_STEP = 0.1
 _BETAS = (0.8, 0.95)
 """Adam's: how much of the gradients before is remembered; the noise is the same in every step, so little is needed."""
 
-Ascent = Iterator[tuple[float, np.ndarray, float]]
-"""Of each step: the mean reward where it began, the best vector so far, how far the step went."""
+Ascent = Iterator[tuple[np.ndarray, np.ndarray, float]]
+"""Of each step: the pictures' rewards where it began, the best vector so far, how far the step went."""
 
 
 def check_differentiable(rewards: Sequence[Reward]) -> None:
@@ -55,8 +55,8 @@ def climb(
     vector, best, highest = start.copy(), start.copy(), -np.inf
     first, second = np.zeros_like(vector), np.zeros_like(vector)
     for number in range(steps):
-        value, slope = value_and_gradient(pipe, genome, vector, prompts, rewards, sampling, strict=strict)
-        if value > highest:
+        values, slope = values_and_gradient(pipe, genome, vector, prompts, rewards, sampling, strict=strict)
+        if (value := float(values.mean())) > highest:
             best, highest = vector.copy(), value
         first = _BETAS[0] * first + (1 - _BETAS[0]) * slope
         second = _BETAS[1] * second + (1 - _BETAS[1]) * slope**2
@@ -64,10 +64,10 @@ def climb(
         rate = _FIRST_STEP * (high - low) * (1 - number / steps)
         moved = np.clip(vector + rate * mean / (np.sqrt(square) + 1e-12), low, high)
         distance, vector = float(np.abs(moved - vector).max()), moved
-        yield value, best, distance
+        yield values, best, distance
 
 
-def value_and_gradient(
+def values_and_gradient(
     pipe: Any,
     genome: Genome,
     vector: np.ndarray,
@@ -76,8 +76,8 @@ def value_and_gradient(
     sampling: Sampling,
     *,
     strict: bool = True,
-) -> tuple[float, np.ndarray]:
-    """The mean of the rewards' weighted sum over all pictures, and its gradient at the vector, ``(numbers,)``.
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rewards' weighted sums ``(prompts · seeds,)``, and the gradient of their mean at the vector, ``(numbers,)``.
 
     The noise is that of :class:`~texforce_hub.evaluate.drawing.Easel`. The graph of a batch through all its steps is in
     memory at once: smaller batches, fewer steps need less.
@@ -87,14 +87,14 @@ def value_and_gradient(
     """
     jobs = [Job("", index, text, seed) for index, text in enumerate(prompts) for seed in sampling.seeds]
     numbers = torch.tensor(vector, dtype=torch.float32, requires_grad=True)
-    total, slope = 0.0, torch.zeros_like(numbers)
+    values, slope = list[float](), torch.zeros_like(numbers)
     with quiet(pipe), cuts_said(), torch.enable_grad():
         for i in range(0, len(jobs), sampling.batch_size):
             some = jobs[i : i + sampling.batch_size]
-            score = _score(pipe, genome, numbers, some, rewards, sampling, strict=strict) / len(jobs)
-            (part,) = torch.autograd.grad(score, numbers)
-            total, slope = total + float(score.detach()), slope + part
-    return total, slope.double().numpy()
+            scores = _score(pipe, genome, numbers, some, rewards, sampling, strict=strict)
+            (part,) = torch.autograd.grad(scores.sum() / len(jobs), numbers)
+            values, slope = values + scores.tolist(), slope + part
+    return np.array(values), slope.double().numpy()
 
 
 def _score(
@@ -107,7 +107,7 @@ def _score(
     *,
     strict: bool,
 ) -> torch.Tensor:
-    """The sum of the rewards' weighted sums over some pictures."""
+    """The rewards' weighted sum of each of some pictures."""
     texts = [job.prompt for job in jobs]
     settings = DrawSettings(tuple(texts), inference_steps=sampling.inference_steps, guidance=sampling.guidance)
     given: dict[str, Any] = {"prompt": texts}
@@ -119,5 +119,5 @@ def _score(
 
     with weighted_adapters(pipe, genome.entries, weight_of, strict=strict):
         pictures = sample(pipe, settings, [job.noise for job in jobs], given, output_type="pt", differentiable=True)
-    scores = [reward.weight * reward(pictures.float(), texts).sum().cpu() for reward in rewards]
-    return torch.stack(scores).sum()
+    scores = [reward.weight * reward(pictures.float(), texts).cpu() for reward in rewards]
+    return torch.stack(scores).sum(0)

@@ -7,8 +7,8 @@ All candidates of a generation see the same prompts and the same noise, so that 
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -18,6 +18,8 @@ from texforce_hub.evaluate.drawing import Easel, Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
 from texforce_hub.evaluate.genome import Genome, Per
 from texforce_hub.evaluate.gradient import check_differentiable, climb
+from texforce_hub.evaluate.progress import PATIENCE, Progress
+from texforce_hub.evaluate.statistics import Interval
 from texforce_hub.evaluate.variants import check_rewards, evaluate_variants, score_jobs
 from texforce_hub.generate.prompts.sets import refuse_markup
 from texforce_hub.hub.refs.adapter import AdapterRef
@@ -32,14 +34,22 @@ _SHORTEST_MOVE = 0.005
 """A step along the gradient that moves no weight by more is the last."""
 _LARGEST_SEED = 2**31 - 1
 
+Ended = Literal["generations", "resolved", "unresolved", "converged"]
+"""Why a search ended: all generations were done; a gain over the start was told apart from chance and no further one
+could be; no gain could be; its steps were too short to see."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One generation of the search: its candidates' mean rewards, best and mean, and how far it steps."""
+    """One generation of the search: its candidates' mean rewards, best and mean, and how far it steps.
+
+    gain: of the weights that the generation began with over those of the start, paired by prompt of the search
+    """
 
     best: float
     mean: float
     step: float
+    gain: Interval
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +57,22 @@ class Tuning:
     """Chosen weights, the search that led there, and what they are worth on prompts that it did not see.
 
     refs: the stack's references with the chosen weights
-    evaluation: the variants ``base``, each adapter alone at weight 1, ``equal`` (where the search began) and ``tuned``
+    evaluation: the variants ``base``, each adapter alone at weight 1, ``equal`` (all at the mean weight that the search
+        began with), ``start`` (where it began, if those were not equal) and ``tuned``
     searched: the prompts of the search; the evaluation's own are the others
+    ended: why the search ended
     """
 
     refs: tuple[AdapterRef, ...]
     evaluation: Evaluation
     generations: tuple[Generation, ...]
     searched: tuple[str, ...]
+    ended: Ended = "generations"
+
+    @property
+    def start(self) -> str:
+        """The variant that the search began with."""
+        return "start" if "start" in self.evaluation.variants else "equal"
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.refs))
@@ -69,6 +87,7 @@ def tune_weights(
     per: Per = "adapter",
     generations: int = 12,
     population: int = 8,
+    patience: int = PATIENCE,
     bounds: tuple[float, float] = (0.0, 1.5),
     gradient: bool = False,
     sampling: Sampling | None = None,
@@ -83,9 +102,11 @@ def tune_weights(
         adapters: the stack, as ``apply_adapter`` takes it; its weights are where the search begins.
         prompts: at least four; half of them, chosen by their text, are for the search, the others for the report.
         per: whether an adapter, each of its parts, or each of its blocks has a weight of its own.
-        generations, population: how many rounds of how many candidates; the search ends before when its steps are
-            below 0.02.
-        bounds: of every weight.
+        generations, population: how many rounds of how many candidates, at most; the search ends before when its steps
+            are below 0.02.
+        patience: so many generations in a row without a gain that the search's prompts can tell apart from chance
+            (:class:`~texforce_hub.evaluate.progress.Progress`) end it too; with ``generations`` never.
+        bounds: of every weight, those of the start among them.
         gradient: follow the rewards' gradient through all denoising steps, one step a generation, instead of searching;
             ``population`` has no meaning then. For rewards that are differentiable and adapters that are low rank.
         strict: as in ``apply_adapter``.
@@ -112,7 +133,8 @@ def tune_weights(
     """
     check_pipeline(pipe)
     sampling = sampling or Sampling()
-    _check(rewards, per, generations, population, bounds)
+    check_rewards(rewards)
+    _check(per, generations, population, patience, bounds)
     if not 0 <= seed <= _LARGEST_SEED:
         raise ConfigError(f"seed {seed}; expected 0 to {_LARGEST_SEED}")
     check_kind(sampling, Sampling, "give Sampling(seeds, …)").check()
@@ -120,10 +142,12 @@ def tune_weights(
         check_differentiable(rewards)
     searched, reported = split_in_half(prompts)
     genome = Genome.of(read_stack(adapters), per)
-    start = np.clip(genome.start, *bounds)
+    start = genome.start
+    _check_start(genome, bounds)
     history: list[Generation] = []
     best = start
-    task = _Task(pipe, genome, searched, rewards, sampling, strict=strict)
+    progress = Progress(patience)
+    task = _Task(pipe, genome, searched, rewards, sampling, progress, strict=strict)
     rounds = (
         task.climb(start, bounds, generations)
         if gradient
@@ -136,7 +160,8 @@ def tune_weights(
             on_generation(len(history), generation)
     variants = _variants(genome, start, best)
     evaluation = evaluate_variants(pipe, variants, reported, rewards, sampling=sampling, strict=strict)
-    return Tuning(genome.refs(best), evaluation, tuple(history), tuple(searched))
+    ended = _why(history, generations, progress)
+    return Tuning(genome.refs(best), evaluation, tuple(history), tuple(searched), ended)
 
 
 def split_in_half(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -153,12 +178,27 @@ def split_in_half(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
     return ordered[::2], ordered[1::2]
 
 
-def _check(rewards: Sequence[Reward], per: str, generations: int, population: int, bounds: tuple[float, float]) -> None:
-    check_rewards(rewards)
+def _why(history: Sequence[Generation], generations: int, progress: Progress) -> Ended:
+    if progress.is_over:
+        return "resolved" if history[-1].gain.low > 0 else "unresolved"
+    return "generations" if len(history) == generations else "converged"
+
+
+def _check_start(genome: Genome, bounds: tuple[float, float]) -> None:
+    for (index, name), weight in zip(genome.keys, genome.start, strict=True):
+        if not bounds[0] <= weight <= bounds[1]:
+            of = genome.entries[index].label + (f", {name}" if name else "")
+            low, high = bounds
+            raise ConfigError(f"{of}: begins at weight {weight:g}, which is not within the bounds {low:g} to {high:g}")
+
+
+def _check(per: str, generations: int, population: int, patience: int, bounds: tuple[float, float]) -> None:
     if per not in get_args(Per):
         raise ConfigError(f"per {per!r}; expected one of {', '.join(get_args(Per))}")
     if generations < 1 or population < 4:
         raise ConfigError(f"{generations} generations of {population}; expected at least one of at least 4 candidates")
+    if patience < 1:
+        raise ConfigError(f"patience {patience}; expected at least one generation")
     if not bounds[0] < bounds[1] or not all(map(np.isfinite, bounds)):
         raise ConfigError(f"bounds {bounds}; expected two finite numbers, the lower one first")
 
@@ -195,26 +235,41 @@ class _Task:
     prompts: Sequence[str]
     rewards: Sequence[Reward]
     sampling: Sampling
+    progress: Progress = field(default_factory=Progress)
     strict: bool = True
 
     def search(
         self, start: np.ndarray, bounds: tuple[float, float], generations: int, population: int, seed: int
     ) -> Iterator[tuple[np.ndarray, Generation]]:
-        """After each generation of CMA-ES the best vector, and how the generation went."""
+        """After each generation of CMA-ES the best vector, and how the generation went.
+
+        The search's centre is drawn beside the candidates: it is what is compared with the start.
+        """
+        centre = start
         for vectors, tell, step in _search(start, bounds, generations, population, seed):
-            scores = [float(row.mean()) for row in self.score(vectors)]
-            best = tell(scores)
-            yield best, Generation(max(scores), float(np.mean(scores)), step())
+            *rows, of_centre = self.score([*vectors, centre])
+            gain = self.progress.note(self._by_prompt(of_centre), list(map(self._by_prompt, rows)))
+            scores = [float(row.mean()) for row in rows]
+            centre = tell(scores)
+            yield centre, Generation(max(scores), float(np.mean(scores)), step(), gain)
+            if self.progress.is_over:
+                return
 
     def climb(
         self, start: np.ndarray, bounds: tuple[float, float], steps: int
     ) -> Iterator[tuple[np.ndarray, Generation]]:
         """After each step along the gradient the best vector, and how it went; until steps are too short to see."""
         drawn = self.prompts, self.rewards, self.sampling
-        for value, best, distance in climb(self.pipe, self.genome, start, bounds, *drawn, steps, strict=self.strict):
-            yield best, Generation(value, value, distance)
-            if distance < _SHORTEST_MOVE:
+        for scores, best, distance in climb(self.pipe, self.genome, start, bounds, *drawn, steps, strict=self.strict):
+            value, gain = float(scores.mean()), self.progress.note(self._by_prompt(scores))
+            yield best, Generation(value, value, distance, gain)
+            if distance < _SHORTEST_MOVE or self.progress.is_over:
                 return
+
+    def _by_prompt(self, scores: np.ndarray) -> np.ndarray:
+        """The mean over the seeds of scores ``(prompts · seeds,)``."""
+        means: np.ndarray = scores.reshape(len(self.prompts), -1).mean(1)
+        return means
 
     def score(self, vectors: Sequence[np.ndarray]) -> np.ndarray:
         """The weighted sum of the rewards, ``(candidates, prompts · seeds)``, on the same noise for every candidate."""
@@ -231,9 +286,11 @@ class _Task:
 
 def _variants(genome: Genome, start: np.ndarray, best: np.ndarray) -> dict[str, Variant]:
     alone = {entry.label: Variant(stack=[(entry.adapter, 1.0)]) for entry in genome.entries}
+    equal = np.full_like(start, start.mean())
     return {
         "base": Variant(),
         **(alone if len(alone) > 1 else {}),
-        "equal": Variant(stack=genome.items(start)),
+        "equal": Variant(stack=genome.items(equal)),
+        **({} if np.allclose(start, equal) else {"start": Variant(stack=genome.items(start))}),
         "tuned": Variant(stack=genome.items(best)),
     }
