@@ -90,12 +90,13 @@ def test_a_search_that_gains_nothing_ends_before_its_last_generation():
     noise = torch.Generator().manual_seed(0)
     chance = Reward("chance", lambda images, _: torch.rand(len(images), generator=noise))
     adapter = random_adapter(pipe, parts=["text_encoder"])
-    asked = {"generations": 12, "population": 4, "sampling": FAST}
-    found = tune_weights(pipe, adapter, PROMPTS, [chance], **asked, patience=2)
-    assert found.ended == "unresolved"
-    assert 2 <= len(found.generations) < 12
-    found = tune_weights(pipe, adapter, PROMPTS, [chance], **asked | {"generations": 4}, patience=4)
-    assert (len(found.generations), found.ended) == (4, "generations")
+    for generations, patience in ((12, 2), (3, 3)):
+        found = tune_weights(
+            pipe, adapter, PROMPTS, [chance], generations=generations, population=4, patience=patience, sampling=FAST
+        )
+        ended = "unresolved" if patience < generations else "generations"
+        assert found.ended == ended
+        assert (len(found.generations) < generations) == (ended == "unresolved")
 
 
 def test_weights_that_began_unequal_are_reported_beside_equal_ones():
