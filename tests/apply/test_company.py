@@ -1,9 +1,12 @@
 """A stack beside whatever else rides on a pipeline: other adapters, compilation, quantisation, offloading."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from tests.support.applying import bits, gold_outputs, hidden, same_bits, shared_pipeline, text_outputs
 from tests.support.pipelines_tiny import random_adapter, tiny_clip, tiny_pipeline
@@ -98,6 +101,45 @@ def test_two_pipelines_that_share_an_encoder_share_the_stack():
             assert second.name == "texforce_2"
         assert pipe.get_active_adapters() == ["texforce"]
     assert other.get_list_adapters() == {}
+
+
+@pytest.fixture(params=[1, 2])
+def attached(request):
+    """A pipeline with stacks whose halves are views of one piece of memory, and what they are."""
+    pipe = tiny_pipeline("sd1")
+    stack = [(random_adapter(pipe, parts=["text_encoder", "unet"], seed=seed), 0.5) for seed in range(request.param)]
+    with apply_adapter(pipe, stack):
+        halves = {name: tensor for name, tensor in pipe.unet.state_dict().items() if "lora_" in name}
+        assert len(halves) > 30
+        assert len({tensor.untyped_storage().data_ptr() for tensor in halves.values()}) == 1
+        yield pipe, halves
+
+
+def test_halves_in_one_piece_of_memory_are_saved_as_single_tensors(attached, tmp_path):
+    pipe, halves = attached
+    save_file(halves, tmp_path / "a.safetensors")
+    torch.save(halves, tmp_path / "a.pt")
+    own = get_peft_model_state_dict(pipe.unet, adapter_name="texforce")
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=own)
+    saved = [load_file(tmp_path / "a.safetensors"), torch.load(tmp_path / "a.pt")]
+    for tensors in saved:
+        assert tensors.keys() == halves.keys()
+        assert all(torch.equal(tensor, halves[name]) for name, tensor in tensors.items())
+    published = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert published.keys() == {f"unet.{name}" for name in own}
+    assert all(torch.equal(published[f"unet.{name}"], tensor) for name, tensor in own.items())
+    block = next(iter(halves.values())).untyped_storage().nbytes()
+    assert (tmp_path / "a.pt").stat().st_size < block + 1000 * len(halves)  # the memory once, not for each
+
+
+def test_a_copy_of_a_model_has_halves_of_its_own(attached):
+    pipe, halves = attached
+    before = {name: tensor.clone() for name, tensor in halves.items()}
+    for name, tensor in deepcopy(pipe.unet).state_dict().items():
+        if name in before:
+            assert torch.equal(tensor, before[name])
+            tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in halves.items())
 
 
 def test_a_compiled_encoder_takes_a_fused_stack_only():

@@ -16,18 +16,22 @@ from tests.support.pipelines_tiny import random_adapter, tiny_clip, tiny_pipelin
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.model import tuner_layers
+from texforce_hub.apply.per_sample import per_sample_adapters
 
 
 class Boom(BaseException):
     pass
 
 
-def interrupt_at(number):
+ROOM = ("/texforce_hub/apply/",)
+
+
+def interrupt_at(number, files):
     """Raise before the given line of ours that changes a model; gives the trace and how many lines were counted."""
     seen = [0]
 
     def trace(frame, event, _):
-        if "/texforce_hub/apply/" not in frame.f_code.co_filename:
+        if not any(name in frame.f_code.co_filename for name in files):
             return None
         # A with statement's own line comes up again on the way out, where Python handles no signal.
         if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
@@ -39,9 +43,9 @@ def interrupt_at(number):
     return trace, seen
 
 
-def interrupted(action, number):
+def interrupted(action, number, files=ROOM):
     """Run an action, interrupted before a line: whether the interrupt came through, what came out, lines that ran."""
-    trace, seen = interrupt_at(number)
+    trace, seen = interrupt_at(number, files)
     before = sys.gettrace()
     sys.settrace(trace)
     try:
@@ -111,6 +115,26 @@ def test_a_pipeline_left_by_ctrl_c_is_as_it_was(name, mode, dtype):
         if handle is not None:
             handle.remove()
         assert is_whole(pipe, before), number
+
+
+def test_a_block_of_stacks_for_each_sample_is_over_whatever_line_ctrl_c_comes_before():
+    """From the claim of the model to the end of the undoing, line by line, in the block's own files."""
+    pipe = tiny_pipeline("sd1")
+    unet = [random_adapter(pipe, parts=["unet"], seed=seed) for seed in (1, 2)]
+    stacks = [Adapter(dict(list(adapter.layers.items())[:1])) for adapter in unet]
+    files = ("/apply/per_sample.py", "/apply/undoing.py")
+
+    def enter_and_leave():
+        with per_sample_adapters(pipe, stacks):
+            pass
+
+    _, _, lines = interrupted(enter_and_leave, 0, files)
+    assert lines > 100
+    for number in range(1, lines + 1):
+        raised, _, _ = interrupted(enter_and_leave, number, files)
+        assert raised
+        assert not any(module._forward_hooks for module in pipe.unet.modules()), number
+    enter_and_leave()  # and the model is free
 
 
 @pytest.mark.campaign

@@ -98,8 +98,12 @@ def test_a_whole_drawing_is_that_of_one_picture_after_the_other():
         keywords = {"num_inference_steps": 3, "guidance_scale": 5.0, "output_type": "pt"}
         return pipe(prompts, generator=generators, **keywords).images
 
+    calls: list[int] = []
+    hook = pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     with per_sample_adapters(pipe, stacks):
         together = draw(["a red cat", "a blue cat"], [0, 1])
+    hook.remove()
+    assert len(calls) == 3  # one a step
     for index, prompt in enumerate(["a red cat", "a blue cat"]):
         with apply_adapter(pipe, stacks[index]):
             alone = draw([prompt], [index])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.support.applying import bits, gold_outputs, same_bits, text_outputs
 from tests.support.pipelines_tiny import random_adapter, tiny_clip, tiny_pipeline
@@ -320,13 +321,29 @@ def test_every_kind_of_layer_is_asked_of_peft_once_and_by_later_stacks_not_at_al
     assert len(built) == len(kinds)
 
 
-def test_new_weights_of_a_single_adapter_copy_no_tensor(monkeypatch):
-    from texforce_hub.apply import attach
+class Operations(TorchDispatchMode):
+    """Notes whatever torch computes or copies."""
 
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_new_weights_of_a_single_adapter_copy_no_tensor():
     pipe = tiny_pipeline("sd1")
-    with apply_adapter(pipe, random_adapter(pipe)) as applied:
-        monkeypatch.setattr(attach, "put", lambda *_: pytest.fail("a tensor was copied"))
+    with apply_adapter(pipe, random_adapter(pipe)) as applied, Operations() as operations:
         applied.set_weights([0.5])
+    assert operations.names == []
+    with (
+        apply_adapter(pipe, [random_adapter(pipe, seed=seed) for seed in range(2)]) as applied,
+        Operations() as several,
+    ):
+        applied.set_weights([0.5, 0.25])
+    assert any("copy_" in name for name in several.names)  # the weights of several are in their halves
 
 
 def test_warnings_of_rounding_are_still_said(caplog):

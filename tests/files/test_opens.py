@@ -11,6 +11,7 @@ from tests.support.opens import counted_opens
 from tests.support.pipelines_tiny import random_adapter, tiny_pipeline
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import FileError
+from texforce_hub.files.opened import OpenFile
 from texforce_hub.files.tensors import TensorFile, read_tensors, stream_tensors
 from texforce_hub.files.writing import write_tensors
 from texforce_hub.hub.inspect import inspect_file
@@ -70,6 +71,20 @@ def test_applying_an_adapter_opens_its_file_once(pipe, path):
     with counted_opens() as opens, apply_adapter(pipe, path):
         pass
     assert opens[path] == 1
+
+
+def test_applying_an_adapter_reads_its_tensors_in_one_pass(pipe, path, monkeypatch):
+    reads, read = [], OpenFile.read_into
+
+    def count(self, target, offset):
+        reads.append(len(target))
+        return read(self, target, offset)
+
+    monkeypatch.setattr(OpenFile, "read_into", count)
+    with apply_adapter(pipe, path):
+        pass
+    tensors = read_tensors(path)[1].values()
+    assert reads[:-1] == [sum(tensor.nbytes for tensor in tensors)]  # the last are this test's own
 
 
 def test_a_merge_opens_each_source_for_its_tensors_and_for_its_hash(pipe, path):

@@ -28,7 +28,7 @@ from texforce_hub.apply.matching import (
 )
 from texforce_hub.apply.model import parts_of, unwrapped
 from texforce_hub.apply.terms import bring_layers, make_pairs
-from texforce_hub.apply.undoing import do_all
+from texforce_hub.apply.undoing import do_all, insist
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.stack import Item, StackEntry, read_stack
 
@@ -78,15 +78,18 @@ def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = Tr
     claimed: list[nn.Module] = []
     hooks: list[Any] = []
     try:
-        alone_on(roots, partial(_claim, list(roots), claimed))
-        for (part, path, _), of_samples in pairs.items():
-            layer = live.models[part].modules[path]
-            hooks.append(layer.register_forward_hook(_Beside(f"{part}.{path}", unwrapped(layer), of_samples)))
-        yield
-    finally:
-        raised = do_all([*(hook.remove for hook in hooks), *(partial(_BUSY.discard, root) for root in claimed)])
-        if raised:
-            raise raised[0]
+        try:
+            alone_on(roots, partial(_claim, list(roots), claimed))
+            for (part, path, _), of_samples in pairs.items():
+                layer = live.models[part].modules[path]
+                hooks.append(layer.register_forward_hook(_Beside(f"{part}.{path}", unwrapped(layer), of_samples)))
+            yield
+        finally:
+            if raised := insist(partial(_leave, hooks, claimed)):
+                raise raised[0]
+    except BaseException:
+        insist(partial(_leave, hooks, claimed))  # an interrupt can come before the first line of the undoing
+        raise
 
 
 def read_entries(stack: Stack) -> list[StackEntry]:
@@ -106,6 +109,13 @@ def _claim(roots: Sequence[nn.Module], claimed: list[nn.Module]) -> None:
         raise MatchError("the model has a stack for each sample already: leave that block first")
     claimed.extend(roots)  # noted first: an interrupt right after the claim gives back what was not claimed yet
     _BUSY.update(roots)
+
+
+def _leave(hooks: Sequence[Any], claimed: list[nn.Module]) -> list[BaseException]:
+    """Take the hooks off and give the models free; done twice, it changes nothing more."""
+    raised = do_all([*(hook.remove for hook in hooks), *(partial(_BUSY.discard, root) for root in claimed)])
+    claimed.clear()
+    return raised
 
 
 Gathered = dict[ParameterKey, list[LowRank | None]]

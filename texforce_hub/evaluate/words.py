@@ -66,7 +66,7 @@ def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[Promp
         >>> (measured,) = measure_words(pipeline, "shapes-colour", ["a lime disc"])
         >>> [word.word for word in measured.words]
         ['a', 'lime', 'disc', '(end)']
-        >>> measured.words[0].shift < found.words[1].shift
+        >>> measured.words[0].shift < measured.words[1].shift
         True
     """
     prompts = check_texts(prompts)
