@@ -10,12 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 ROUNDS = 5
 IMAGES = 16
 STEPS = 20
 
-SPIN = "while True: pass"
+SPIN = "import os, sys\nparent = int(sys.argv[1])\nwhile os.getppid() == parent: pass"  # ends with us, however we end
 SETTINGS = {
     "two threads that sleep while they wait (what the command line sets)": {"OMP_WAIT_POLICY": "PASSIVE"},
     "two threads that spin (what OpenMP does by itself)": {},
@@ -50,6 +52,16 @@ def in_process(threads: int, setting: dict[str, str]) -> float:
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
+@contextmanager
+def other_work() -> Iterator[int]:
+    """One core busy during the block; the number of the process that spins."""
+    with subprocess.Popen([sys.executable, "-c", SPIN, str(os.getpid())]) as other:
+        try:
+            yield other.pid
+        finally:
+            other.kill()
+
+
 def measure(rows: dict[str, tuple[int, dict[str, str]]], rounds: int) -> dict[str, list[float]]:
     """Every row so many times, by turns, so that what else the machine does falls on all alike."""
     seconds: dict[str, list[float]] = {label: [] for label in rows}
@@ -73,11 +85,8 @@ def main() -> None:
     )
     print("| | quiet | beside other work | ratio |\n|---|---|---|---|")
     quiet = measure(rows, rounds)
-    with subprocess.Popen([sys.executable, "-c", SPIN]) as other:
-        try:
-            busy = measure(rows, rounds)
-        finally:
-            other.kill()
+    with other_work():
+        busy = measure(rows, rounds)
     for label in rows:
         calm, rushed = (statistics.median(times[label]) for times in (quiet, busy))
         print(f"| {label} | {_show(quiet[label])} | {_show(busy[label])} | {rushed / calm:.1f}× |", flush=True)

@@ -1,6 +1,8 @@
 """The benchmarks run: what nobody runs for weeks would be broken on the day when a GPU is there."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -89,3 +91,13 @@ def test_every_quick_ratio_has_a_committed_one():
     committed = json.loads(quick.COMMITTED.read_text())["ratios"]
     assert list(committed) == list(quick.RATIOS)
     assert all(value > 0 for value in committed.values())
+
+
+def test_the_other_work_of_a_busy_machine_ends_with_a_benchmark_that_is_killed():
+    work = "from benchmarks.busy import other_work\nwith other_work() as other:\n    print(other, flush=True)\n    input()"
+    command = [sys.executable, "-c", work]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as benchmark:
+        assert benchmark.stdout is not None
+        assert int(benchmark.stdout.readline()) != benchmark.pid
+        benchmark.kill()
+        benchmark.communicate(timeout=60)  # the pipe ends when both have
