@@ -7,6 +7,7 @@ import time
 from functools import partial
 from linecache import getline
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(mode, others):
     from peft import LoraConfig
 
     encoder = tiny_clip()  # alone: the bits of a whole pipeline take most of the time
-    pipe = SimpleNamespace(text_encoder=encoder)
+    pipe: Any = SimpleNamespace(text_encoder=encoder)
     if others:
         theirs = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         encoder.add_adapter(theirs, adapter_name="theirs")

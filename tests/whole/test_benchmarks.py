@@ -94,7 +94,7 @@ def test_every_quick_ratio_has_a_committed_one():
 
 
 def test_the_other_work_of_a_busy_machine_ends_with_a_benchmark_that_is_killed():
-    work = "from benchmarks.busy import other_work\nwith other_work() as other:\n    print(other, flush=True)\n    input()"
+    work = "from benchmarks.busy import other_work\nwith other_work() as other:\n    print(other, flush=True), input()"
     command = [sys.executable, "-c", work]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as benchmark:
         assert benchmark.stdout is not None

@@ -29,6 +29,7 @@ from texforce_hub.apply.matching import (
 )
 from texforce_hub.apply.model import parts_of, plain
 from texforce_hub.apply.schedule import check_schedulable
+from texforce_hub.arguments import Pipeline
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.stack import Item, StackEntry, Weight, read_stack
 
@@ -36,7 +37,7 @@ logger = logging.getLogger("texforce_hub")
 
 
 def apply_adapter(
-    pipe: Any,
+    pipe: Pipeline | nn.Module,
     adapters: Item | Sequence[Item],
     *,
     weight: Weight = 1.0,

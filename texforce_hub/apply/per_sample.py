@@ -29,6 +29,7 @@ from texforce_hub.apply.matching import (
 from texforce_hub.apply.model import parts_of, unwrapped
 from texforce_hub.apply.terms import bring_layers, make_pairs
 from texforce_hub.apply.undoing import do_all, insist
+from texforce_hub.arguments import Pipeline
 from texforce_hub.errors import ConfigError, MatchError
 from texforce_hub.hub.stack import Item, StackEntry, read_stack
 
@@ -39,7 +40,7 @@ _BUSY: "WeakSet[nn.Module]" = WeakSet()
 
 
 @contextmanager
-def per_sample_adapters(pipe: Any, stacks: Sequence[Stack], *, strict: bool = True) -> Iterator[None]:
+def per_sample_adapters(pipe: Pipeline | nn.Module, stacks: Sequence[Stack], *, strict: bool = True) -> Iterator[None]:
     """Let every sample of a batch have its own stack, in all parts of a pipeline, or in a bare model.
 
     Inside the block the models are called with one sample for each stack, in their order, or with several halves of

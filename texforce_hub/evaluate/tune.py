@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from texforce_hub.arguments import check_kind, check_pipeline, check_texts
+from texforce_hub.arguments import Pipeline, check_kind, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.drawing import Easel, Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
@@ -79,7 +79,7 @@ class Tuning:
 
 
 def tune_weights(
-    pipe: Any,
+    pipe: Pipeline,
     adapters: Item | Sequence[Item],
     prompts: Sequence[str],
     rewards: Sequence[Reward],

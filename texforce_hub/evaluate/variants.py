@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from texforce_hub.arguments import check_kind, check_pipeline, check_texts
+from texforce_hub.arguments import Pipeline, check_kind, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, PromptError
 from texforce_hub.evaluate.diversity import shrink
 from texforce_hub.evaluate.drawing import Easel, Job, Variant
@@ -27,7 +27,7 @@ OnImages = Callable[[str, int], None]
 
 
 def evaluate_variants(
-    pipe: Any,
+    pipe: Pipeline,
     variants: Mapping[str, Variant],
     prompts: Sequence[str],
     rewards: Sequence[Reward],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.apply.per_sample import Stack
-from texforce_hub.arguments import check_texts
+from texforce_hub.arguments import Pipeline, check_texts
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.generate.prompts.encode import encode_prompts
 
@@ -46,7 +46,7 @@ class PromptShift:
         return asdict(self)
 
 
-def measure_words(pipe: Any, stack: Stack, prompts: Sequence[str]) -> list[PromptShift]:
+def measure_words(pipe: Pipeline, stack: Stack, prompts: Sequence[str]) -> list[PromptShift]:
     """How far a stack moves every word of some prompts, by the embeddings that the U-Net gets.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from texforce_hub.arguments import check_path
+from texforce_hub.arguments import Pipeline, check_path
 from texforce_hub.device import Dtype, given_dtype
 from texforce_hub.errors import FamilyError, PipelineError
 from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
@@ -25,7 +25,7 @@ _VAE_RESNET = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.resnets
 _VAE_SAMPLER = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.conv")
 
 
-def save_checkpoint(pipe: Any, file: str | PathLike[str], *, dtype: Dtype | None = None) -> Path:
+def save_checkpoint(pipe: Pipeline, file: str | PathLike[str], *, dtype: Dtype | None = None) -> Path:
     """Save an SD1, SD2 or SDXL pipeline as one checkpoint, with whatever is fused into it.
 
     SD2's original text encoder has a 24th block that no pipeline reads; like every ``diffusers`` export, the file
@@ -76,7 +76,7 @@ def pipeline_family(pipe: Any) -> str:
     return "sd2" if pipe.text_encoder.config.hidden_act == "gelu" else "sd1"
 
 
-def save_text_encoder(pipe: Any, file: str | PathLike[str]) -> list[Path]:
+def save_text_encoder(pipe: Pipeline, file: str | PathLike[str]) -> list[Path]:
     """Save the CLIP encoders as ComfyUI's CLIP loader takes them; one file each.
 
     A pipeline of two encoders gives ``<name>_clip_l`` and ``<name>_clip_g``.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from texforce_hub.adapter.value import Adapter
-from texforce_hub.arguments import check_kind
+from texforce_hub.arguments import Pipeline, check_kind
 from texforce_hub.device import no_denormals
 from texforce_hub.errors import ConfigError, NotBetterError, PromptError, RewardError, TrainingError
 from texforce_hub.files.checkpoint import State, read_checkpoint
@@ -43,7 +43,7 @@ _SHEET_PROMPTS = 8
 
 
 def train_adapter(
-    config: TrainConfig, *, pipeline: Any = None, on_step: Callable[[StepReport], None] | None = None
+    config: TrainConfig, *, pipeline: Pipeline | None = None, on_step: Callable[[StepReport], None] | None = None
 ) -> Adapter:
     """Train a LoRA on the CLIP text encoders of a pipeline and write it to ``config.output``.
 

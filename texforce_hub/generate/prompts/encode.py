@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.per_sample import Stack, are_low_rank, per_sample_adapters, read_entries
-from texforce_hub.arguments import check_pipeline, check_texts
+from texforce_hub.arguments import Pipeline, check_pipeline, check_texts
 from texforce_hub.errors import ConfigError, FamilyError, PromptError
 from texforce_hub.generate.prompts.emphasis import Emphasis, may_be_weighted, read_emphasis
 from texforce_hub.generate.prompts.tags import refuse_tags
@@ -122,7 +122,7 @@ def read_prompts(
 
 @torch.no_grad()
 def encode_prompts(
-    pipe: Any,
+    pipe: Pipeline,
     prompts: Sequence[str],
     stacks: Sequence[Stack],
     *,
