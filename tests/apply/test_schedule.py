@@ -159,6 +159,7 @@ def test_new_weights_of_a_text_adapter_inside_a_call_are_refused_and_of_a_unet_a
     [
         ("[0-0.4]", "fuse", "mode='attach'"),
         ("0.8", "attach", "no schedule"),
+        (0.5, "attach", "schedule 0.5; expected a text"),
         ("1@2", "attach", "shares of the steps"),
         ("[0.5-0.2]", "attach", "forward"),
     ],

@@ -141,14 +141,20 @@ def test_a_split_depends_on_the_text_of_the_prompts_alone():
     ("wrong", "phrase"),
     [
         ({"per": "layer"}, "expected one of adapter, part, block"),
-        ({"generations": 0}, "at least one"),
-        ({"population": 2}, "at least 4"),
-        ({"patience": 0}, "patience 0; expected at least one"),
+        ({"generations": 0}, "generations is 0; expected a whole number from 1"),
+        ({"generations": "3"}, "generations is '3'; expected a whole number"),
+        ({"population": 2}, "population is 2; expected a whole number from 4"),
+        ({"population": 4.5}, "population is 4.5; expected a whole number"),
+        ({"patience": 0}, "patience is 0; expected a whole number from 1"),
+        ({"patience": None}, "patience is None; expected a whole number"),
+        ({"bounds": None}, "bounds None; expected two finite numbers"),
+        ({"bounds": (0,)}, "bounds .0,.; expected two finite numbers"),
+        ({"bounds": ("a", "b")}, "expected two finite numbers"),
         ({"bounds": (1.0, 0.0)}, "lower one first"),
         ({"bounds": (0.0, 0.5)}, "adapter: begins at weight 1, which is not within the bounds 0 to 0.5"),
         ({"rewards": []}, "expected a list of at least one"),
-        ({"seed": 2**31}, "seed 2147483648; expected 0 to 2147483647"),
-        ({"seed": -1}, "seed -1; expected 0"),
+        ({"seed": 2**31}, "seed is 2147483648; expected a whole number from 0 to 2147483647"),
+        ({"seed": -1}, "seed is -1; expected a whole number from 0"),
         ({"sampling": Sampling(())}, "0 seeds of every prompt; expected 1 to 1000"),
         ({"sampling": Sampling(tuple(range(1001)))}, "1001 seeds of every prompt"),
     ],
@@ -181,6 +187,9 @@ def test_the_command_prints_a_stack_and_writes_a_recipe_that_replays(tmp_path):
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert [ref.partition(":")[0] for ref in found["stack"]] == ["shapes-colour", "shapes-shape"]
+    means = found["held_out"]["measures"]["brightness"]["means"]
+    assert [*means][:3] == ["base", "shapes-colour", "shapes-shape"]
+    assert [*means][-3:] == ["equal", "start", "tuned"]
     assert list(map(str, replay_run(tmp_path / "r.toml").adapters)) == found["stack"]
 
 

@@ -1,7 +1,7 @@
 """``texforce-hub tune``: a reward chooses a stack's weights."""
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +91,7 @@ def tune(
     texts = held_out_prompts(prompts)
     split_in_half(texts)
     given = [AdapterRef.parse(text) for text in adapter]
-    entries = read_stack(given)
+    read_stack(given)  # what cannot be read is refused before the base is loaded
     pipe = load_pipeline(base, unet=unet, device=device, dtype=dtype)
     rewards = resolve_rewards(reward or ["alignment"], pipe.unet.device)
     sampling = options.make_sampling(seed, seeds, inference_steps, guidance, negative_prompt, batch_size, base=base)
@@ -101,11 +101,11 @@ def tune(
             advance("search", 1)
 
         tuning = tune_weights(
-            pipe, [entry.item for entry in entries], texts, rewards, per=per,  # type: ignore[arg-type]
+            pipe, given, texts, rewards, per=per,  # type: ignore[arg-type]
             generations=generations, population=population, patience=patience, bounds=(lowest, highest),
             gradient=gradient, sampling=sampling, strict=strict, seed=seed, on_generation=on_generation,
         )  # fmt: skip
-    stack = [str(replace(ref, weight=best.weight, parts=best.parts)) for ref, best in zip(given, tuning.refs)]
+    stack = list(map(str, tuning.refs))
     if save_recipe is not None:
         _record(tuning, stack, save_recipe, base=base, unet=unet or "", strict=strict)
     if as_json:

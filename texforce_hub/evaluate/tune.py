@@ -6,7 +6,7 @@ All candidates of a generation see the same prompts and the same noise, so that 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from texforce_hub.evaluate.progress import PATIENCE, Progress
 from texforce_hub.evaluate.statistics import Interval
 from texforce_hub.evaluate.variants import check_rewards, evaluate_variants, score_jobs
 from texforce_hub.generate.prompts.sets import refuse_markup
+from texforce_hub.hub.block_weights import is_number
 from texforce_hub.hub.refs.adapter import AdapterRef
 from texforce_hub.hub.stack import Item, read_stack
 from texforce_hub.rewards.reward import Reward
@@ -32,7 +33,8 @@ _SMALLEST_STEP = 0.02
 """Below this, in weight, pictures no longer change."""
 _SHORTEST_MOVE = 0.005
 """A step along the gradient that moves no weight by more is the last."""
-_LARGEST_SEED = 2**31 - 1
+_COUNTS = {"generations": (1, 10_000), "population": (4, 10_000), "patience": (1, 10_000), "seed": (0, 2**31 - 1)}
+"""The smallest and the largest that each may be."""
 
 Ended = Literal["generations", "resolved", "unresolved", "converged"]
 """Why a search ended: all generations were done; a gain over the start was told apart from chance and no further one
@@ -134,9 +136,8 @@ def tune_weights(
     check_pipeline(pipe)
     sampling = sampling or Sampling()
     check_rewards(rewards)
-    _check(per, generations, population, patience, bounds)
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise ConfigError(f"seed {seed}; expected 0 to {_LARGEST_SEED}")
+    counts = {"generations": generations, "population": population, "patience": patience, "seed": seed}
+    _check(per, bounds, counts)
     check_kind(sampling, Sampling, "give Sampling(seeds, …)").check()
     if gradient:
         check_differentiable(rewards)
@@ -192,15 +193,16 @@ def _check_start(genome: Genome, bounds: tuple[float, float]) -> None:
             raise ConfigError(f"{of}: begins at weight {weight:g}, which is not within the bounds {low:g} to {high:g}")
 
 
-def _check(per: str, generations: int, population: int, patience: int, bounds: tuple[float, float]) -> None:
+def _check(per: str, bounds: Any, counts: Mapping[str, Any]) -> None:
     if per not in get_args(Per):
         raise ConfigError(f"per {per!r}; expected one of {', '.join(get_args(Per))}")
-    if generations < 1 or population < 4:
-        raise ConfigError(f"{generations} generations of {population}; expected at least one of at least 4 candidates")
-    if patience < 1:
-        raise ConfigError(f"patience {patience}; expected at least one generation")
-    if not bounds[0] < bounds[1] or not all(map(np.isfinite, bounds)):
-        raise ConfigError(f"bounds {bounds}; expected two finite numbers, the lower one first")
+    for name, count in counts.items():
+        least, most = _COUNTS[name]
+        if type(count) is not int or not least <= count <= most:
+            raise ConfigError(f"{name} is {count!r:.80}; expected a whole number from {least} to {most}")
+    pair = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(is_number, bounds))
+    if not pair or not bounds[0] < bounds[1]:
+        raise ConfigError(f"bounds {bounds!r:.80}; expected two finite numbers, the lower one first")
 
 
 def _search(

@@ -52,6 +52,8 @@ class StackEntry:
         Raises:
             ConfigError: something else, or weights at shares of the steps beside a weight.
         """
+        if not isinstance(cast(Any, schedule), str):
+            raise ConfigError(f"schedule {schedule!r:.80}; expected a text such as '[0-0.4]' or '0@0,1@0.3'")
         if not self.weight.is_constant:
             return self
         try:
