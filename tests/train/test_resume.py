@@ -57,6 +57,13 @@ def test_a_finished_run_is_not_run_again(whole):
     assert bits(whole) == before
 
 
+def test_a_run_that_has_gone_further_than_asked_says_so_and_stays_as_it_is(whole, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    run(tmp_path / "run", steps=1, on_step=lambda report: pytest.fail("a step was taken"))
+    assert "has taken 3 steps already, more than 1" in caplog.text
+    assert bits(tmp_path / "run") == bits(whole)
+
+
 def test_other_settings_in_the_same_folder_are_refused(whole):
     with pytest.raises(ConfigError, match="rank was 4"):
         run(whole, rank=8)

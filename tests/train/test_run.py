@@ -186,3 +186,9 @@ def test_what_cannot_be_is_refused_before_the_first_picture_and_leaves_nothing(t
         run(tmp_path / "run", reward=reward, **changes)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_is_trained_on_cannot_be_the_one_that_is_watched(tmp_path):
+    with pytest.raises(ConfigError, match="watch = 'brightness', which is trained on, too"):
+        run(tmp_path / "run", reward=("brightness=0.5",), watch=("brightness",))
+    assert not (tmp_path / "run").exists()

@@ -219,7 +219,7 @@ def _run(config: Any, as_json: bool) -> None:
     if as_json:
         put_json({"adapter": str(path), "steps": config.steps, "weights_of_step": step, "seed": config.seed})
     else:
-        put(f"{path}: weights of step {step} of {config.steps}")
+        put(f"{path}: weights of step {step} of {max(step, config.steps)}")
 
 
 def _follow(config: Any, *, dry_run: bool) -> None:

@@ -116,6 +116,8 @@ def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder, team: Team =
         _refuse_cut(pipeline, [*prompts.texts(), config.negative_prompt])
     rewards, watch = (resolve_rewards(names, policy.device) for names in (config.reward, config.watch))
     _check_signal(policy, rewards)
+    if both := {reward.name for reward in rewards} & {reward.name for reward in watch}:
+        raise ConfigError(f"watch = {min(both)!r}, which is trained on, too; watch a reward that is not")
     if config.init is not None:
         load_lora(parameters, read_scales(policy.encoders), read_adapter(config.init))
     learner = Learner(parameters, config, team)
@@ -173,6 +175,8 @@ def _go_on(run: TrainingRun, state: State) -> None:
         if run.due(run.config.sheet_every) and not run.folder.has_sheet(state.step):
             run.draw()  # it was killed between the checkpoint and the sheet
     run.say("resuming from step %d", state.step, level=logging.INFO)
+    if state.step > run.config.steps:
+        run.say("the run has taken %d steps already, more than %d; it stays as it is", state.step, run.config.steps)
 
 
 def _read_config(state: State, config: TrainConfig) -> TrainConfig:
