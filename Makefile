@@ -67,7 +67,7 @@ paper: $(READY) ## the paper's claims in miniature, from nothing: three training
 
 campaign: $(READY) ## kills and interrupts: training runs, writers, pushes and pulls, stacks on pipelines
 	$(BIN)/pytest -m campaign -s tests/train/test_campaign.py tests/whole/test_kills.py tests/hub/test_kills.py \
-	  tests/apply/test_interrupts.py tests/rewards/test_environment.py
+	  tests/apply/test_interrupts.py tests/rewards/test_environment.py tests/train/test_team.py
 
 fuzz: $(READY) ## 2,000 damaged and 5,000 made-up files, a folder of 300, every mutation of a base's configuration
 	$(BIN)/pytest -m campaign -s tests/files/test_fuzz.py tests/whole/test_structures.py \

@@ -215,7 +215,10 @@ def test_shares_are_all_there_is_and_differ_by_one_at_most(size, count):
     "launcher",
     [
         "torch.distributed.run --standalone --nproc-per-node 2",
-        "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+        pytest.param(
+            "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no",
+            marks=pytest.mark.campaign,
+        ),
     ],
 )
 def test_the_launchers_start_a_run_that_one_process_speaks_for(tmp_path, launcher):

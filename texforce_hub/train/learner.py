@@ -160,7 +160,7 @@ class Learner:
 
 def _unit_scale(tensors: Sequence[Tensor]) -> float:
     """The power of two that brings the largest number near 1: an encoder in half precision has nothing below 6e-8."""
-    largest = max(float(tensor.abs().max()) for tensor in tensors)
+    largest = float(torch.stack([tensor.abs().max().float() for tensor in tensors]).max())  # one wait for all
     return 2.0 ** -max(-100, min(100, math.frexp(largest)[1]))
 
 

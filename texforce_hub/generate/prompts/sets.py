@@ -234,15 +234,12 @@ def refuse_markup(prompts: Iterable[str]) -> None:
 
 
 def gather_prompts(given: Sequence[str], source: str | None) -> tuple[str, ...]:
-    """The prompts of a command line, then those of a list.
+    """The prompts of a command line, then those of a list; who writes a prompt twice wants two pictures.
 
     Raises:
         PromptError: there is none, or the list cannot be read or holds none.
     """
-    listed = read_source(source) if source is not None else None
-    if listed is not None:
-        _LOG.info("%s", listed)
-    prompts = (*given, *(listed.prompts if listed is not None else ()))
+    prompts = (*given, *(read_source(source).written if source is not None else ()))
     if not prompts:
         raise PromptError("no prompt; give --prompt TEXT or --prompts FILE")
     return prompts

@@ -27,12 +27,20 @@ _LICENSES = {"nateraw/parti-prompts": "apache-2.0", "poloclub/diffusiondb": "cc0
 
 @dataclass(frozen=True, slots=True)
 class PromptList:
-    """Different prompts in the order of their source; ``license`` is empty where nobody says it."""
+    """Different prompts in the order of their source; ``license`` is empty where nobody says it.
+
+    ``written`` has those that are repeated, too.
+    """
 
     name: str
     prompts: tuple[str, ...]
-    repeated: int = 0
+    written: tuple[str, ...]
     license: str = ""
+
+    @property
+    def repeated(self) -> int:
+        """How many prompts stood there before."""
+        return len(self.written) - len(self.prompts)
 
     def __str__(self) -> str:
         count = f"{len(self.prompts):,} prompt{'s' if len(self.prompts) != 1 else ''}"
@@ -80,8 +88,7 @@ def _collect(name: str, shown: str | Path, prompts: Iterable[str], license: str 
     texts = [text for text in (" ".join(prompt.strip().splitlines()) for prompt in prompts) if text]
     if not texts:
         raise PromptError(f"{shown} holds no prompt; expected one a line")
-    different = tuple(dict.fromkeys(texts))
-    return PromptList(name, different, len(texts) - len(different), license)
+    return PromptList(name, tuple(dict.fromkeys(texts)), tuple(texts), license)
 
 
 def _read_lines(path: Path) -> Iterator[str]:

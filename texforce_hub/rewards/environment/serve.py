@@ -29,7 +29,7 @@ def serve(name: str, function: str) -> None:
     try:
         server = RewardServer({PATH: check_function(name, import_function(function))})
     except RewardError as error:
-        _say(out, {"error": first_line(error)})
+        _say(out, {"error": first_line(error, 1000)})  # paths may be long, and what is wrong stands at the end
         sys.exit(1)
     threading.Thread(target=_end_with_the_run, daemon=True).start()
     _say(out, {"port": server.server_address[1]})
