@@ -175,6 +175,7 @@ def test_a_tracker_gets_every_steps_numbers(tmp_path, monkeypatch):
         ({"algorithm": "direct"}, "has no gradient"),
         ({"eta": 1e-12}, "none of the 4 denoising steps has noise"),
         ({"watch": ("nothing",)}, "no reward 'nothing'"),
+        ({"inference_steps": 1001}, "1001 denoising steps; the base was trained on 1000"),
         ({"init": "nowhere/at-all"}, "nowhere/at-all"),
         ({"anchor_prompts": "none.txt"}, "none.txt"),
     ],

@@ -80,7 +80,13 @@ def as_ddim(scheduler: Any) -> Any:
 
 
 def make_ddim_steps(scheduler: Any, steps: int, eta: float, device: torch.device) -> DDIMSteps:
-    """The ``steps`` denoising steps of a diffusers ``DDIMScheduler``, with that scheduler's own spacing."""
+    """The ``steps`` denoising steps of a diffusers ``DDIMScheduler``, with that scheduler's own spacing.
+
+    Raises:
+        TrainingError: more steps than the base was trained on.
+    """
+    if steps > (most := scheduler.config.num_train_timesteps):
+        raise TrainingError(f"{steps} denoising steps; the base was trained on {most}, expected at most so many")
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps
     after = timesteps - scheduler.config.num_train_timesteps // steps
