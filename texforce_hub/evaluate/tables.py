@@ -46,11 +46,11 @@ def tabulate(results: Mapping[str, Any]) -> Iterator[Figures]:
 def describe_sampling(results: Mapping[str, Any]) -> str:
     """How the pictures were drawn and the figures made, in one sentence."""
     sampling = results["sampling"]
-    seeds = len(sampling["seeds"])
+    seeds, steps = len(sampling["seeds"]), sampling["inference_steps"]
     return (
-        f"{seeds} {'seeds' if seeds > 1 else 'seed'} of every prompt, {sampling['inference_steps']} steps, guidance "
-        f"{sampling['guidance']:g}; 95 % bootstrap intervals over prompts, win rates after Wilson, p by flipping signs"
-        + (f"; {DIVERSITY}: mean pixel distance between a prompt's seeds" if seeds > 1 else "")
+        f"{seeds} {'seeds' if seeds > 1 else 'seed'} of every prompt, {steps} {'steps' if steps > 1 else 'step'}, "
+        f"guidance {sampling['guidance']:g}; 95 % bootstrap intervals over prompts, win rates after Wilson, "
+        "p by flipping signs" + (f"; {DIVERSITY}: mean pixel distance between a prompt's seeds" if seeds > 1 else "")
     )
 
 

@@ -61,7 +61,10 @@ def _read_gallery(table: Mapping[str, Any], folder: Path) -> Gallery:
     sampling = table["sampling"]
     seeds = [int(number(seed)) for seed in sampling["seeds"]]
     rewards = [text(reward["name"]) for reward in table["rewards"]]
-    facts = [f"{len(prompts)} prompts", f"seed {seeds[0]}" + (f", the first of {len(seeds)}" if seeds[1:] else "")]
+    facts = [
+        f"{len(prompts)} prompt{'s' if len(prompts) > 1 else ''}",
+        f"seed {seeds[0]}" + (f", the first of {len(seeds)}" if seeds[1:] else ""),
+    ]
     facts += [f"{number(sampling['inference_steps']):g} steps", f"guidance {number(sampling['guidance']):g}"]
     facts += [f"without: {text(sampling['negative_prompt'])}"] if sampling["negative_prompt"] else []
     return Gallery(
