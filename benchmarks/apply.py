@@ -6,15 +6,22 @@ sizes and random weights. Sides take turns in one process of one thread.
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.timing import commit, head, processor, ratio, row, take_turns
 from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline, per_sample_adapters
@@ -61,13 +68,44 @@ def make_unet(*, real: bool) -> Any:
     sizes = {"block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768, "attention_head_dim": 8}
     if real:
         return UNet2DConditionModel(sample_size=64, **sizes).eval()
+    return in_shape_only(lambda: UNet2DConditionModel(sample_size=64, **sizes))
+
+
+def in_shape_only(make: Callable[[], Any]) -> Any:
+    """A model that computes nothing: each weight is one number, seen in its true shape."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(sample_size=64, **sizes)
-    for module in unet.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(torch.zeros(()).expand(parameter.shape), requires_grad=False)
-    return unet.eval()
+        model = make()
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None:
+                    flat = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                    tensors[name] = nn.Parameter(flat, requires_grad=False) if tensors is module._parameters else flat
+    return model.eval()
+
+
+def make_sdxl() -> Any:
+    """SDXL in true shapes."""
+    sizes: dict[str, Any] = {
+        "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10), "use_linear_projection": True, "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    }  # fmt: skip
+    second = CLIPTextConfig(
+        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
+    )
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(block_out_channels=(32,)),
+        text_encoder=make_encoder(),
+        text_encoder_2=in_shape_only(lambda: CLIPTextModelWithProjection(second)),
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=in_shape_only(lambda: UNet2DConditionModel(sample_size=128, **sizes)),
+        scheduler=DDIMScheduler(),
+        add_watermarker=False,
+    )
 
 
 def make_pipeline(*, whole: bool) -> Any:
@@ -231,6 +269,11 @@ def main() -> None:
         file = write_adapter(both, Path(folder, "both.safetensors"), dialect="kohya")
         title = f"SD1.5 U-Net and text encoder, {len(both.layers)} layers, rank 32, float16, kohya"
         against_diffusers(title, file, make_pipeline(whole=True), repeats)
+        if not given.quick:
+            whole = make_adapter("sdxl", 0, ("text_encoder", "text_encoder_2", "unet"), endings=(*TEXT, *UNET))
+            file = write_adapter(whole.to(dtype=torch.float16), Path(folder, "sdxl.safetensors"), dialect="kohya")
+            title = f"SDXL, {len(whole.layers)} layers, rank {RANK}, float16, kohya"
+            against_diffusers(title, file, make_sdxl(), min(repeats, 3))
     print()
     fusing(repeats)
     print("\nForward of SD1.5's text encoder, two prompts, N adapters of rank 16 on:\n")
