@@ -7,6 +7,7 @@ os.environ["COLUMNS"] = "120"  # as in a pipe, whatever runs the tests; tables a
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["DIFFUSERS_VERBOSITY"] = "error"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a worker a core; in every process of a test the same sums
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: threads that spin starve other processes
 
 import pytest

@@ -74,7 +74,9 @@ class Launch:
 def others_at_work(launch: Launch, count: int) -> Iterator[None]:
     """All processes but the first at work during the block; at its end they are gone."""
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    others = [context.Process(target=_work, args=(launch, Share(rank, count)), daemon=True) for rank in range(1, count)]
+    threads = torch.get_num_threads()  # the same everywhere: sums over other numbers of threads differ in rounding
+    given = [(launch, Share(rank, count), threads) for rank in range(1, count)]
+    others = [context.Process(target=_work, args=arguments, daemon=True) for arguments in given]
     for process in others:
         process.start()
     try:
@@ -87,7 +89,8 @@ def others_at_work(launch: Launch, count: int) -> Iterator[None]:
             process.join()
 
 
-def _work(launch: Launch, share: Share) -> None:
+def _work(launch: Launch, share: Share, threads: int) -> None:
+    torch.set_num_threads(threads)
     logger.setLevel(logging.ERROR)  # the first process says the rest
     device = share.device(launch.device)
     try:
