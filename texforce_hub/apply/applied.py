@@ -17,6 +17,7 @@ from texforce_hub.apply.composite import Composite, check_composite, passes
 from texforce_hub.apply.handle import Applied
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
+    Contributions,
     Decision,
     LiveShapes,
     Unmatched,
@@ -137,6 +138,24 @@ def _apply(
     except BaseException:
         applied.remove()  # here, while no other thread can see half a stack
         raise
+
+
+def fit_beside(entries: Sequence[StackEntry], live: LiveShapes, *, strict: bool) -> tuple[Contributions, str]:
+    """What each parameter gets of a stack that rides beside the layers as low-rank pairs.
+
+    With it, in words, the first layer that cannot (DoRA, LoHa, a norm); empty if all can.
+
+    Raises:
+        MatchError: an adapter does not fit.
+    """
+    decisions = [match(entry.adapter, live, attaching=True) for entry in entries]
+    for entry, of_entry in zip(entries, decisions):
+        check_fit(entry, of_entry, strict=strict)
+    riding, written = sort_contributions(decisions)
+    if not written:
+        return riding, ""
+    index, name, *_ = next(iter(written.values()))[0]
+    return riding, f"{entries[index].label}: {name} is a {type(entries[index].adapter.layers[name]).__name__}"
 
 
 def check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, strict: bool) -> None:

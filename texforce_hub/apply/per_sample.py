@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from texforce_hub.adapter.algebra import concat
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.apply.applied import check_fit
+from texforce_hub.apply.applied import fit_beside
 from texforce_hub.apply.locks import alone_on
 from texforce_hub.apply.matching import (
     LiveShapes,
@@ -24,7 +24,6 @@ from texforce_hub.apply.matching import (
     check_ready,
     match,
     matches,
-    sort_contributions,
 )
 from texforce_hub.apply.model import parts_of, unwrapped
 from texforce_hub.apply.terms import bring_layers, make_pairs
@@ -131,16 +130,10 @@ def _gather(live: LiveShapes, stacks: Sequence[Stack], *, strict: bool) -> Gathe
         samples.setdefault(id(stack), []).append(index)
     for members in samples.values():
         entries = read_entries(stacks[members[0]])
-        decisions = [match(entry.adapter, live, attaching=True) for entry in entries]
-        for entry, of_entry in zip(entries, decisions):
-            check_fit(entry, of_entry, strict=strict)
-        riding, written = sort_contributions(decisions)
-        if written:
-            position, name, *_ = next(iter(written.values()))[0]
-            kind = type(entries[position].adapter.layers[name]).__name__
+        riding, other = fit_beside(entries, live, strict=strict)
+        if other:
             raise ConfigError(
-                f"{entries[position].label}: {name} is a {kind}, which cannot act on single samples of a batch; "
-                "use apply_adapter, one stack after the other"
+                f"{other}, which cannot act on single samples of a batch; use apply_adapter, one stack after the other"
             )
         layers = bring_layers(entries, riding, partial(_device, live))
         for key, contributions in riding.items():

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import LayerName
-from texforce_hub.apply.applied import check_fit
-from texforce_hub.apply.matching import LiveShapes, check_ready, match, sort_contributions
+from texforce_hub.apply.applied import fit_beside
+from texforce_hub.apply.matching import LiveShapes, check_ready
 from texforce_hub.apply.model import parts_of, unwrapped
 from texforce_hub.apply.terms import make_pairs
 from texforce_hub.apply.undoing import do_all
@@ -35,16 +35,9 @@ def weighted_adapters(
         ConfigError: a layer that is not low rank (DoRA, LoHa, a norm).
     """
     live = LiveShapes(pipe)
-    decisions = [match(entry.adapter, live, attaching=True) for entry in entries]
-    for entry, of_entry in zip(entries, decisions):
-        check_fit(entry, of_entry, strict=strict)
-    riding, written = sort_contributions(decisions)
-    if written:
-        index, name, *_ = next(iter(written.values()))[0]
-        kind = type(entries[index].adapter.layers[name]).__name__
-        raise ConfigError(
-            f"{entries[index].label}: {name} is a {kind}; weights of low-rank layers alone have a gradient"
-        )
+    riding, other = fit_beside(entries, live, strict=strict)
+    if other:
+        raise ConfigError(f"{other}; weights of low-rank layers alone have a gradient")
     for part in dict.fromkeys(part for part, _, _ in riding):
         check_ready(part, parts_of(pipe)[part], attaching=True)
     hooks: list[Any] = []
