@@ -6,7 +6,8 @@ sizes and random weights. Sides take turns in one process of one thread.
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from benchmarks.timing import commit, head, processor, ratio, row, take_turns
+from benchmarks.timing import Timed, commit, head, processor, ratio, row, take_turns
 from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline, per_sample_adapters
 from texforce_hub.families import FAMILIES
 from texforce_hub.hub.write import write_adapter
@@ -124,8 +125,8 @@ def make_pipeline(*, whole: bool) -> Any:
     )
 
 
-def against_diffusers(title: str, file: Path, pipe: Any, repeats: int) -> None:
-    """Load a file and put it on, take it off, give it another weight."""
+def by_turns(pipe: Any, file: Path, turns: Callable[..., dict[str, Timed]]) -> Iterator[tuple[str, Timed, Timed]]:
+    """Load a file and put it on, take it off, give it another weight: what was done, diffusers' times, ours."""
     held: list[Any] = []
 
     def theirs() -> None:
@@ -133,17 +134,21 @@ def against_diffusers(title: str, file: Path, pipe: Any, repeats: int) -> None:
         pipe.set_adapters(["a"], [0.8])
 
     calls = {"theirs": theirs, "ours": lambda: held.append(apply_adapter(pipe, f"{file}:0.8"))}
-    off = {"theirs": pipe.unload_lora_weights, "ours": lambda: held.pop().remove()}
-    on = take_turns(calls, repeats, after=off)
-    for name, title_of in (("", "load + attach"), (" off", "take off")):
-        a, b = on[f"theirs{name}"], on[f"ours{name}"]
-        row(title, title_of, a, b, f"{ratio(a, b):.1f} ×")
+    on = turns(calls, after={"theirs": pipe.unload_lora_weights, "ours": lambda: held.pop().remove()})
+    for end, what in (("", "load + attach"), (" off", "take off")):
+        yield what, on[f"theirs{end}"], on[f"ours{end}"]
     with apply_adapter(pipe, f"{file}:0.8") as applied:
-        ours = take_turns({"ours": lambda: applied.set_weights([0.5])}, repeats)["ours"]
+        ours = turns({"ours": lambda: applied.set_weights([0.5])})["ours"]
     theirs()
-    stock = take_turns({"theirs": lambda: pipe.set_adapters(["a"], [0.5])}, repeats)["theirs"]
+    stock = turns({"theirs": lambda: pipe.set_adapters(["a"], [0.5])})["theirs"]
     pipe.unload_lora_weights()
-    row(title, "another weight", stock, ours, f"{ratio(stock, ours):.1f} ×")
+    yield "another weight", stock, ours
+
+
+def against_diffusers(title: str, file: Path, pipe: Any, repeats: int) -> None:
+    """A file beside diffusers, row by row."""
+    for what, theirs, ours in by_turns(pipe, file, partial(take_turns, repeats=repeats)):
+        row(title, what, theirs, ours, f"{ratio(theirs, ours):.1f} ×")
 
 
 def fusing(repeats: int) -> None:

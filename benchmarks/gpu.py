@@ -24,7 +24,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import Generator, Tensor
 
 from benchmarks import merge
-from benchmarks.apply import PROJECTIONS, RANK, TEXT, UNET, make_adapter
+from benchmarks.apply import PROJECTIONS, RANK, TEXT, UNET, by_turns, make_adapter
 from benchmarks.published import STEPS, published_update
 from benchmarks.size import sd15
 from benchmarks.timing import Timed, commit, head, ratio, row, take_turns
@@ -114,24 +114,9 @@ def load_and_attach(bench: Bench) -> Iterator[Row]:
     pipe = bench.pipe
     both = bench.adapter(0, ("text_encoder", "unet"), rank=32).to("cpu")
     file = write_adapter(both, bench.folder / "both.safetensors", dialect="kohya")
-    held: list[Any] = []
-
-    def theirs() -> None:
-        pipe.load_lora_weights(file, adapter_name="a")
-        pipe.set_adapters(["a"], [0.8])
-
-    calls = {"theirs": theirs, "ours": lambda: held.append(apply_adapter(pipe, f"{file}:0.8"))}
-    off = {"theirs": pipe.unload_lora_weights, "ours": lambda: held.pop().remove()}
-    times = bench.turns(calls, after=off)
-    for end, what in (("", "load + attach"), (" off", "take off")):
-        title = f"{what}, {len(both.layers)} layers"
-        yield Row(title, "diffusers", times[f"theirs{end}"].seconds, times[f"ours{end}"].seconds)
-    with apply_adapter(pipe, f"{file}:0.8") as applied:
-        ours = bench.turns({"ours": lambda: applied.set_weights([0.5])})["ours"]
-    theirs()
-    stock = bench.turns({"theirs": lambda: pipe.set_adapters(["a"], [0.5])})["theirs"]
-    pipe.unload_lora_weights()
-    yield Row("another weight", "diffusers", stock.seconds, ours.seconds)
+    for what, theirs, ours in by_turns(pipe, file, bench.turns):
+        title = what if what == "another weight" else f"{what}, {len(both.layers)} layers"
+        yield Row(title, "diffusers", theirs.seconds, ours.seconds)
 
 
 def fuse(bench: Bench) -> Iterator[Row]:
