@@ -16,6 +16,7 @@ from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.base import read_base
 from texforce_hub.apply.fit import check_adapter
+from texforce_hub.cli.summary import by_reason
 from texforce_hub.errors import DialectError, FamilyError, HubError, PipelineError
 from texforce_hub.families import FAMILIES
 from texforce_hub.families.original_clip import AROUND, OPEN_CLIP
@@ -137,7 +138,7 @@ def test_a_checkpoint_that_was_changed_is_compared_as_it_is(tmp_path):
     name = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
     adapter = Adapter({name: LowRank(torch.ones(2, 768), torch.ones(3072, 2))})
     fit = check_adapter(write_adapter(adapter, tmp_path / "a.safetensors"), path)
-    assert fit.misshapen == {name: f"the adapter changes (3072, 768), {name} is (3000, 768)"}
+    assert fit.misshapen == {name: "the adapter changes (3072, 768), the base's layer is (3000, 768)"}
 
 
 def test_a_small_checkpoint_of_no_known_family_answers_too(tmp_path):
@@ -226,3 +227,9 @@ def test_layers_that_the_base_lacks_are_left_out_where_that_is_wished(tmp_path):
     loose = CliRunner().invoke(cli.app, ["check", str(path), "--base", "sd1", "--no-strict"])
     strict = CliRunner().invoke(cli.app, ["check", str(path), "--base", "sd1"])
     assert (loose.exit_code, strict.exit_code) == (0, 1)
+
+
+def test_layers_that_miss_for_one_reason_share_a_line():
+    fit = check_adapter("shapes-colour", "sd1")
+    assert len(fit.misshapen) == 12
+    assert by_reason(fit.misshapen) == ["12 layers: the adapter changes (96, 96), the base's layer is (768, 768)"]

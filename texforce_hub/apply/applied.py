@@ -171,16 +171,21 @@ def check_fit(entry: StackEntry, decisions: Mapping[LayerName, Decision], *, str
     if wrong or not matched or (strict and unmatched):
         family = f" (made for {entry.adapter.family})" if entry.adapter.family else ""
         counts = f"{matched} of {len(decisions)} layers fit, {len(wrong)} have another shape"
-        refusals: list[WrongShape | Unmatched] = [*wrong, *unmatched, Unmatched("it has no layers")]
+        refusal = _first_reason(decisions, WrongShape) or _first_reason(decisions, Unmatched) or "it has no layers"
         way_out = "; strict=False leaves out what has no place" if matched and not wrong else ""
-        raise MatchError(
-            f"{entry.label}{family} does not fit: {refusals[0].reason} ({counts}); nothing was changed{way_out}"
-        )
+        raise MatchError(f"{entry.label}{family} does not fit: {refusal} ({counts}); nothing was changed{way_out}")
     for decision in unused:
         logger.warning("%s: %s", entry.label, decision.reason)
     if unmatched:
         left_out = f"{len(unmatched)} of {len(decisions)} layers left out"
-        logger.warning("%s: %s, e.g. %s", entry.label, left_out, unmatched[0].reason)
+        logger.warning("%s: %s, e.g. %s", entry.label, left_out, _first_reason(decisions, Unmatched))
+
+
+def _first_reason(decisions: Mapping[LayerName, Decision], kind: type[WrongShape | Unmatched]) -> str | None:
+    """The first layer of this kind, and why."""
+    return next(
+        (f"{name}: {decision.reason}" for name, decision in decisions.items() if isinstance(decision, kind)), None
+    )
 
 
 def _say_notes(decisions: Mapping[str, Mapping[LayerName, Decision]]) -> None:

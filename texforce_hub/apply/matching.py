@@ -188,8 +188,7 @@ class LiveShapes:
         """Why the weight of this layer cannot be changed: it is quantised."""
         model = self.models[part_of(layer)]
         path, parameter, tensor = model.find(path_of(layer))
-        reason = None if tensor is None else _unusable(unwrapped(model.modules[path]), parameter, tensor)
-        return None if reason is None else f"{part_of(layer)}.{path}: {reason}"
+        return None if tensor is None else _unusable(unwrapped(model.modules[path]), parameter, tensor)
 
 
 def match(adapter: Adapter, live: LiveShapes, *, attaching: bool) -> dict[LayerName, Decision]:
@@ -214,7 +213,7 @@ def _decide(answer: Answer, layer: Layer, live: LiveShapes, *, attaching: bool) 
         try:
             pieces += _place(target, layer, answer.note, live.models[part_of(target.layer)], attaching=attaching)
         except AdapterError as error:
-            return Unmatched(f"{target.layer}: {error}")
+            return Unmatched(f"{target.layer}: {error}" if len(answer.targets) > 1 else str(error))
     return pieces[0] if len(pieces) == 1 else Divided(tuple(pieces))
 
 

@@ -62,7 +62,10 @@ class Fitting:
 
 @dataclass(frozen=True, slots=True)
 class Misfit:
-    """The layer does not fit: the base lacks it, has it in another shape, or in a form that cannot be changed."""
+    """The layer does not fit: the base lacks it, has it in another shape, or in a form that cannot be changed.
+
+    The reason does not name the layer: many have the same one.
+    """
 
     reason: str
     kind: Literal["missing", "shape", "refused"] = "missing"
@@ -158,7 +161,7 @@ def _direct(layer: str, outline: Outline, base: Shapes) -> Answer | None:
             f"{layer} reads {shape[1]} channels in the base and {outline.shape[1]} in the adapter: "
             f"the first {outline.shape[1]} are changed, the others are not",
         )
-    return Misfit(f"the adapter changes {outline.shape}, {layer} is {shape}", "shape")
+    return Misfit(f"the adapter changes {outline.shape}, the base's layer is {shape}", "shape")
 
 
 def _is_narrower(layer: str, adapter: Shape, base: Shape) -> bool:
@@ -172,7 +175,7 @@ def _by_rows(part: str, path: str, outline: Outline, base: Shapes) -> Answer:
     try:
         rows = find_rows(path, outline.shape) if part == "transformer" else ()
     except FamilyError as error:
-        return Misfit(f"{part}.{path}: {error}")
+        return Misfit(str(error))
     targets = []
     for row in rows:
         shape = (row.count, *outline.shape[1:])
@@ -181,7 +184,7 @@ def _by_rows(part: str, path: str, outline: Outline, base: Shapes) -> Answer:
             return piece or Misfit(f"the base has no layer {part}.{row.path}")
         targets.append(Target(f"{part}.{row.path}", row.ranges))
     if not targets:
-        return Misfit(f"the base has no layer {part}.{path}")
+        return Misfit("the base has no such layer")
     if outline.undivided and len(targets) > 1:
-        return Misfit(f"{part}.{path}: DoRA normed along its inputs cannot be divided between the base's layers")
+        return Misfit("DoRA normed along its inputs cannot be divided between the base's layers")
     return Fitting(tuple(targets), renamed=True)
