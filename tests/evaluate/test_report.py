@@ -1,11 +1,10 @@
-"""The page of a report: what is on it, what stays text, and what is refused in a line."""
+"""The page of a report: what is on it, and what stays text."""
 
 import base64
 import hashlib
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -14,109 +13,26 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from tests.support.evaluations import BASE, variant, write_evaluation
-from texforce_hub import AdapterRef, DrawSettings
+from tests.support.reports import LINE, PROMPTS, Page, draw, write_few, write_run
 from texforce_hub.cli import app
-from texforce_hub.errors import ConfigError, FileError
-from texforce_hub.evaluate.report import pictures
-from texforce_hub.evaluate.report.charts import make_plane, round_numbers, thin_out
+from texforce_hub.errors import FileError
 from texforce_hub.evaluate.report.page import LARGEST, make_report, write_report
-from texforce_hub.evaluate.report.pictures import embed, embed_all
 from texforce_hub.evaluate.report.read_drawing import read_drawing
 from texforce_hub.evaluate.report.read_evaluation import read_evaluation
-from texforce_hub.evaluate.report.read_training import read_training
-from texforce_hub.generate.recipe import DrawRun
-from texforce_hub.generate.run import Drawing
-from texforce_hub.hub.read import read_adapter
-from texforce_hub.hub.write import write_adapter
 from texforce_hub.reading import read_json
 
 HOSTILE = "</script><script>alert('&')</script><img src=x onerror=alert(1)>\u202e"
-VOID = {"meta", "img", "input", "br", "link", "wbr", "path", "rect", "line", "circle"}
-PROMPTS = [
-    "a lime disc",
-    "a golden square",
-    "a crimson wedge",
-    "a cobalt block",
-    "a lime wedge",
-    "a golden disc",
-    "a red disc",
-    "a blue wedge",
-]
-LINE = {
-    "stack": "shapes-colour",
-    "axes": [{"label": "shapes-colour", "values": [0.0, 0.5, 1.0]}],
-    "variants": ["base", "half", "colour"],
-}
-
-
-class Page(HTMLParser):
-    """The tags of a page with their attributes, its texts, and that every tag is closed."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.texts, self.open = [], [], []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in VOID:
-            assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-    def all(self, tag, **wanted):
-        return [given for name, given in self.tags if name == tag and wanted.items() <= given.items()]
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.texts).split())
-
-
-def few(path, *, swept=True, prompts=PROMPTS, **more):
-    variants = [BASE, variant("colour", "colour", "shapes-colour"), variant("both", "both", "shapes-colour:2")]
-    if swept:
-        variants.append(variant("half", "half", "shapes-colour:0.5", sweep=0, position=[0.5]))
-    path.mkdir(parents=True, exist_ok=True)
-    return write_evaluation(path, variants=variants, prompts=prompts, sweeps=[LINE] if swept else [], **more)
 
 
 @pytest.fixture(scope="module")
 def evaluation(tmp_path_factory):
-    return few(tmp_path_factory.mktemp("evaluation"), seeds=(0, 1))
+    return write_few(tmp_path_factory.mktemp("evaluation"), seeds=(0, 1))
 
 
 @pytest.fixture(scope="module")
 def page(evaluation):
     report = make_report([evaluation], words=0, version="0.1")
     return Page(report.html)
-
-
-def draw(folder, *sweeps, adapters=("shapes-colour",)):
-    settings = DrawSettings(("a lime disc", "a golden square"), inference_steps=1, guidance=5.0)
-    drawing = Drawing(DrawRun("shapes", tuple(map(AdapterRef.parse, adapters)), settings, sweeps=sweeps))
-    drawing.load(device="cpu")
-    drawing.draw(folder)
-    return folder
-
-
-def write_run(folder, lines=None, *, adapter=True, tail=""):
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = lines or [
-        {"step": step, "reward": 0.3 + step / 100, "validation": 0.4 + step / 50 if step % 2 else None}
-        for step in range(1, 8)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
-    (folder / "config.toml").write_text('base = "shapes"\nreward = ["alignment"]\nrank = 4\n')
-    if adapter:
-        write_adapter(read_adapter("shapes-colour"), folder / "pytorch_lora_weights.safetensors")
-    return folder
 
 
 def test_every_picture_has_its_size_and_says_what_it_shows(page):
@@ -197,7 +113,7 @@ def test_the_verdicts_stand_first_and_name_every_stack_but_those_of_a_sweep(page
 
 
 def test_a_difference_that_is_not_resolved_is_not_called_better(tmp_path):
-    folder = few(tmp_path / "e", swept=False)
+    folder = write_few(tmp_path / "e", swept=False)
     table = read_json(folder / "results.json")
     for pair in table["groups"]["held-out"]["measures"]["alignment"]["comparisons"]:
         pair["p_holm"] = 0.2 if pair["stack"] == "both" else 0.001
@@ -232,7 +148,7 @@ def test_the_picture_of_a_variant_is_the_one_in_the_folder(evaluation, page):
 
 
 def test_stacks_that_are_the_same_arithmetic_share_a_picture(tmp_path):
-    folder = few(tmp_path / "e")
+    folder = write_few(tmp_path / "e")
     lines = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
     for line in lines:
         line["image"] = line["image"].replace("images/half", "images/colour")
@@ -243,7 +159,7 @@ def test_stacks_that_are_the_same_arithmetic_share_a_picture(tmp_path):
 
 
 def test_an_evaluation_that_is_not_finished_is_shown_as_far_as_it_is_drawn(tmp_path):
-    folder = few(tmp_path / "e", finished=False)
+    folder = write_few(tmp_path / "e", finished=False)
     path = folder / "scores.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3]) + '{"stack": "ba')
     report = make_report([folder], words=0)
@@ -315,98 +231,13 @@ def test_the_words_a_stack_moves_are_measured_on_the_base(evaluation):
 def test_nothing_that_a_folder_names_is_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("texforce_hub.hub.remote.find_remote", lambda *_: pytest.fail("asked the Hub"))
     monkeypatch.setattr("texforce_hub.evaluate.report.moving.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
-    folder = few(tmp_path / "e", base="somebody/model")
+    folder = write_few(tmp_path / "e", base="somebody/model")
     table = read_json(folder / "results.json")
     table["variants"][1]["stack"][0]["ref"] = "somebody/style:0.5"
     (folder / "results.json").write_text(json.dumps(table))
     report = make_report([folder], words=1)
     assert any("style: is on the Hub" in line for line in report.left_out)
     assert any("'somebody/model' is not on this disk" in line for line in report.left_out)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda table: table.pop("variants"), "'variants' is missing"),
-        (lambda table: table.update(prompts=[{"text": 5}]), "5 stands where a text is expected"),
-        (lambda table: table["sampling"].update(seeds=["x"]), "'x' stands where a finite number"),
-        (lambda table: table.update(variants="none"), "is no evaluation that can be read"),
-        (lambda table: table["sweeps"][0].update(variants=["base"]), "a sweep of 1 axes and 3 positions"),
-        (lambda table: table.update(groups=7), "is no evaluation that can be read"),
-        (lambda table: table["groups"]["held-out"]["measures"]["alignment"]["means"].update(colour=1), "evaluation"),
-    ],
-)
-def test_damaged_results_are_refused_in_one_line(tmp_path, change, says):
-    folder = few(tmp_path / "e", prompts=PROMPTS[:2])
-    table = read_json(folder / "results.json")
-    change(table)
-    (folder / "results.json").write_text(json.dumps(table))
-    with pytest.raises(FileError, match=re.escape(says)) as raised:
-        read_evaluation(folder)
-    assert str(raised.value).startswith(str(folder / "results.json"))
-    assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{", "list of scores"),
-        ("[1]", "list of scores"),
-        ({"index": 99}, "99 stands where a whole number from 0 to 1"),
-        ({"stack": "other"}, "'other' is no variant"),
-        ({"image": "../../secret.png"}, "leads out of the folder"),
-        ({"image": "/etc/passwd"}, "leads out of the folder"),
-        ({"rewards": {"alignment": float("nan")}}, "finite number"),
-    ],
-)
-def test_damaged_scores_are_refused_in_one_line(tmp_path, line, says):
-    folder = few(tmp_path / "e", prompts=PROMPTS[:2])
-    path = folder / "scores.jsonl"
-    first, *rest = path.read_text().splitlines()
-    damaged = line if isinstance(line, str) else json.dumps({**json.loads(first), **line})
-    path.write_text("\n".join([damaged, *rest]) + "\n")
-    with pytest.raises(FileError, match=re.escape(says)) as raised:
-        read_evaluation(folder)
-    assert "\n" not in str(raised.value)
-
-
-def test_damaged_metrics_are_refused_with_their_line(tmp_path):
-    folder = write_run(tmp_path / "run", [{"step": 1, "reward": 0.5}, {"step": 2, "reward": "high"}], adapter=False)
-    with pytest.raises(FileError, match=r"line 2.*'high' stands where a finite number"):
-        read_training(folder)
-
-
-def test_a_drawing_without_its_origin_is_refused(tmp_path):
-    folder = draw(tmp_path / "d")
-    Image.new("RGB", (8, 8)).save(folder / "base" / "0000.png")
-    with pytest.raises(FileError, match="does not say how it was drawn"):
-        read_drawing(folder)
-    (folder / "base" / "0000.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(FileError, match="is no picture that can be read"):
-        read_drawing(folder)
-
-
-def test_of_a_damaged_folder_no_page_is_written(tmp_path):
-    folder = few(tmp_path / "e", prompts=PROMPTS[:2])
-    before = CliRunner().invoke(app, ["report", str(folder), "--words", "0"])
-    assert before.exit_code == 0
-    old = (folder / "report.html").read_bytes()
-    (folder / "images" / "base" / "0000-0.png").write_bytes(b"no picture")
-    result = CliRunner().invoke(app, ["report", str(folder), "--words", "0"])
-    assert isinstance(result.exception, ConfigError)
-    assert "0000-0.png: is no picture that can be read" in str(result.exception)
-    assert (folder / "report.html").read_bytes() == old
-    assert not list(folder.glob("*report.html?*"))
-
-
-@pytest.mark.parametrize("content", [None, "other"])
-def test_a_folder_of_no_kind_is_refused(tmp_path, content):
-    path = tmp_path / "x"
-    if content:
-        path.mkdir()
-        (path / "notes.txt").write_text(content)
-    with pytest.raises(FileError, match="train"):
-        make_report([path])
 
 
 def test_a_page_replaces_an_older_page_and_nothing_else(tmp_path):
@@ -431,70 +262,10 @@ def test_the_same_folders_give_the_same_page(evaluation):
 
 def test_a_page_of_three_stacks_and_96_prompts_keeps_within_its_bound(tmp_path):
     prompts = [f"prompt {number}" for number in range(96)]
-    folder = few(tmp_path / "e", prompts=prompts, side=48)
+    folder = write_few(tmp_path / "e", prompts=prompts, side=48)
     report = make_report([folder], words=0)
     assert len(Page(report.html).all("img")) == 4 * 96
     assert len(report.html.encode()) < LARGEST
-
-
-def write_noise(folder, count, side):
-    rng = np.random.default_rng(1)
-    paths = [folder / f"{number}.png" for number in range(count)]
-    for path in paths:
-        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(path)
-    return paths
-
-
-def test_pictures_are_made_smaller_until_all_fit(tmp_path):
-    paths = write_noise(tmp_path, 8, 300)
-    whole, side = embed_all(paths, budget=10**9)
-    assert (side, {picture.width for picture in whole.values()}) == (512, {300})
-    smaller, side = embed_all(paths, budget=sum(len(picture.address) for picture in whole.values()) // 3)
-    assert side < 300
-    assert {picture.width for picture in smaller.values()} == {side}
-    assert len(smaller) == 8
-
-
-def test_where_even_small_pictures_do_not_fit_the_first_prompts_stay_and_the_rest_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("texforce_hub.evaluate.report.page._BESIDE", LARGEST - 20_000)
-    folder = few(tmp_path / "e", side=64, swept=False)
-    report = make_report([folder], words=0)
-    shown = len(Page(report.html).all("li", **{"class": "card"}))
-    assert 0 < shown < len(PROMPTS)
-    assert f"{len(PROMPTS) - shown} prompts: all of them would not fit into the page" in report.left_out
-
-
-@pytest.mark.parametrize(("side", "kind"), [(512, "webp"), (1, "png")])
-def test_a_picture_is_written_as_whichever_is_smaller(side, kind):
-    rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    sizes = {name: len(data) for data, name in pictures._encodings(image)}
-    embedded = embed(image)
-    smallest = min(sizes, key=lambda name: sizes[name])
-    assert embedded.address.startswith(f"data:image/{smallest};base64,")
-    assert set(sizes) == {"webp", "png"}
-    assert smallest == kind or side == 1
-
-
-def test_ticks_are_round_and_inside():
-    values, texts = zip(*round_numbers((0.0, 1.0), 6))
-    assert values == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert texts == ("0.0", "0.2", "0.4", "0.6", "0.8", "1.0")
-    assert [text for _, text in round_numbers((1, 7), 6)] == ["1", "2", "3", "4", "5", "6", "7"]
-    assert [text for _, text in round_numbers((-0.013, 0.012), 4)] == ["-0.01", "0.00", "0.01"]
-    assert round_numbers((2.0, 2.0), 4) == [(2.0, "2")]
-
-
-def test_a_curve_of_equal_values_is_drawn_in_the_middle():
-    plane = make_plane([1, 2], [0.5, 0.5], width=100, height=100)
-    assert plane.y(0.5) == pytest.approx((plane.top + plane.height - plane.bottom) / 2)
-
-
-def test_a_long_curve_keeps_its_last_point():
-    points = [(step, 0.0) for step in range(12_345)]
-    thin = thin_out(points)
-    assert len(thin) <= 1001
-    assert (thin[0], thin[-1]) == (points[0], points[-1])
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path, evaluation):
