@@ -1,5 +1,6 @@
 """Whatever happens while a stack is put on, changed or taken off, the pipeline is whole afterwards."""
 
+import gc
 import random
 import signal
 import sys
@@ -16,6 +17,7 @@ from tests.support.applying import bits, same_bits, shared_pipeline
 from tests.support.pipelines_tiny import random_adapter, tiny_clip, tiny_pipeline
 from texforce_hub.adapter.value import Adapter
 from texforce_hub.apply.applied import apply_adapter
+from texforce_hub.apply.collector import uncollected
 from texforce_hub.apply.model import tuner_layers
 from texforce_hub.apply.per_sample import per_sample_adapters
 
@@ -30,9 +32,12 @@ ROOM = ("/texforce_hub/apply/",)
 def interrupt_at(number, files):
     """Raise before the given line of ours that changes a model; gives the trace and how many lines were counted."""
     seen = [0]
+    if number == 0:
+        gc.collect()  # handles that earlier tests have left lying would add their lines
 
     def trace(frame, event, _):
-        if not any(name in frame.f_code.co_filename for name in files):
+        # Python handles no signal before the last lines of collector.py: test_collector.py sends it real ones.
+        if not any(name in frame.f_code.co_filename for name in files) or frame.f_code is uncollected.__code__:
             return None
         # A with statement's own line comes up again on the way out, where Python handles no signal.
         if event == "line" and not getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):

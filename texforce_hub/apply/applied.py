@@ -13,6 +13,7 @@ from torch import nn
 
 from texforce_hub.adapter.value import LayerName
 from texforce_hub.apply.adapter_list import free_name
+from texforce_hub.apply.collector import uncollected
 from texforce_hub.apply.composite import Composite, check_composite, passes
 from texforce_hub.apply.handle import Applied
 from texforce_hub.apply.locks import alone_on
@@ -96,7 +97,7 @@ def apply_adapter(
     made: list[Applied] = []  # an interrupt after the lock is let go would lose what is returned, the stack left on
     try:
         apply = partial(_apply, pipe, roots, entries, mode, made, strict=strict, draws=draws)
-        applied = alone_on(roots.values(), apply)
+        applied = alone_on(roots.values(), partial(uncollected, apply))
         if follows:
             applied._follow(pipe, refs, composite)
         return applied
