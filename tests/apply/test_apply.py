@@ -1,5 +1,6 @@
 """A stack on a pipeline: ``W + Σ wᵢ·ΔWᵢ``, seen by the pipeline's own calls, undone bit for bit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -138,6 +139,20 @@ def test_weights_change_without_reading_again(mode):
     assert same_bits(pipe, before)
     with pytest.raises(MatchError, match="no longer"):
         applied.set_weights([1.0, 1.0])
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_new_weights_after_a_change_of_dtype_keep_the_layers_own_scale(dtypes):
+    pipe = tiny_pipeline("sd1").to(dtype=dtypes[0])
+    layers = random_adapter(pipe).layers
+    adapter = Adapter({name: replace(layer, scale=3.0) for name, layer in layers.items()})
+    with apply_adapter(pipe, adapter) as applied:
+        pipe.to(dtype=dtypes[1])
+        applied.set_weights([0.5])
+        for decided in applied.decisions.values():
+            for name, matched in decided.items():
+                change = getattr(pipe, matched.part).get_submodule(matched.path).get_delta_weight(applied.name)
+                assert torch.allclose(change.float(), 0.5 * layers[name].delta() * 3.0, rtol=0.1, atol=1e-2), name
 
 
 def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_changes():

@@ -33,7 +33,7 @@ def register(root: Any, name: str, attachments: Mapping[str, Attachment]) -> Non
         lora_alpha=widest,
         target_modules=sorted(ranks),
         rank_pattern=ranks,
-        alpha_pattern={path: attachment.factor * ranks[path] for path, attachment in attachments.items()},
+        alpha_pattern={path: attachment.alpha for path, attachment in attachments.items()},
         inference_mode=True,
     )
     if getattr(root, "peft_config", None):
@@ -48,11 +48,10 @@ def register(root: Any, name: str, attachments: Mapping[str, Attachment]) -> Non
         layer._active_adapter = [*(other for other in active if other != name), name]
 
 
-def note_factors(root: Any, name: str, attachments: Mapping[str, Attachment]) -> None:
-    """Bring the model's list of adapters up to date after new weights."""
+def note_alphas(root: Any, name: str, alphas: Mapping[str, float]) -> None:
+    """Bring the model's list of adapters up to date after new weights; ``alphas`` are by the path of the layer."""
     config = (getattr(root, "peft_config", None) or {}).get(name)
     if config is not None:
-        alphas = {path: attachment.factor * attachment.wrapper.r[name] for path, attachment in attachments.items()}
         config.alpha_pattern = alphas
 
 

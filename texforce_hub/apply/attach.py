@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from texforce_hub.apply.halves import Halves, Pair, factor_of
+from texforce_hub.apply.halves import Halves, Pair, unit_of
 from texforce_hub.apply.patch import Copy, Owner, find_copies, follow, put, rebase
 from texforce_hub.apply.wrappers import Wrappers, extend, let_go
 from texforce_hub.errors import MatchError
@@ -21,13 +21,18 @@ from texforce_hub.errors import MatchError
 
 @dataclass(eq=False, slots=True)
 class Attachment:
-    """A low-rank pair beside one layer: where it sits and under which adapter name."""
+    """A low-rank pair beside one layer: where it sits and under which adapter name.
+
+    ``unit`` is what PEFT multiplies a single pair by at weight 1; ``None``: the pair stands for several, whose weights
+    are in its numbers.
+    """
 
     parent: nn.Module
     child: str
     wrapper: Any  # a LoraLayer
     name: str
     half: nn.Module  # its lower half, by which it is known whatever it is called
+    unit: float | None
     factor: float
     relative: float | None = None  # what the pipeline's own calls multiply by, while new weights go in
     fused: "_Fused | None" = None  # once its undoing has begun
@@ -35,7 +40,20 @@ class Attachment:
     @property
     def halves(self) -> Halves:
         """``(down, up)``, as PEFT's layer has them."""
-        return self.wrapper.lora_A[self.name].weight, self.wrapper.lora_B[self.name].weight
+        modules, name = self.wrapper._modules, self.name  # not its attributes: those of a module are slow to find
+        return modules["lora_A"]._modules[name].weight, modules["lora_B"]._modules[name].weight
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether its numbers are there; those of an offloaded or emptied model are not."""
+        down, up = self.halves
+        return not (down.is_meta or up.is_meta)
+
+    @property
+    def alpha(self) -> float:
+        """What the model's list of adapters calls the factor."""
+        alpha: float = self.factor * self.wrapper.r[self.name]
+        return alpha
 
     @property
     def live(self) -> bool:
@@ -48,7 +66,7 @@ class Attachment:
         """Whether anything of it is left."""
         return self.name in self.wrapper.r or self.fused is not None
 
-    def check_changeable(self, pairs: Sequence[Pair]) -> None:
+    def check_changeable(self) -> None:
         """Refuse new weights where they would not act.
 
         Raises:
@@ -56,33 +74,35 @@ class Attachment:
         """
         if self.name in self.wrapper.merged_adapters:
             raise MatchError("the stack was fused by fuse_lora(): call unfuse_lora() before giving it new weights")
-        if len(pairs) > 1 and any(half.is_meta for half in self.halves):
+        if self.unit is None and not self.in_memory:
             raise MatchError(
                 "the stack's weights are not in memory (sequential offload): a stack of several adapters takes new "
                 "weights before offloading, or after taking it off and putting it on again"
             )
 
-    def fill(self, pairs: Sequence[Pair], numbers: Halves | None) -> None:
-        """New weights for the pairs that ride as one; ``numbers`` are those of several, of a single one none change."""
-        if numbers is not None:
-            for half, new in zip(self.halves, numbers, strict=True):
-                put(half.detach(), new)
+    def fill(self, numbers: Halves) -> None:
+        """Other numbers, of several pairs at new weights."""
+        for half, new in zip(self.halves, numbers, strict=True):
+            put(half.detach(), new)
+
+    def multiply_by(self, factor: float) -> None:
+        """Another factor of a single pair; what the pipeline's own calls multiply by stays, relative to it."""
+        wrapper, name = self.wrapper, self.name
         if self.relative is None:
-            self.relative = self.wrapper.scaling[self.name] / self.factor if self.factor else 1.0
-        self.factor = factor_of(pairs, self.halves[0].dtype)
-        self.wrapper.lora_alpha[self.name] = self.factor * self.wrapper.r[self.name]
-        self.wrapper.scaling[self.name] = self.relative * self.factor
+            self.relative = wrapper.scaling[name] / self.factor if self.factor else 1.0
+        self.factor = factor
+        wrapper.lora_alpha[name] = self.alpha
+        wrapper.scaling[name] = self.relative * self.factor
         self.relative = None
 
 
-def check_in_memory(part: str, root: nn.Module, attachments: Iterable[Attachment]) -> None:
+def check_offloaded(part: str, root: nn.Module) -> None:
     """Refuse a model whose numbers are gone: on the meta device, with no offloading that brings them back.
 
     Raises:
         MatchError: it is such a model.
     """
-    gone = any(half.is_meta for attachment in attachments for half in attachment.halves)
-    if gone and not any(hasattr(module, "_hf_hook") for module in root.modules()):
+    if not any(hasattr(module, "_hf_hook") for module in root.modules()):
         raise MatchError(
             f"{part} was moved to the meta device and has no numbers any more, nor has the stack on it: "
             "load the model and apply the stack again"
@@ -103,11 +123,12 @@ def attach(owner: Owner, wrappers: Wrappers, pairs: Sequence[Pair], halves: Halv
     lower, upper = wrapper.lora_A._modules[name], wrapper.lora_B._modules[name]
     lower._parameters["weight"] = nn.Parameter(halves[0], requires_grad=False)
     upper._parameters["weight"] = nn.Parameter(halves[1], requires_grad=False)
-    factor = factor_of(pairs, halves[0].dtype)
+    unit = unit_of(pairs, halves[0].dtype)
+    factor = 1.0 if unit is None else unit * pairs[0][1]
     wrapper.lora_alpha[name], wrapper.scaling[name] = factor * rank, factor
     if wrapper is not module:
         parent._modules[child] = wrapper
-    return Attachment(parent, child, wrapper, name, lower, factor)
+    return Attachment(parent, child, wrapper, name, lower, unit, factor)
 
 
 def detach(owner: Owner, name: str, attachment: Attachment | None = None) -> None:

@@ -63,12 +63,12 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor if tensor.element_size() > 1 else tensor.float()
 
 
-def factor_of(pairs: Sequence[Pair], dtype: torch.dtype) -> float:
-    """What PEFT multiplies a stack's halves by: the weight of a single pair; those of several are in their halves."""
+def unit_of(pairs: Sequence[Pair], dtype: torch.dtype) -> float | None:
+    """What PEFT multiplies halves laid out in this dtype by, at weight 1; ``None``: the weights are in them already."""
     if len(pairs) > 1:
-        return 1.0
-    layer, weight = pairs[0]
-    return weight if _narrows(layer, dtype) else layer.scale * weight
+        return None
+    layer, _ = pairs[0]
+    return 1.0 if _narrows(layer, dtype) else layer.scale
 
 
 def _narrows(layer: LowRank, dtype: torch.dtype) -> bool:

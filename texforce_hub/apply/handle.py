@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from texforce_hub.adapter.moving import move_all
 from texforce_hub.adapter.value import LayerName
-from texforce_hub.apply.adapter_list import activate, note_factors, register, unregister
-from texforce_hub.apply.attach import Attachment, attach, check_in_memory, detach, unwrap_moved
+from texforce_hub.apply.adapter_list import activate, note_alphas, register, unregister
+from texforce_hub.apply.attach import Attachment, attach, check_offloaded, detach, unwrap_moved
 from texforce_hub.apply.display import describe_stack, tabulate_stack
 from texforce_hub.apply.halves import Pair, make_halves
 from texforce_hub.apply.locks import alone_on
@@ -247,12 +247,12 @@ class Applied:
             write(entry, terms[key])
 
     def _set_weights(self, entries: list[StackEntry]) -> None:
-        gone = [key for key, attachment in self._attachments.items() if not attachment.live]
-        if gone or not (self._attachments or self._writes):
+        attachments = self._attachments.values()
+        if not (attachments or self._writes) or not all(attachment.live for attachment in attachments):
             raise MatchError("the stack is no longer on the pipeline: it was removed or unloaded; apply it again")
         self._check_in_memory()
-        for key, attachment in self._attachments.items():
-            attachment.check_changeable(self._pairs(key))
+        for attachment in attachments:
+            attachment.check_changeable()
         if uncalled := self._uncalled():
             raise MatchError(
                 f"{uncalled[0]} is no longer called since fuse_qkv_projections(): take the stack off and apply it again"
@@ -268,17 +268,24 @@ class Applied:
             raise
 
     def _refill(self) -> None:
-        pairs = {key: self._pairs(key) for key in self._attachments}
-        several = {key: (self._attachments[key].halves[0], beside) for key, beside in pairs.items() if len(beside) > 1}
-        numbers = dict(zip(several, make_halves(list(several.values())), strict=True))
-        for key, attachment in self._attachments.items():
-            attachment.fill(pairs[key], numbers.get(key))
-        for part in self._riding_parts():
-            note_factors(self.roots[part], self.name, self._attached_to(part))
+        several = {key: here for key, here in self._attachments.items() if here.unit is None}
+        numbers = make_halves([(here.halves[0], self._pairs(key)) for key, here in several.items()])
+        for attachment, halves in zip(several.values(), numbers, strict=True):
+            attachment.fill(halves)
+        alphas: dict[str, dict[str, float]] = {}
+        for (part, path, parameter), attachment in self._attachments.items():
+            if attachment.unit is not None:
+                index, name, *_ = self._riding[part, path, parameter][0]
+                attachment.multiply_by(attachment.unit * self.entries[index].weight.weight_of(name))
+            alphas.setdefault(part, {})[path] = attachment.alpha
+        for part, of_part in alphas.items():
+            note_alphas(self.roots[part], self.name, of_part)
         self._rewrite()
 
     def _rewrite(self) -> None:
-        terms = self._terms() if self._on and self._writes else {}
+        if not self._writes:
+            return
+        terms = self._terms() if self._on else {}
         with reused_memory():
             for key, entry in self._writes.items():
                 write(entry, terms.get(key, ()))
@@ -294,8 +301,8 @@ class Applied:
         self._rewrite()
 
     def _check_in_memory(self) -> None:
-        for part in self._riding_parts():
-            check_in_memory(part, self.roots[part], self._attached_to(part).values())
+        for part in {key[0] for key, attachment in self._attachments.items() if not attachment.in_memory}:
+            check_offloaded(part, self.roots[part])
 
     def _take_off(self) -> list[BaseException]:
         """Undo all that is left to undo; the errors, and the interrupts, in their order."""
@@ -334,9 +341,14 @@ class Applied:
 
     def _uncalled(self) -> list[str]:
         """Attached layers that the model has joined with others since, and calls no more."""
+        parents = {id(attachment.parent): attachment.parent for attachment in self._attachments.values()}
+        joining = {key for key, parent in parents.items() if calls_joined(parent)}
+        if not joining:
+            return []
         names = []
         for (part, path, parameter), attachment in self._attachments.items():
-            joined = find_joined(attachment.parent, attachment.child) if calls_joined(attachment.parent) else None
+            asked = id(attachment.parent) in joining
+            joined = find_joined(attachment.parent, attachment.child) if asked else None
             above = path.removesuffix(attachment.child)
             if joined is not None and (part, above + joined.name, parameter) not in self._attachments:
                 names.append(f"{part}.{path}")

@@ -43,6 +43,7 @@ def calls_joined(attention: nn.Module) -> bool:
     Attentions that can be divided again say so themselves. The older kind keeps its mark for good; what it calls is
     up to its processor.
     """
-    if hasattr(attention, "unfuse_projections"):
+    if hasattr(type(attention), "unfuse_projections"):  # of the class: what a module lacks takes it long to miss
         return bool(getattr(attention, "fused_projections", False))
-    return "Fused" in type(getattr(attention, "processor", None)).__name__
+    processor = vars(attention).get("processor", attention._modules.get("processor"))
+    return "Fused" in type(processor).__name__

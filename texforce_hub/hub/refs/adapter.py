@@ -171,6 +171,8 @@ class AdapterRef:
 
     def weight_of(self, layer: str) -> float:
         """The weight of one layer, by its canonical name; the longest fitting part or pattern decides."""
+        if not self.parts:
+            return self.weight
         fitting = [(len(part), w) for part, w in self.parts if _covers(part, layer)]
         return max(fitting, key=lambda pair: pair[0])[1] if fitting else self.weight
 
