@@ -152,8 +152,9 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
             except NotBetterError as error:
                 print(f"| {name} | {seed} | – | {units:,.0f} | {str(error).split(',')[0]} | | | |", flush=True)
             else:
-                variants = {"base": Variant(), "text": Variant(adapter), "both": Variant(adapter, tuned)}
-                noisy, known = (measure(pipe, variants, words) for words in ({"colour"}, set[str]()))
+                variants = {"base": Variant(), "text": Variant(adapter)}
+                known = measure(pipe, variants, set())
+                noisy = measure(pipe, variants | {"both": Variant(adapter, tuned)}, {"colour"})
                 frontier.setdefault(name, []).append((known.mean("text").mean, noisy.mean("text").mean))
                 print(
                     f"| {name} | {seed} | {adapter.metadata['texforce_hub.steps']} | {units:,.0f} | "
