@@ -39,18 +39,22 @@ from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run import train_adapter
 
 BACKWARD = 1.08
+STRETCHES = 2  # validations more, in the end
 RECIPES: dict[str, dict[str, Any]] = {
     "streaming": {},
     "ppo": {"algorithm": "ppo", "updates": 2},
-    "weaker anchor": {"anchor": 3.0},
+    "independent noise": {"antithetic": False},
+    "weaker anchor": {"anchor": 5.0},
     "no anchor": {"anchor": 0.0, "canonical": 0.625},
-    "higher rate": {"learning_rate": 3e-3},
+    "higher rate": {"learning_rate": 4.5e-3},
     "direct": {"algorithm": "direct", "learning_rate": 5e-4},
 }
 PARTS = ["signal", "recipes", "size"]
 PLOT = Path(__file__).with_name("train.png")
 FRONTIER = Path(__file__).with_name("frontier.png")
-COLOURS = dict(zip(RECIPES, ("tab:blue", "tab:orange", "tab:cyan", "tab:green", "tab:purple", "tab:red"), strict=True))
+COLOURS = dict(
+    zip(RECIPES, ("tab:blue", "tab:orange", "tab:brown", "tab:cyan", "tab:green", "tab:purple", "tab:red"), strict=True)
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -146,7 +150,7 @@ def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) ->
                 device="cpu",
                 **RECIPES[name],
             )
-            units = spent(config, config.steps)
+            units = spent(config, config.steps) + STRETCHES * validation_units(config)
             try:
                 adapter = train_adapter(config)
             except NotBetterError as error:
@@ -179,10 +183,15 @@ def measure(pipe: Any, variants: dict[str, Variant], noisy: set[str]) -> Evaluat
 
 
 def spent(config: TrainConfig, step: int) -> float:
-    """Units after so many steps, validations included."""
+    """Units after so many steps, with their validations."""
     forwards, backwards = count_units(config, len(range(0, config.inference_steps, 2)))
-    validation = 2 * config.validation_prompts * config.validation_images * config.picture_steps
-    return step * (forwards + BACKWARD * backwards) + (1 + step // config.validate_every) * validation
+    validations = 1 + step // config.validate_every
+    return step * (forwards + BACKWARD * backwards) + validations * validation_units(config)
+
+
+def validation_units(config: TrainConfig) -> int:
+    """Units of a validation."""
+    return 2 * config.validation_prompts * config.validation_images * config.picture_steps
 
 
 def plot(curves: dict[str, list[list[tuple[float, float]]]]) -> None:

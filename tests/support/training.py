@@ -47,7 +47,7 @@ SHORT = {
     "steps": 3, "prompts_per_step": 2, "images_per_prompt": 4, "inference_steps": 4, "rank": 4, "alpha": 8.0,
     "reward": ("brightness",), "validate_every": 2, "validation_prompts": 2, "validation_images": 1,
     "validation_steps": 2, "checkpoint_every": 1, "sheet_every": 0, "ema": 0.5, "keep": "last", "anchor_count": 3,
-    "batch_size": 64,
+    "stretch": 1.0, "batch_size": 64,
 }  # fmt: skip
 
 

@@ -8,9 +8,11 @@ import torch
 from tests.support.training import make_policy, tiny_pipeline
 from texforce_hub.errors import TrainingError
 from texforce_hub.rewards.reward import resolve_rewards
+from texforce_hub.train.algorithms.algorithm import draw_chains
 from texforce_hub.train.algorithms.direct import direct
 from texforce_hub.train.algorithms.ppo import draw_timesteps, ppo, ppo_losses, sample_rollout, surrogate_gradient
 from texforce_hub.train.algorithms.streaming import streaming
+from texforce_hub.train.diagnostics import describe_scores
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.policies.frozen import frozen
@@ -18,6 +20,7 @@ from texforce_hub.train.policies.policy import Text, pull
 from texforce_hub.train.policies.sample import sample_images
 from texforce_hub.train.policies.stable_diffusion import StableDiffusion
 from texforce_hub.train.policies.steps import grade_steps, log_probability
+from texforce_hub.train.team import ALONE
 
 PROMPTS = ["a crimson circle", "a green square at the top"]
 ADVANTAGES = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.5, 0.3, 0.2, -0.5])
@@ -105,6 +108,33 @@ def test_a_unet_with_dropout_is_not_checkpointed():
     pipe.unet.mid_block.resnets[0].dropout.p = 0.1
     with pytest.raises(TrainingError, match="dropout"), frozen(pipe, checkpointing=True):
         pass
+
+
+@pytest.mark.parametrize("images", [2, 4, 5])
+def test_antithetic_pictures_begin_alike_and_go_opposite_ways(images):
+    policy, _ = make_policy(images_per_prompt=images)
+    plain, _ = make_policy(images_per_prompt=images, antithetic=False)
+    start, *steps = draw_chains(policy, 3, torch.Generator().manual_seed(5), ALONE)
+    alone = draw_chains(plain, 3, torch.Generator().manual_seed(5), ALONE)
+    for noise, sign, own in zip([start, *steps], [1, -1, -1, -1], alone, strict=True):
+        groups, without = noise.unflatten(0, (2, images)), own.unflatten(0, (2, images))
+        assert torch.equal(groups[:, 1::2], sign * groups[:, : images - images % 2 : 2])
+        assert torch.equal(groups[:, ::2], without[:, ::2])  # an odd last picture is its own
+        assert not torch.equal(groups[0], groups[1])
+
+
+def test_the_halves_that_signal_is_measured_by_part_no_antithetic_pair(monkeypatch):
+    policy, _ = make_policy(images_per_prompt=6)
+    chosen = []
+
+    def compare(judge, scores, *, images):
+        chosen.append(scores.tolist()[0])
+        return scores[0]
+
+    monkeypatch.setattr(Judge, "compare", compare)
+    judge = Judge(resolve_rewards(["brightness"]), policy.config, scores=torch.arange(12.0)[None], own=slice(0, 12))
+    describe_scores({0: torch.zeros(12, 3)}, judge)
+    assert chosen == [[0, 1, 6, 7], [2, 3, 8, 9]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,6 +4,7 @@ import sys
 import types
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tests.support.training import run, saved, scripted_reward
@@ -47,6 +48,33 @@ def test_a_reward_that_is_only_watched_raises_the_alarm_when_it_falls(tmp_path, 
     run(tmp_path, **settings, validation_prompts=4)
     assert "reward hacking suspected" in caplog.text
     assert [round(score, 1) for _, score in saved(tmp_path).facts["watched"]] == [1.0, 0.9, 0.2, 0.1]
+
+
+def test_the_best_multiple_of_the_kept_weights_goes_into_the_file(tmp_path, monkeypatch):
+    values = [0.5, 0, 0.9, 0, 0.7]  # step 1 is the best of two
+    settings = {"steps": 2, "keep": "best", "validate_every": 1}
+    plain = run(tmp_path / "plain", reward=scripted_reward(monkeypatch, values), **settings)
+    reward = scripted_reward(monkeypatch, [*values, 0.95, 0.6])
+    adapter = run(tmp_path / "stretched", reward=reward, stretch=1.4, **settings)
+    assert adapter.metadata["texforce_hub.multiple"] == "1.2"
+    assert adapter.metadata["texforce_hub.steps"] == "1"
+    for name in plain.layers:
+        torch.testing.assert_close(adapter.delta(name), 1.2 * plain.delta(name))
+    reward = scripted_reward(monkeypatch, [0.8, 0.8])  # again: nothing but the multiples is tried
+    assert "texforce_hub.multiple" not in run(tmp_path / "stretched", reward=reward, stretch=1.4, **settings).metadata
+    state, longer = saved(tmp_path / "plain"), saved(tmp_path / "stretched")
+    assert all(torch.equal(state.tensors[name], tensor) for name, tensor in longer.tensors.items())
+
+
+def test_a_multiple_at_which_the_watched_reward_falls_is_not_taken(tmp_path, monkeypatch):
+    reward = scripted_reward(monkeypatch, [0.5, 0, 0.6, 0.7, 0.8])
+    other = types.ModuleType("watched")
+    values = iter([1.0, 1.0, 1.0, 0.1])
+    monkeypatch.setattr(other, "score", lambda i, p: next(values) + i.mean((1, 2, 3)) * 1e-6, raising=False)
+    monkeypatch.setitem(sys.modules, "watched", other)
+    settings = {"steps": 1, "validate_every": 1, "reward": reward, "watch": ("python:watched:score",)}
+    adapter = run(tmp_path, **settings, validation_prompts=4, stretch=1.4)
+    assert adapter.metadata["texforce_hub.multiple"] == "1.2"
 
 
 def test_a_run_ends_early_when_nothing_gets_better(tmp_path, monkeypatch):

@@ -64,13 +64,14 @@ class TrainConfig(Settings):
     clip: Positive = 1.64  # ppo: a log-ratio further from 0 than this, in nats, earns no gradient
     direct: Literal["refl", "draft_lv", "truncated"] = "refl"  # direct: through which steps the reward is pushed
     direct_steps: Count = 1  # direct, truncated: the last so many
+    antithetic: bool = True  # draw a prompt's pictures in pairs, from one start with opposite noise in the steps
     leave_one_out: bool = False  # compare a picture with the others of its group, not with all
     advantage_clip: NotNegative = 5.0  # advantages are cut at ± this
     advantage_floor: NotNegative = 0.1  # added to a group's deviation, that of a single reward being 1
-    anchor: NotNegative = 5.0  # pull of the anchor prompts' embeddings to where they were, against a gradient of 1
+    anchor: NotNegative = 20.0  # pull of the anchor prompts' embeddings to where they were, against a gradient of 1
     anchor_count: Count = 64  # anchor prompts in an update; they cost the text encoder alone
 
-    learning_rate: Positive = 2e-3  # of AdamW, after warm-up
+    learning_rate: Positive = 3e-3  # of AdamW, after warm-up
     warmup: Natural = 3  # steps over which the learning rate rises to its value
     decay: Literal["constant", "linear", "cosine"] = "linear"  # the learning rate's way down
     decay_steps: Count = 120  # how many steps that takes, whatever the run's length: a longer run does not jump
@@ -86,6 +87,8 @@ class TrainConfig(Settings):
     validation_steps: Annotated[int | None, at_least(1)] = None  # denoising steps of a validation picture, without
     # noise (eta 0); by default as many as in a rollout
     keep: Literal["best", "last"] = "best"  # the weights in the finished file: best in validation, or the last
+    stretch: Annotated[float, at_least(1)] = 1.4  # at the end the kept weights are tried at up to this multiple on the
+    # validation prompts, and the best goes into the file; 1: as they are
     patience: Natural = 0  # end after so many validations without a new best, 0 = never
 
     checkpoint_every: Count = 10  # steps between checkpoints
@@ -120,7 +123,7 @@ RESUMABLE = frozenset(
 RENAMED = {"batch": "batch_size"}
 GONE = {
     "skip_last": "denoising steps are chosen by the signal they carry: share = 0.5 takes the first half of those",
-    "kl": "the anchor holds what the base knew: anchor = 5.0",
+    "kl": "the anchor holds what the base knew: anchor = 20.0",
     "max_grad_norm": "the gradient is brought to norm 1 before every update",
 }
 

@@ -11,9 +11,9 @@ from texforce_hub.train.judge import Judge
 def describe_scores(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
     """Squared signal and noise of the gradient, by denoising step and in all, and cosines between rewards' gradients.
 
-    Every group is halved; each half is judged by itself, so the halves' gradients are independent: their product is
-    the squared signal, and what is left of their size is noise. One rollout's figures are rough and may be negative;
-    sums over many tell.
+    Every group is halved, but no antithetic pair is. Each half is judged by itself, so the halves' gradients are
+    independent: their product is the squared signal, and what is left of their size is noise. One rollout's figures
+    are rough and may be negative; sums over many tell.
 
     Shapes:
         scores: by denoising step, of this process's pictures, ``(b, numbers of a prompt's embeddings)``
@@ -36,8 +36,9 @@ def _cosines(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
 
 def _signals(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
     own, images = judge.scores[:, judge.own], judge.config.images_per_prompt
-    halves = torch.arange(own.shape[1], device=own.device).view(-1, images)[:, : images // 2 * 2].chunk(2, 1)
-    pairs = [[_half(score, own, judge, half.flatten()) for half in halves] for score in scores.values()]
+    half = images // 4 * 2 if judge.config.antithetic else images // 2
+    halves = torch.arange(own.shape[1], device=own.device).view(-1, images)[:, : 2 * half].chunk(2, 1)
+    pairs = [[_judge_half(score, own, judge, chosen) for chosen in halves] for score in scores.values()]
     pairs.append([torch.stack(half).sum(0) for half in zip(*pairs, strict=True)])
     squares = torch.stack([_signal_and_noise(a, b) for a, b in pairs])
     judge.team.add([squares])
@@ -47,8 +48,9 @@ def _signals(scores: Mapping[int, Tensor], judge: Judge) -> dict[str, float]:
     return facts
 
 
-def _half(score: Tensor, own: Tensor, judge: Judge, chosen: Tensor) -> Tensor:
-    images = judge.config.images_per_prompt // 2
+def _judge_half(score: Tensor, own: Tensor, judge: Judge, half: Tensor) -> Tensor:
+    """The gradient of some of each prompt's pictures, ``half (prompts, images)``, compared with each other alone."""
+    chosen, images = half.flatten(), half.shape[1]
     return _weigh(score[chosen], judge.compare(own[:, chosen], images=images), images)
 
 

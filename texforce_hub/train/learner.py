@@ -103,11 +103,11 @@ class Learner:
         self.validations.append((self.step, score))
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The running average instead of the parameters, and back."""
+    def showing(self, weights: Mapping[str, Tensor], multiple: float = 1.0) -> Iterator[None]:
+        """Other weights instead of the parameters, their LoRA's change times ``multiple``, and back."""
         before = self._copies()
         try:
-            self._put(self.average)
+            self._put({n: tensor * multiple if ".lora_B." in n else tensor for n, tensor in weights.items()})
             yield
         finally:
             self._put(before)

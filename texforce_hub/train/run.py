@@ -221,6 +221,8 @@ def _train(run: TrainingRun, on_step: Callable[[StepReport], None]) -> None:
         with run.team.together():
             run.validate()
         saved = run.learner.snapshot()
+    with run.team.together():
+        run.choose_multiple()
     if run.team.leads:
         run.save(saved)
         run.draw()

@@ -1,7 +1,7 @@
 """The machinery of a run: one step, one validation, one sheet; what a step is made of is the algorithm's affair."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from time import monotonic
 from typing import Any
@@ -68,6 +68,7 @@ class TrainingRun:
     samples: list[str]  # prompts of the sheets
     team: Team = ALONE
     late: bool = False  # max_minutes are over
+    multiple: float = 1.0  # of the kept weights, what goes into the file
     started: float = field(default_factory=monotonic)
 
     def take_step(self) -> StepReport:
@@ -113,7 +114,7 @@ class TrainingRun:
 
     def validate(self) -> float:
         """The mean reward on the validation prompts at fixed noise; remembers the best weights, warns of hacking."""
-        scores, *watched = self._score_held_out([self.judge, self.watch] if self.watch.rewards else [self.judge])
+        scores, *watched = self._score_held_out(self.learner.average)
         self.learner.note_validation(scores.mean().item())
         if watched:
             self._watch(watched[0])
@@ -121,14 +122,34 @@ class TrainingRun:
             self.say("step %d: the held-out reward is below where it began", self.learner.step)
         return scores.mean().item()
 
-    def _score_held_out(self, judges: Sequence[Judge]) -> list[Tensor]:
-        """What every judge gives the validation's pictures in all, drawn by all processes together."""
+    def choose_multiple(self) -> None:
+        """Try the kept weights, stretched, on the validation prompts; the best multiple goes into the file.
+
+        What the anchor holds hardly moves when the weights are stretched, so that more is gained than lost. A multiple
+        at which what is watched has fallen is not taken.
+        """
+        config, learner = self.config, self.learner
+        step, weights = learner.kept
+        before = dict(learner.validations).get(step)
+        if config.stretch == 1 or before is None or not learner.beaten:
+            return
+        best = before
+        for multiple in ((1 + config.stretch) / 2, config.stretch):
+            scores, *watched = self._score_held_out(weights, multiple)
+            fallen = watched and _has_fallen(watched[0], learner.watched[0][1])
+            self.say("validation at %g times the weights: %.3f", multiple, scores.mean().item(), level=logging.INFO)
+            if scores.mean().item() > best and not fallen:
+                best, self.multiple = scores.mean().item(), multiple
+
+    def _score_held_out(self, weights: Mapping[str, Tensor], multiple: float = 1.0) -> list[Tensor]:
+        """What the judge, and the watch if there is one, give the validation's pictures, drawn by all processes."""
         config, number = self.config, self.config.validation_images
+        judges = [self.judge, self.watch] if self.watch.rewards else [self.judge]
         texts = self.prompts.sample(config.validation_prompts)
         share = self.team.share(len(texts))
         scores = [torch.empty(len(judge.rewards), 0) for judge in judges]
         if own := [text for text in texts[share] for _ in range(number)]:
-            with self.learner.averaged():
+            with self.learner.showing(weights, multiple):
                 steps = config.picture_steps
                 images = sample_images(self.policy, texts, images=number, steps=steps, seed=0, share=share)
             scores = [judge.score(images, own) for judge in judges]
@@ -155,9 +176,9 @@ class TrainingRun:
     def adapter(self) -> Adapter:
         """The weights that the run has to show, as an adapter."""
         step, weights = self.learner.kept
-        return read_lora(
-            weights, read_scales(self.policy.encoders), describe_run(self.config, step, self.prompts.facts)
-        )
+        scales = {name: scale * self.multiple for name, scale in read_scales(self.policy.encoders).items()}
+        facts = self.prompts.facts | ({"multiple": f"{self.multiple:g}"} if self.multiple != 1 else {})
+        return read_lora(weights, scales, describe_run(self.config, step, facts))
 
     def save(self, state: State) -> None:
         """Write a checkpoint, and the adapter as it is now if it is better than nothing."""
@@ -168,7 +189,7 @@ class TrainingRun:
     def draw(self) -> None:
         """The sheet – the same prompts at the same noise, by the base and now – and the run's plots."""
         texts, step, steps = self.samples, self.learner.step, self.config.picture_steps
-        with self.learner.averaged():
+        with self.learner.showing(self.learner.average):
             policies = (self.policy.reference, self.policy)
             columns = [sample_images(policy, texts, images=1, steps=steps, seed=1) for policy in policies]
         self.folder.write_sheet(columns, texts, ["base", f"step {step}"], step=step)

@@ -39,6 +39,26 @@ def draw_noise(policy: Policy, count: int, generator: Generator, team: Team) -> 
     return [policy.draw_noise(policy.config.images, generator)[own] for _ in range(count)]
 
 
+def draw_chains(policy: Policy, count: int, generator: Generator, team: Team) -> list[Tensor]:
+    """Where this process's chains begin, and the noise of their ``count`` steps.
+
+    With ``antithetic`` a prompt's pictures come in pairs that begin alike and get opposite noise. What parts the two is
+    that noise alone, so their rewards say which of two opposite directions is the better one.
+    """
+    start, *steps = draw_noise(policy, 1 + count, generator, team)
+    if not policy.config.antithetic:
+        return [start, *steps]
+    images = policy.config.images_per_prompt
+    return [_pair(start, images, 1), *(_pair(noise, images, -1) for noise in steps)]
+
+
+def _pair(noise: Tensor, images: int, sign: int) -> Tensor:
+    """Every second picture of a prompt gets the noise ``(b, …)`` of the one before, times ``sign``."""
+    groups = noise.view(-1, images, *noise.shape[1:]).clone()
+    groups[:, 1::2] = sign * groups[:, : images // 2 * 2 : 2]
+    return groups.view(noise.shape)
+
+
 def slices(rows: Rows, size: int) -> Iterator[tuple[Tensor, Rows]]:
     """At most ``size`` pictures at a time, as indices and as rows."""
     for chosen in torch.split(torch.arange(len(rows.group), device=rows.group.device), size):

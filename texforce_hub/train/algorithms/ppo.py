@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from texforce_hub.train.algorithms.algorithm import Update, draw_noise, slices, walk
+from texforce_hub.train.algorithms.algorithm import Update, draw_chains, slices, walk
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies.policy import Policy, Rows, pull
 from texforce_hub.train.policies.steps import Steps, grade_steps, log_probability
@@ -44,7 +44,7 @@ def sample_rollout(policy: Policy, prompts: Sequence[str], judge: Judge, generat
     config, steps = policy.config, policy.make_steps(policy.config.inference_steps)
     rows = policy.rows(prompts, config.images_per_prompt)
     graded, count = grade_steps(steps, config.share), len(steps.timesteps)
-    noise, chains, log_probabilities = draw_noise(policy, 1 + count, generator, judge.team), [], []
+    noise, chains, log_probabilities = draw_chains(policy, count, generator, judge.team), [], []
     for chosen, some in slices(rows, config.batch_size):
         first, *fresh = (n[chosen] for n in noise)
         moves = list(walk(policy, first, some, steps, fresh, range(count)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Generator, Tensor
 
-from texforce_hub.train.algorithms.algorithm import Update, draw_noise, slices
+from texforce_hub.train.algorithms.algorithm import Update, draw_chains, slices
 from texforce_hub.train.diagnostics import describe_scores
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies.policy import Policy, Rows, pull
@@ -38,7 +38,7 @@ def sample_scored(policy: Policy, prompts: Sequence[str], judge: Judge, generato
         policy.rows(prompts, policy.config.images_per_prompt),
         policy.make_steps(policy.config.inference_steps),
     )
-    noise = draw_noise(policy, 1 + len(steps.timesteps), generator, judge.team)
+    noise = draw_chains(policy, len(steps.timesteps), generator, judge.team)
     parts = list[Scores]()
     for chosen, some in slices(rows, policy.config.batch_size):
         latents, scores = _sample_slice(policy, some, steps, [n[chosen] for n in noise])
