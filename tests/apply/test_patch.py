@@ -17,7 +17,7 @@ from texforce_hub.apply import adapter_list, patch
 from texforce_hub.apply.attach import attach, detach
 from texforce_hub.apply.halves import make_halves
 from texforce_hub.apply.model import unwrapped
-from texforce_hub.apply.rounding import summed
+from texforce_hub.apply.summing import summed
 from texforce_hub.apply.wrappers import Wrappers
 from texforce_hub.errors import MatchError
 
@@ -238,7 +238,7 @@ def writes_of(source):
 
 def test_only_patch_writes_a_models_weights():
     package = Path(patch.__file__).parents[1]
-    rooms, own = ("apply", "hub", "generate", "merge", "evaluate"), ("patch.py", "rounding.py")
+    rooms, own = ("apply", "hub", "generate", "merge", "evaluate"), ("patch.py", "summing.py")
     files = [file for room in rooms for file in sorted((package / room).rglob("*.py")) if file.name not in own]
     assert {file.name: writes for file in files if (writes := writes_of(file.read_text()))} == {}
     assert writes_of((package / "apply" / "patch.py").read_text())

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
-from texforce_hub.apply import rounding
+from texforce_hub.apply import summing
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.fold import measure_fold
 from texforce_hub.apply.rounding import round_stochastically
@@ -186,14 +186,41 @@ def test_a_live_model_is_a_base_and_its_biases_are_found():
     assert fold.layers[NAME] > 0.3
 
 
-def test_a_large_weight_s_loss_is_that_of_the_blocks_that_are_measured(monkeypatch):
+def large(rows=512, columns=256, rank=4):
     generator = torch.Generator().manual_seed(0)
-    weight = (torch.randn(512, 64, generator=generator) * 0.03).bfloat16()
-    pair = LowRank(torch.randn(4, 64, generator=generator) * 0.02, torch.randn(512, 4, generator=generator) * 0.02)
-    whole, exact = rounding.rounded_sum(weight, [(pair, 1.0)], None)
-    monkeypatch.setattr(rounding, "_BLOCK", 1 << 12)  # 16 rows of 512 at once
-    blocks, sampled = rounding.rounded_sum(weight, [(pair, 1.0)], None)
-    assert torch.equal(whole, blocks)
-    assert sampled[1] == exact[1]
-    assert sampled[0] != exact[0]
-    assert sampled[0] == pytest.approx(float(exact[0]), rel=0.1)
+    weight = torch.randn(rows, columns, generator=generator) * 0.03
+    down, up = (torch.randn(*shape, generator=generator) * 0.02 for shape in ((rank, columns), (rows, rank)))
+    return weight, LowRank(down, up)
+
+
+def test_a_large_weight_s_loss_is_that_of_the_rows_that_are_measured(monkeypatch):
+    weight, pair = large()
+    base = weight.bfloat16()
+    sampled = summing.rounded_sum(base, [(pair, 1.0)], None)[1]
+    monkeypatch.setattr(summing, "_SAMPLED", 1)
+    exact = summing.rounded_sum(base, [(pair, 1.0)], None)[1]
+    assert float(exact[1]) == pytest.approx(float(pair.delta().norm()))
+    for mine, theirs in zip(sampled.tolist(), exact.tolist()):
+        assert mine != theirs
+        assert mine == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "rank"), [(512, 1), (512, 16), (777, 128), (512, 129), (512, 400), (15, 16), (1, 4)])
+def test_a_sum_by_blocks_of_rows_has_the_bits_of_the_whole_sum(monkeypatch, dtype, rows, rank):
+    weight, pair = large(rows, 2304, rank)
+    base, pair = weight.to(dtype), LowRank(pair.down.view(rank, 256, 3, 3), pair.up, 0.7)
+    base = base.view(rows, 256, 3, 3)
+    expected = (base.float() + (pair.up @ (pair.down.flatten(1) * (0.7 * 0.9))).view(base.shape)).to(dtype)
+    monkeypatch.setattr(summing, "_BLOCK", 1 << 18)  # 28 rows at once
+    with summing.reused_memory():
+        assert torch.equal(summing.rounded_sum(base, [(pair, 0.9)], None)[0], expected)
+    assert torch.equal(summing.rounded_sum(base, [(pair, 0.9)], None)[0], expected)
+
+
+def test_a_change_that_float32_swallows_is_lost_and_said_to_be():
+    weight, pair = large()
+    base, tiny = weight.bfloat16(), LowRank(pair.down * 1e-9, pair.up)
+    error, change = summing.rounded_sum(base, [(tiny, 1.0)], None)[1].tolist()
+    assert error == pytest.approx(change)
+    assert change > 0

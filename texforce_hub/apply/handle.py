@@ -39,8 +39,9 @@ from texforce_hub.apply.patch import (
     write,
 )
 from texforce_hub.apply.projections import calls_joined, find_joined
-from texforce_hub.apply.rounding import Loss, Term, reused_memory, seed_for, to_loss, total_loss
+from texforce_hub.apply.rounding import Loss, seed_for, total_loss
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
+from texforce_hub.apply.summing import Term, reused_memory
 from texforce_hub.apply.terms import bring_layers, make_pairs, make_term
 from texforce_hub.apply.undoing import do_all, insist
 from texforce_hub.apply.wrappers import Wrappers
@@ -363,8 +364,8 @@ class Applied:
 
     def _note_losses(self) -> None:
         losses = {".".join(key): entry.loss for key, entry in self._writes.items() if entry.loss is not None}
-        squares = [loss.tolist() for loss in move_all(list(losses.values()), torch.device("cpu"))]
-        self.rounding_losses = {name: to_loss(both) for name, both in zip(losses, squares, strict=True)}
+        norms = move_all(list(losses.values()), torch.device("cpu"))
+        self.rounding_losses = {name: Loss(*both.tolist()) for name, both in zip(losses, norms, strict=True)}
 
     def _terms(self) -> dict[ParameterKey, list[Term]]:
         """What is to be written into each parameter."""

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from texforce_hub.apply.model import tuner_layers as tuner_layers
 from texforce_hub.apply.projections import find_joined
-from texforce_hub.apply.rounding import Term, rounded_sum, summed
+from texforce_hub.apply.summing import Term, rounded_sum, summed
 from texforce_hub.errors import MatchError
 from texforce_hub.files.memory import fresh_bytes
 

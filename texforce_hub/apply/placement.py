@@ -1,6 +1,6 @@
 """A layer that changes a part of a weight: some of its rows, or its first input channels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +37,10 @@ class Placed:
         whole = torch.zeros(self.shape, dtype=inner.dtype, device=inner.device)
         whole[self._bounds()] = inner
         return whole
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The layer's tensors, in the order of :meth:`map`."""
+        yield from self.layer.tensors()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Placed":
         """The same with every tensor passed through ``change``."""

@@ -10,7 +10,7 @@ from texforce_hub.adapter.rows import take_rows
 from texforce_hub.adapter.value import Layer, LayerName
 from texforce_hub.apply.matching import Contribution, Contributions, ParameterKey
 from texforce_hub.apply.placement import place
-from texforce_hub.apply.rounding import Term
+from texforce_hub.apply.summing import Term
 from texforce_hub.hub.stack import StackEntry
 
 Layers = Mapping[LayerName, Layer]

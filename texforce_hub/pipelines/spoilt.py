@@ -16,7 +16,7 @@ from torch import Tensor
 
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.value import Layer
-from texforce_hub.apply.rounding import summed
+from texforce_hub.apply.summing import summed
 from texforce_hub.errors import PipelineError
 from texforce_hub.files.header import CONFIG_NAME
 from texforce_hub.formats.live import is_live, take_apart
