@@ -86,7 +86,7 @@ class TrainingError(TexForceHubError):
 
 
 class NotBetterError(TrainingError):
-    """A training run in which no step was better than the beginning."""
+    """A training run in which no step had anything to learn from, or none was better than the beginning."""
 
 
 class HubError(TexForceHubError):

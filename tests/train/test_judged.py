@@ -36,6 +36,52 @@ def test_a_run_that_beats_nothing_leaves_the_command_line_with_1(tmp_path, monke
     assert result.exit_code == 1
     assert "no step beat the base" in result.output
     assert not (tmp_path / "run" / ADAPTER).exists()
+    (tmp_path / "last.toml").write_text(
+        'images_per_prompt = 2\ninference_steps = 2\nkeep = "last"\nvalidate_every = 0\n'
+    )
+    flat = ["--config", str(tmp_path / "last.toml"), "--reward", *constant_reward(monkeypatch), "--steps", "1"]
+    result = CliRunner().invoke(app, ["train", "--output", str(tmp_path / "flat"), *flat])
+    assert result.exit_code == 1
+    assert "anything to learn from" in result.output
+    assert not list((tmp_path / "flat").glob("*.safetensors"))
+
+
+def constant_reward(monkeypatch):
+    """A reward that cannot tell pictures apart: every group is flat, no step has a gradient."""
+    module = types.ModuleType("constant")
+    monkeypatch.setattr(module, "score", lambda images, prompts: torch.ones(len(images)), raising=False)
+    monkeypatch.setitem(sys.modules, "constant", module)
+    return ("python:constant:score",)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"algorithm": "ppo"}, {"keep": "best"}, {"init": "shapes-colour", "rank": 16}], ids=str
+)
+def test_a_run_without_any_gradient_says_so_and_writes_no_adapter(tmp_path, monkeypatch, changes):
+    settings = {"validate_every": 0, "reward": constant_reward(monkeypatch), "inference_steps": 2, **changes}
+    for steps in (1, 2):  # the second goes on with the first
+        with pytest.raises(NotBetterError, match=rf"no step of {steps} had anything to learn from: python:constant"):
+            run(tmp_path, steps=steps, **settings)
+        assert not (tmp_path / ADAPTER).exists()
+    assert saved(tmp_path).step == 2
+
+
+def test_a_run_goes_on_to_learn_after_steps_without_a_gradient(tmp_path, monkeypatch):
+    calls = []
+
+    def score(images, prompts):
+        calls.append(len(images))
+        return images.mean((1, 2, 3)) * (len(calls) > 1)
+
+    monkeypatch.setattr(sys.modules[__name__], "late", score, raising=False)
+    steps = []
+    adapter = run(
+        tmp_path, steps=2, inference_steps=2, validate_every=0, reward=(f"python:{__name__}:late",),
+        on_step=lambda report: steps.append((report.flat_groups, (tmp_path / ADAPTER).exists())),
+    )  # fmt: skip
+    assert steps[0] == (2, False)
+    assert steps[-1] == (0, True)
+    assert any(adapter.delta(name).any() for name in adapter.layers)
 
 
 def test_a_reward_that_is_only_watched_raises_the_alarm_when_it_falls(tmp_path, monkeypatch, caplog):

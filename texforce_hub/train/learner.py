@@ -26,15 +26,16 @@ class Learner:
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.learning_rate, betas, weight_decay=decay)
         self.average, self.best = self._copies(), self._copies()
         self.step = self.best_step = 0
+        self.taught = False  # whether any step's rewards had a gradient
         self.batch_size = config.batch_size
         self.validations: list[tuple[int, float]] = []
         self.watched: list[tuple[int, float]] = []
 
     @property
-    def beaten(self) -> bool:
-        """Whether some step's validation was better than the one before training; without validations, yes."""
-        first = dict(self.validations).get(0)
-        return self.config.keep == "last" or first is None or self.best_step > 0
+    def succeeded(self) -> bool:
+        """Whether there is something to show: a gradient came, and, to keep the best, it beat what was there before."""
+        judged = self.config.keep == "best" and 0 in dict(self.validations)
+        return self.taught and (self.best_step > 0 or not judged)
 
     @property
     def kept(self) -> tuple[int, dict[str, Tensor]]:
@@ -63,6 +64,7 @@ class Learner:
         norm = float(nn.utils.get_total_norm(gradients))
         if not math.isfinite(norm):
             raise TrainingError('the gradient is not finite; use dtype = "float32" or "bfloat16"')
+        self.taught = self.taught or norm > 0
         torch._foreach_div_(gradients, norm or 1.0)
         if pulls:
             torch._foreach_add_(gradients, pulls)
@@ -118,7 +120,7 @@ class Learner:
         tensors = {f"{kind}/{name}": tensor for kind, group in kinds.items() for name, tensor in group.items()}
         for name, parameter in self.parameters.items():
             tensors |= {f"adam/{name}/{k}": value for k, value in self.optimizer.state.get(parameter, {}).items()}
-        facts: dict[str, Any] = {"best_step": self.best_step, "batch_size": self.batch_size}
+        facts: dict[str, Any] = {"best_step": self.best_step, "batch_size": self.batch_size, "taught": self.taught}
         facts |= {name: [list(v) for v in getattr(self, name)] for name in ("validations", "watched")}
         facts |= {"config": asdict(self.config), "threads": torch.get_num_threads(), "processes": self.team.size}
         return State(self.step, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()}, facts)
@@ -139,6 +141,7 @@ class Learner:
         self.average, self.best = stored("average"), stored("best")
         self.step, self.best_step = state.step, state.facts["best_step"]
         self.batch_size = state.facts["batch_size"]
+        self.taught = state.facts.get("taught", state.step > 0)  # older states do not say
         self.validations, self.watched = (
             [(step, score) for step, score in state.facts[name]] for name in ("validations", "watched")
         )

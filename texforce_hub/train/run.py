@@ -57,7 +57,8 @@ def train_adapter(
     Raises:
         ConfigError: the folder holds a run with other settings.
         PromptError, RewardError: prompts or a reward cannot be found, or prompts are too long to be read.
-        NotBetterError: no step was better than the base on the held-out prompts; no adapter is written.
+        NotBetterError: no step had anything to learn from, or none was better than the base on the held-out
+            prompts; no adapter is written.
         TrainingError: another process trains there, or the run cannot go on; the message says why.
 
     Example:
@@ -75,16 +76,22 @@ def train_adapter(
             with team.together():
                 _start(run)
             _train(run, on_step or (lambda _: None))
-        _refuse_no_better(run)
+        _refuse_nothing_learned(run)
         return run.adapter()
 
 
-def _refuse_no_better(run: TrainingRun) -> None:
+def _refuse_nothing_learned(run: TrainingRun) -> None:
     config, learner = run.config, run.learner
-    if learner.beaten:
+    if learner.succeeded:
         return
     if learner.step == 0:
         raise NotBetterError("the time was up before the first step was taken; no adapter is written")
+    if not learner.taught:
+        raise NotBetterError(
+            f"no step of {learner.step} had anything to learn from: {', '.join(config.reward)} gave every prompt's "
+            "pictures the same, so no adapter is written; take another reward, more images_per_prompt, or a lower "
+            f"guidance; the state is in checkpoint-{learner.step}"
+        )
     first, best = learner.validations[0][1], max(score for _, score in learner.validations[1:])
     raise NotBetterError(
         f"no step beat the {'adapter it began with' if config.init else 'base'} on the held-out prompts "

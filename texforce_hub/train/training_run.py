@@ -183,7 +183,7 @@ class TrainingRun:
     def save(self, state: State) -> None:
         """Write a checkpoint, and the adapter as it is now if it is better than nothing."""
         write_checkpoint(self.folder.path, state, keep=self.config.checkpoints)
-        if self.learner.beaten:
+        if self.learner.succeeded:
             write_adapter(self.adapter(), self.folder.path / ADAPTER)
 
     def draw(self) -> None:
