@@ -1,12 +1,13 @@
 """What a picture costs at Stable Diffusion 1.5's true size: our loops and the published one, run side by side."""
 
+import ctypes
 import multiprocessing
 import resource
 import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -20,11 +21,14 @@ from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.estimate import count_flops
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
+from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies import choose
 from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.training_run import ALGORITHMS
 
-PICTURES, SHORT, PROMPTS = 2, 10, ["a photo of a cat"]
+T = TypeVar("T")
+PICTURES, PROMPTS = 2, ["a photo of a cat"]
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def sd15(side: int) -> Any:
@@ -47,35 +51,51 @@ def sd15(side: int) -> Any:
     )  # fmt: skip
 
 
-def print_size(side: int = 128) -> None:
-    """FLOPs, seconds and memory of a picture under the published loop, ppo and streaming: an update of each is run."""
+def print_size() -> None:
+    """FLOPs, seconds and memory of a picture: whole chains of small pictures, two steps of larger ones."""
+    for side, steps in ((128, 10), (256, 2)):
+        print_table(side, steps)
+
+
+def print_table(side: int, steps: int) -> None:
+    """An update of the published loop, of ppo and of streaming, each run in a process of its own."""
     torch.manual_seed(0)
     pipeline = sd15(side)
     settings: dict[str, Any] = {"resolution": side, "batch_size": 1, "prompts_per_step": 1}
-    settings |= {"images_per_prompt": PICTURES, "inference_steps": SHORT}
-    ours = {name: TrainConfig("unused", algorithm=name, **settings) for name in ("ppo", "streaming")}
-    published = TrainConfig("unused", uncond="full", **settings)
-    with frozen(pipeline):
-        runs = {"published": in_process(partial(run_published, pipeline, published))}
-        runs |= {name: in_process(partial(run_ours, pipeline, config, name)) for name, config in ours.items()}
-        forward, backward = count_flops(choose.make_policy(pipeline, published, seed=1)[0])
-    half, longer = SHORT // 2, STEPS / SHORT
-    print(f"Stable Diffusion 1.5's true size, random weights, float32, {side} × {side}, one picture a U-Net call.")
-    print(f"A U-Net forward has {forward / 1e9:.0f} GFLOP, backwards to the text {backward / 1e9:.0f}. One update is")
-    print(f"run on {PICTURES} pictures of {SHORT} denoising steps, {half} of them trained on, in a process of its own.")
-    print("Reward (brightness), decoder and optimiser are in it; anchors, which the published loop lacks, are not.\n")
-    print("| loop | GFLOP a picture | CPU s a picture | pictures a minute | peak above the weights, MiB |")
-    print("|---|---|---|---|---|")
-    flops = {
-        "published": 2 * SHORT * forward + 2 * half * (forward + backward),
-        "ppo": 2 * SHORT * forward + half * (2 * forward + backward),
-        "streaming": 2 * SHORT * forward + half * backward,
+    settings |= {"images_per_prompt": PICTURES, "inference_steps": steps}
+    loops = {
+        "published": TrainConfig("unused", uncond="full", **settings),
+        "ppo": TrainConfig("unused", algorithm="ppo", **settings),
+        "streaming": TrainConfig("unused", **settings),
+        "streaming, checkpointing": TrainConfig("unused", checkpointing=True, **settings),
     }
-    for name, (seconds, peak) in runs.items():
-        cpu = seconds / PICTURES
-        print(f"| {name} | {flops[name] / 1e9:,.0f} | {cpu:.1f} | {60 / cpu:.2f} | {peak:,.0f} |")
-    cpu, gflop = longer * runs["published"][0] / PICTURES, longer * flops["published"] / 1e9
-    print(f"| published, its {STEPS} steps ({longer:.0f} × its row) | {gflop:,.0f} | {cpu:.0f} | {60 / cpu:.2f} | |\n")
+    half, longer = steps // 2, STEPS / steps
+    print(f"Stable Diffusion 1.5's true size, random weights, float32, {side} × {side}, one picture a U-Net call.")
+    print(f"One update is run on {PICTURES} pictures of {steps} denoising steps, {half} of them trained on.")
+    print("Reward (brightness), decoder and optimiser are in it; anchors, which the published loop lacks, are not.\n")
+    print(
+        "| loop | GFLOP a picture | CPU s | pictures a minute | graph of a U-Net call, MiB | peak above the weights |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, config in loops.items():
+        with frozen(pipeline, checkpointing=config.checkpointing, lean=name != "published"):
+            _, _, (forward, backward, graph) = in_process(partial(describe, pipeline, config))
+            work = run_published if name == "published" else run_ours
+            seconds, peak, _ = in_process(partial(work, pipeline, config))
+        chain = 2 * steps * forward
+        learning = {"published": 2 * (forward + backward), "ppo": 2 * forward + backward}.get(name, backward)
+        gflop, cpu = (chain + half * learning) / 1e9, seconds / PICTURES
+        print(f"| {name} | {gflop:,.0f} | {cpu:.1f} | {60 / cpu:.2f} | {graph:,.0f} | {peak:,.0f} |", flush=True)
+        if name == "published":
+            print(f"| its {STEPS} steps | {longer * gflop:,.0f} | {longer * cpu:.0f} | {60 / longer / cpu:.2f} | | |")
+            print(f"| its chain alone | {chain / 1e9:,.0f} | | | | |")
+    print()
+
+
+def describe(pipeline: Any, config: TrainConfig) -> tuple[float, float, float]:
+    """FLOPs of a U-Net call, forwards and backwards, and the MiB that its graph keeps."""
+    policy, _ = choose.make_policy(pipeline, config, seed=1)
+    return *count_flops(policy), saved_bytes(policy) / 2**20
 
 
 def run_published(pipeline: Any, config: TrainConfig) -> None:
@@ -85,11 +105,11 @@ def run_published(pipeline: Any, config: TrainConfig) -> None:
     published_update(policy, PROMPTS, judge_of(config), Generator().manual_seed(0), optimizer)
 
 
-def run_ours(pipeline: Any, config: TrainConfig, name: str) -> None:
+def run_ours(pipeline: Any, config: TrainConfig) -> None:
     """One step of an algorithm of ours."""
     policy, parameters = choose.make_policy(pipeline, config, seed=1)
     learner = Learner(parameters, config)
-    for update in ALGORITHMS[name](policy, PROMPTS, judge_of(config), Generator().manual_seed(0)):
+    for update in ALGORITHMS[config.algorithm](policy, PROMPTS, judge_of(config), Generator().manual_seed(0)):
         learner.learn(policy, policy.texts(PROMPTS), update.cotangents, [])
 
 
@@ -98,21 +118,23 @@ def judge_of(config: TrainConfig) -> Judge:
     return Judge(resolve_rewards(["brightness"]), config)
 
 
-def in_process(work: Callable[[], None]) -> tuple[float, float]:
-    """CPU seconds of some work and the MiB by which it raises a process's memory, in a process forked off this one."""
+def in_process(work: Callable[[], T]) -> tuple[float, float, T]:
+    """CPU seconds of some work in a process of its own, the MiB by which it raises that one's memory, its result."""
 
     def measure(end: Connection) -> None:
+        # Large blocks go back to the system when they are freed, so that the peak is of what is alive.
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
         before, start = resident(), time.process_time()
-        work()
-        end.send((time.process_time() - start, resident() - before))
+        result = work()
+        end.send((time.process_time() - start, resident() - before, result))
 
     here, there = multiprocessing.Pipe(duplex=False)
     child = multiprocessing.get_context("fork").Process(target=measure, args=(there,))
     child.start()
     there.close()
-    seconds, peak = here.recv()
+    seconds, peak, result = here.recv()
     child.join()
-    return seconds, peak
+    return seconds, peak, result
 
 
 def resident() -> float:

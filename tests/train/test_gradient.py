@@ -15,6 +15,7 @@ from texforce_hub.train.algorithms.streaming import streaming
 from texforce_hub.train.diagnostics import describe_scores
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
+from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.policies.policy import Text, pull
 from texforce_hub.train.policies.sample import sample_images
@@ -101,6 +102,21 @@ def test_checkpointing_changes_nothing_but_rounding(algorithm):
         assert not policy.pipeline.unet.training
         assert not policy.pipeline.unet.is_gradient_checkpointing
     assert difference(*updates) < 1e-5
+
+
+@pytest.mark.parametrize("algorithm", [streaming, direct])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_lean_graph_keeps_less_and_changes_no_bit(algorithm, checkpointing):
+    updates, kept = [], []
+    for lean in (True, False):
+        policy, _ = make_policy(pipe=copy.deepcopy(tiny_pipeline()), checkpointing=checkpointing)
+        with frozen(policy.pipeline, checkpointing=checkpointing, lean=lean):
+            updates.append(first_update(algorithm, policy)[0].cotangents[0])
+            kept.append(saved_bytes(policy))
+        modules = [m for part in (policy.pipeline.unet, policy.pipeline.vae) for m in part.modules()]
+        assert not any({"forward", "_conv_forward"} & vars(module).keys() for module in modules)
+    assert torch.equal(*updates)
+    assert kept[0] < (1 if checkpointing else 0.8) * kept[1]
 
 
 def test_a_unet_with_dropout_is_not_checkpointed():

@@ -14,6 +14,7 @@ from texforce_hub.rewards.reward import Reward
 from texforce_hub.train.algorithms.streaming import streaming
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies import text_to_image
+from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.run_folder import ADAPTER
 
 
@@ -42,8 +43,10 @@ def test_the_batch_is_found_by_a_probe_and_kept_for_the_rest_of_the_run(tmp_path
     from texforce_hub.train import memory
 
     policy, _ = make_policy()
-    row = memory.saved_bytes(policy)
-    assert memory.saved_bytes(make_policy(checkpointing=True)[0]) < 0.5 * row
+    with frozen(policy.pipeline):
+        row = memory.saved_bytes(policy)
+    with frozen(policy.pipeline, checkpointing=True):
+        assert memory.saved_bytes(policy) < 0.5 * row
     monkeypatch.setattr(memory, "_free_bytes", lambda device: int(5.5 * row / 0.7))
     assert memory.fit_batch(policy) == 5
     run(tmp_path, batch_size=0, steps=1)

@@ -67,8 +67,8 @@ def estimate(config: TrainConfig, *, pipeline: Any = None) -> Estimate:
     with tempfile.TemporaryDirectory() as folder, no_denormals(), torch.random.fork_rng(devices=[]):
         run = make_run(quiet, pipeline, RunFolder(Path(folder)))
         policy = run.policy
-        kept = saved_bytes(policy)
         with frozen(policy.pipeline, checkpointing=config.checkpointing, tiling=config.tiling):
+            kept = saved_bytes(policy)
             began = monotonic()
             run.take_step()
             seconds = monotonic() - began

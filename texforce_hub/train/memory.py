@@ -15,11 +15,12 @@ _OF_FREE = 0.7  # the rest is for what the pass itself needs
 
 def fit_batch(policy: TextToImage) -> int:
     """Pictures in one U-Net call that memory holds, 1 to 64."""
-    return max(1, min(_MOST, int(_OF_FREE * _free_bytes(policy.device) / saved_bytes(policy))))
+    with frozen(policy.pipeline, checkpointing=policy.config.checkpointing):
+        return max(1, min(_MOST, int(_OF_FREE * _free_bytes(policy.device) / saved_bytes(policy))))
 
 
 def saved_bytes(policy: TextToImage) -> int:
-    """Bytes that the graph of one picture's U-Net call keeps; weights and what comes in are not counted."""
+    """Bytes that the graph of one picture's call of the network, frozen by now, keeps; its weights are not counted."""
     network = policy.network
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
     seen: dict[int, int] = {}
@@ -29,7 +30,7 @@ def saved_bytes(policy: TextToImage) -> int:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with frozen(policy.pipeline, checkpointing=policy.config.checkpointing), torch.enable_grad():
+    with torch.enable_grad():
         rows, _ = policy.leaves(policy.rows([""], 1))
         latents = policy.draw_noise(1, torch.Generator().manual_seed(0))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

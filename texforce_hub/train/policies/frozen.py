@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from texforce_hub.errors import TrainingError
+from texforce_hub.train.policies.lean import keeping_little
 
 
 def move_frozen(module: nn.Module, device: torch.device | str) -> None:
@@ -18,13 +19,13 @@ def move_frozen(module: nn.Module, device: torch.device | str) -> None:
 
 
 @contextmanager
-def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) -> Iterator[None]:
+def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False, lean: bool = True) -> Iterator[None]:
     """No gradient for the pipeline's weights and no dropout; afterwards all as before, every part where it was.
 
     SDXL's VAE, which overflows in float16, is float32 meanwhile, as in the pipeline's own call.
 
     ``checkpointing`` recomputes the network's activations in the backward pass instead of keeping them; with
-    ``tiling`` the VAE decodes pictures one at a time, large ones in tiles.
+    ``tiling`` the VAE decodes pictures one at a time, large ones in tiles; ``lean`` lets the graph keep what it needs.
 
     Raises:
         TrainingError: ``checkpointing`` with a network that has dropout: its training mode would change pictures.
@@ -36,7 +37,8 @@ def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) 
         for module in modules:
             module.requires_grad_(requires_grad=False).eval()
         opened = _checkpointed(pipeline) if checkpointing else nullcontext()
-        with opened, _tiled(pipeline.vae, tiling), _upcast(pipeline):
+        little = keeping_little(_network(pipeline), pipeline.vae) if lean else nullcontext()
+        with opened, little, _tiled(pipeline.vae, tiling), _upcast(pipeline):
             yield
     finally:
         for module, training, device in before:
@@ -45,9 +47,13 @@ def frozen(pipeline: Any, *, checkpointing: bool = False, tiling: bool = False) 
             parameter.requires_grad_(trained)
 
 
+def _network(pipeline: Any) -> Any:
+    return getattr(pipeline, "unet", None) or pipeline.transformer
+
+
 @contextmanager
 def _checkpointed(pipeline: Any) -> Iterator[None]:
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    network = _network(pipeline)
     was = getattr(network, "is_gradient_checkpointing", False)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
         raise TrainingError("the network has dropout, which gradient checkpointing would switch on; leave it out")
