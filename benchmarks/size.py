@@ -23,7 +23,9 @@ from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies import choose
+from texforce_hub.train.policies.ddim import make_ddim_steps
 from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.steps import grade_steps
 from texforce_hub.train.training_run import ALGORITHMS
 
 T = TypeVar("T")
@@ -43,8 +45,9 @@ def sd15(side: int) -> Any:
     )  # fmt: skip
     tokenizer = load_pipeline("shapes", device="cpu").tokenizer
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+        set_alpha_to_one=False,
+    )  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
@@ -52,8 +55,8 @@ def sd15(side: int) -> Any:
 
 
 def print_size() -> None:
-    """FLOPs, seconds and memory of a picture: whole chains of small pictures, two steps of larger ones."""
-    for side, steps in ((128, 10), (256, 2)):
+    """FLOPs, seconds and memory of a picture: whole chains of small pictures, three steps of larger ones."""
+    for side, steps in ((128, 10), (256, 3)):
         print_table(side, steps)
 
 
@@ -65,13 +68,14 @@ def print_table(side: int, steps: int) -> None:
     settings |= {"images_per_prompt": PICTURES, "inference_steps": steps}
     loops = {
         "published": TrainConfig("unused", uncond="full", **settings),
-        "ppo": TrainConfig("unused", algorithm="ppo", **settings),
         "streaming": TrainConfig("unused", **settings),
         "streaming, checkpointing": TrainConfig("unused", checkpointing=True, **settings),
+        "ppo": TrainConfig("unused", algorithm="ppo", **settings),
     }
-    half, longer = steps // 2, STEPS / steps
+    chain = make_ddim_steps(pipeline.scheduler, steps, 1.0, torch.device("cpu"))
+    graded, longer = len(grade_steps(chain, 0.5)), STEPS / steps
     print(f"Stable Diffusion 1.5's true size, random weights, float32, {side} × {side}, one picture a U-Net call.")
-    print(f"One update is run on {PICTURES} pictures of {steps} denoising steps, {half} of them trained on.")
+    print(f"One update is run on {PICTURES} pictures of {steps} denoising steps, {graded} of them trained on.")
     print("Reward (brightness), decoder and optimiser are in it; anchors, which the published loop lacks, are not.\n")
     print(
         "| loop | GFLOP a picture | CPU s | pictures a minute | graph of a U-Net call, MiB | peak above the weights |"
@@ -82,13 +86,13 @@ def print_table(side: int, steps: int) -> None:
             _, _, (forward, backward, graph) = in_process(partial(describe, pipeline, config))
             work = run_published if name == "published" else run_ours
             seconds, peak, _ = in_process(partial(work, pipeline, config))
-        chain = 2 * steps * forward
+        drawing = 2 * steps * forward
         learning = {"published": 2 * (forward + backward), "ppo": 2 * forward + backward}.get(name, backward)
-        gflop, cpu = (chain + half * learning) / 1e9, seconds / PICTURES
+        gflop, cpu = (drawing + graded * learning) / 1e9, seconds / PICTURES
         print(f"| {name} | {gflop:,.0f} | {cpu:.1f} | {60 / cpu:.2f} | {graph:,.0f} | {peak:,.0f} |", flush=True)
         if name == "published":
             print(f"| its {STEPS} steps | {longer * gflop:,.0f} | {longer * cpu:.0f} | {60 / longer / cpu:.2f} | | |")
-            print(f"| its chain alone | {chain / 1e9:,.0f} | | | | |")
+            print(f"| drawing alone | {drawing / 1e9:,.0f} | | | | |")
     print()
 
 

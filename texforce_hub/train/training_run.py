@@ -131,7 +131,7 @@ class TrainingRun:
         config, learner = self.config, self.learner
         step, weights = learner.kept
         before = dict(learner.validations).get(step)
-        if config.stretch == 1 or before is None or not learner.beaten:
+        if config.stretch == 1 or before is None or not learner.succeeded:
             return
         best = before
         for multiple in ((1 + config.stretch) / 2, config.stretch):
