@@ -1,6 +1,7 @@
 """The order in which people read layers: ``layers.2`` before ``layers.10``, ``text_encoder`` before its second."""
 
 import re
+from functools import lru_cache
 
 from texforce_hub.families.names import PARTS
 
@@ -22,6 +23,7 @@ def natural(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple(_rank_word(word) for word in name.split("."))
 
 
+@lru_cache(maxsize=4096)
 def _rank_word(word: str) -> tuple[int, int, str]:
     if word.isascii() and word.isdigit():
         return 0, int(word[:18]), word

@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,12 +34,12 @@ class Group:
     layers: tuple[Mergeable, ...]
     weights: tuple[float, ...]
     context: Context
+    factors: tuple[LowRank, ...] = field(init=False)
+    """The changes, where all are of low rank; else nothing."""
 
-    @property
-    def factors(self) -> tuple[LowRank, ...]:
-        """The changes, where all are of low rank; else nothing."""
+    def __post_init__(self) -> None:
         low = tuple(layer for layer in self.layers if isinstance(layer, LowRank))
-        return low if len(low) == len(self.layers) else ()
+        object.__setattr__(self, "factors", low if len(low) == len(self.layers) else ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """A merge's recipe, as its result carries it."""
 
 import platform
+from functools import cache
 from importlib.metadata import version
 
 import torch
@@ -36,8 +37,13 @@ def versions() -> dict[str, str]:
         "texforce_hub": __version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "safetensors": version("safetensors"),
+        "safetensors": _version_of("safetensors"),
     }
+
+
+@cache
+def _version_of(package: str) -> str:
+    return version(package)  # it reads and parses the package's files each time
 
 
 def _record_source(entry: StackEntry, source: str) -> RecipeSource:
