@@ -92,7 +92,7 @@ def test_a_direction_that_the_space_lacks_is_noticed(small_spaces, monkeypatch):
 
     def without_the_first(space, count):
         near, squares, error = leading(space, count + 1)
-        return near[:, 1:], squares[1:], error[:, 1:]
+        return near[1:], squares[1:], error[1:]
 
     expected = truncate_dense(change, lambda values: 4)[1]
     small_spaces.clear()

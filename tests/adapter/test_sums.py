@@ -5,8 +5,10 @@ import torch
 
 from tests.support.reference import total, truncated
 from texforce_hub.adapter.algebra import cut, gram
+from texforce_hub.adapter.factors import factor
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.sums import CHUNK, Sums, alike
+from texforce_hub.adapter.tensors import square_of
 
 
 def layer(seed, rank=4, out=40, width=30, *, dtype=torch.float32):
@@ -33,11 +35,9 @@ def dense(change):
 
 def truncate_sums(groups, weights, rank):
     sums = Sums(groups)
-    results = {}
-    for rows, factors in sums.factor(torch.tensor([weights] * len(groups), dtype=torch.float64)):
-        cuts = cut(factors, [groups[row][0].down.shape[1:] for row in rows], [lambda values: rank] * len(rows))
-        results |= zip(rows, cuts)
-    return [results[row][0] for row in range(len(groups))]
+    (factors,) = factor([sums.weigh(torch.tensor([weights] * len(groups), dtype=torch.float64))])
+    kernels = [group[0].down.shape[1:] for group in groups]
+    return [change for change, _ in cut(factors, kernels, [lambda values: rank] * len(groups))]
 
 
 @pytest.mark.parametrize("angle", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
@@ -88,3 +88,35 @@ def test_only_layers_alike_share_a_batch_and_no_batch_is_large():
     assert [0, 2] in chunks
     numbers = 8000 * 16
     assert max(len(chunk) for chunk in chunks if chunk[0] >= 4) == CHUNK // numbers
+
+
+@pytest.mark.parametrize("kind", ["all", "up", "down"])
+@pytest.mark.parametrize("gauge", [False, True])
+def test_halves_that_repeat_each_other_need_no_orthogonal_basis(kind, gauge, monkeypatch):
+    monkeypatch.setattr(torch.linalg, "qr", None)
+    first, other = layer(0), layer(1)
+    second = {"all": first, "up": LowRank(other.down, first.up), "down": LowRank(first.down, other.up)}[kind]
+    group = [change.map(torch.clone) for change in (first, second, layer(2), first)]
+    group = [gauged(change, seed) for seed, change in enumerate(group)] if gauge else group
+    weights = [0.7, 0.5, -0.3, 0.2]
+    for rank in (3, 6, 16):
+        (result,) = truncate_sums([group], weights, rank)
+        wanted = truncated(total([dense(change) for change in group], weights), rank)
+        assert result.rank == min(rank, 8)
+        assert float((dense(result) - wanted).norm() / wanted.norm()) < 1e-6
+
+
+def test_a_change_that_comes_again_is_stacked_once():
+    layers = [[layer(seed), layer(seed + 7, rank=2), layer(seed)] for seed in range(3)]
+    again = [[change.map(torch.clone) for change in group] for group in layers]
+    sums = Sums(again)
+    assert sums.up.shape == (3, 40, 6)
+    for products, group in zip(sums.products(), again):
+        torch.testing.assert_close(products, gram(group), rtol=1e-12, atol=1e-12)
+    assert Sums([*again, [layer(5), layer(6, rank=2), layer(7)]]).up.shape == (4, 40, 10)
+
+
+def test_a_large_square_is_that_of_its_rows():
+    rows = torch.randn(2, 203, 31, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(square_of(rows), rows @ rows.mT, rtol=1e-12, atol=1e-12)
+    assert torch.equal(square_of(rows[0]), square_of(rows[:1])[0])

@@ -31,22 +31,17 @@ BEFORE_IT_MOVES = {"adapter/tensors.py _ends"}
 """What the CPU computes of an adapter that lies there: whether it is finite."""
 MERGE_WAITS = {
     "adapter/tensors.py all_hold_numbers",  # are the sources finite, is the result: once each
-    "merge/run.py MergeRun._merge_alike",  # lengths and cosines of a batch, for the report and for what cancels
-    "merge/run.py _norm",  # a result that is no batch's: whether it has cancelled
-    "adapter/sums.py Sums.__init__",  # whether a batch's dtypes are alike
-    "adapter/sums.py Sums.factor",  # whether Cholesky held for a batch
-    "adapter/sums.py Sums.factor.<locals>.<genexpr>",
-    "adapter/algebra.py cut",  # the rank of each layer of a batch decides shapes
-    "adapter/dense_rank.py truncate_dense",  # likewise, of a change of full rank
-    "adapter/dense_rank.py _project",  # whether a projection holds enough of it
-    "merge/resize.py norm_before",  # a layer's line in the report
+    "adapter/moving.py _move_together",  # the numbers of all layers at once: the report, ranks, what cancels
+    "adapter/moving.py move_all.<locals>.<listcomp>",  # the same where it is one tensor
+    "adapter/dense_rank.py _inside",  # whether a decomposition held: torch asks itself
 }
 """Where a merge needs numbers: what depends on them are ranks, which are shapes, and the report."""
 MERGE_LEAVES = {
     "merge/measures.py Tally.note_sources",  # sums of lengths, a number a source
     "merge/measures.py Tally.report",
-    "merge/run.py MergeRun._merge_alike",  # rank by rank, after the wait
+    "merge/run.py MergeRun._weights",  # lengths of sums, after the wait
     "adapter/algebra.py cut",
+    "adapter/dense_rank.py _cut",  # likewise, of changes of full rank
 }
 
 
@@ -232,7 +227,8 @@ def test_a_merge_waits_for_ranks_and_the_report_only(method):
     assert_alike(merged, gold)
     assert device.waits.keys() <= MERGE_WAITS, device.waits
     assert device.left_behind.keys() <= MERGE_LEAVES, device.left_behind
-    assert device.waits["adapter/tensors.py all_hold_numbers"] <= 2 * len(sources) + 2
+    assert device.waits["adapter/tensors.py all_hold_numbers"] <= len(sources) + 1
+    assert device.waits.total() <= len(sources) + 6  # however many layers there are
 
 
 def test_resizing_waits_for_ranks_and_the_report_only():
@@ -244,6 +240,7 @@ def test_resizing_waits_for_ranks_and_the_report_only():
     assert_alike(smaller, gold)
     assert device.waits.keys() <= MERGE_WAITS, device.waits
     assert device.left_behind.keys() <= MERGE_LEAVES, device.left_behind
+    assert device.waits.total() <= 3
 
 
 def test_a_training_step_waits_for_the_norm_of_its_gradient_only():

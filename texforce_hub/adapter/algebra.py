@@ -13,8 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from texforce_hub.adapter.batches import in_rounds, lies_on_device
+from texforce_hub.adapter.factors import Factors, factor
 from texforce_hub.adapter.low_rank import LowRank
-from texforce_hub.adapter.sums import Factors, Sums, alike, sum_dtype
+from texforce_hub.adapter.sums import Sums, alike, sum_dtype
 from texforce_hub.errors import MergeError
 
 Choice = Callable[[int, Tensor], int]
@@ -73,7 +75,7 @@ def norm(a: LowRank) -> float:
 def singular_values(layers: Sequence[LowRank]) -> list[Tensor]:
     """Each change's singular values, largest first, float64, ``(min(out, rank),)`` or fewer."""
     values: list[Tensor] = [torch.empty(0)] * len(layers)
-    for indices, factors in _factored([[layer] for layer in layers], [[1.0]] * len(layers)):
+    for indices, factors in _factored(layers):
         for index, row in zip(indices, factors.values):
             values[index] = row[: min(layers[index].shape[0], row.numel(), math.prod(layers[index].shape[1:]))]
     return values
@@ -126,20 +128,17 @@ def truncate(layers: Sequence[LowRank], choose: Choice) -> list[tuple[LowRank, f
     Values that are rounding noise beside the largest are never kept.
     """
     results: dict[int, tuple[LowRank, float]] = {}
-    for indices, factors in _factored([[layer] for layer in layers], [[1.0]] * len(layers)):
+    for indices, factors in _factored(layers):
         kernels = [layers[index].down.shape[1:] for index in indices]
         results |= zip(indices, cut(factors, kernels, [partial(choose, index) for index in indices]))
     return [results[i] for i in range(len(layers))]
 
 
-def _factored(
-    groups: Sequence[Sequence[LowRank]], coefficients: Sequence[Sequence[float]]
-) -> Iterator[tuple[list[int], Factors]]:
-    for chunk in alike(groups):
-        sums = Sums([groups[index] for index in chunk])
-        weights = torch.tensor([coefficients[index] for index in chunk], dtype=torch.float64, device=sums.up.device)
-        for rows, factors in sums.factor(weights):
-            yield [chunk[row] for row in rows], factors
+def _factored(layers: Sequence[LowRank]) -> Iterator[tuple[list[int], Factors]]:
+    chunks = alike([[layer] for layer in layers])
+    for some in in_rounds(chunks, on_device=lies_on_device(layers)):
+        batches = [Sums([[layers[index]] for index in chunk]) for chunk in some]
+        yield from zip(some, factor([sums.weigh(torch.ones_like(sums.scales)) for sums in batches]))
 
 
 def cut(
@@ -149,14 +148,15 @@ def cut(
 
     ``kernels`` are the shapes ``(in, *kernel)`` of what their downs read, ``choices`` give a rank for singular values.
     """
-    values = factors.values.cpu()
+    values = factors.values
     limits = (values > factors.noise * values[:, :1]).sum(1).clamp_min(1).tolist()
     ranks = [min(choose(row), limit) for choose, row, limit in zip(choices, values, limits)]
     energy = values.square().cumsum(1)
     kept = energy.gather(1, torch.tensor(ranks)[:, None] - 1)[:, 0]
     shares = torch.where(energy[:, -1] > 0, kept / energy[:, -1], 1.0).clamp_max(1.0).tolist()
     ups, downs = factors.project(max(ranks))
-    return [
-        (LowRank(down[:rank].reshape(rank, *kernel).clone(), up[:, :rank].clone()), share)
-        for up, down, rank, kernel, share in zip(ups, downs, ranks, kernels, shares)
-    ]
+    results: list[tuple[LowRank, float]] = []
+    for up, down, rank, kernel, share in zip(ups, downs, ranks, kernels, shares):
+        columns = up[:, :rank].clone(memory_format=torch.contiguous_format)
+        results.append((LowRank(down[:rank].reshape(rank, *kernel).clone(), columns), share))
+    return results

@@ -46,6 +46,11 @@ def move_all(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return moved
 
 
+def read_numbers(tensors: Sequence[Tensor]) -> list[float]:
+    """What tensors of one number each hold; a device is waited for once, however many lie there."""
+    return [float(tensor) for tensor in move_all(tensors, torch.device("cpu"))]
+
+
 def move_layers(layers: Mapping[str, Moved], device: torch.device) -> dict[str, Moved]:
     """The layers on a device, by one copy; those that lie there already are themselves."""
     tensors = [tensor for layer in layers.values() for tensor in layer.tensors()]

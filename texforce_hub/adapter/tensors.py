@@ -8,6 +8,9 @@ from torch import Tensor
 
 from texforce_hub.errors import AdapterError
 
+_LARGE = 128
+"""Rows from which on a square matrix is worth being computed in parts."""
+
 
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in a dtype that sums safely: float64 stays, anything else becomes float32."""
@@ -18,6 +21,20 @@ def wide_alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in one dtype that sums safely: float64 if any of them is, else float32."""
     dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def square_of(rows: Tensor) -> Tensor:
+    """``rows @ rowsᵀ`` of one or more ``(…, k, n)``; where it is large only a little more than half is computed."""
+    size = rows.shape[-2]
+    if size < _LARGE:
+        return rows @ rows.mT
+    result = rows.new_empty(*rows.shape[:-1], size)
+    step = -(-size // 4)
+    for start in range(0, size, step):
+        end = min(start + step, size)
+        result[..., start:end, start:] = rows[..., start:end, :] @ rows[..., start:, :].mT
+        result[..., end:, start:end] = result[..., start:end, end:].mT
+    return result
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

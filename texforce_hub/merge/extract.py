@@ -130,7 +130,7 @@ def _extract_layer(
     layer_name = name.removesuffix(".weight")
     if change.dim() >= 2 and name.endswith(".weight") and not _is_table(layer_name):
         with naming_overflow(layer_name):
-            low, kept = shrink_dense(Dense(change), limits)
+            low, kept = shrink_dense({layer_name: Dense(change)}, limits)[layer_name]
         check_results({layer_name: low})
         return low, ExtractedLayer(layer_name, relative, low.rank, kept)
     label = layer_name if change.dim() >= 2 else name

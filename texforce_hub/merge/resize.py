@@ -2,19 +2,21 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter.algebra import count_for, singular_values, truncate
-from texforce_hub.adapter.batches import take_batches
+from texforce_hub.adapter.batches import enough_for, in_rounds, lies_on_device, take_batches
 from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
-from texforce_hub.adapter.dense_rank import truncate_dense
+from texforce_hub.adapter.dense_rank import truncate_dense_ones
 from texforce_hub.adapter.lazy import LazyAdapter, check_is_adapter
 from texforce_hub.adapter.low_rank import LowRank
+from texforce_hub.adapter.moving import read_numbers
 from texforce_hub.adapter.value import Adapter, Layer, LayerName
 from texforce_hub.apply.model import Base, find_weight
 from texforce_hub.device import Dtype, given_dtype
@@ -116,17 +118,27 @@ def shrink(
     return dict(zip(names, truncate(stacked, choose)))
 
 
-def shrink_dense(layer: Dense, limits: Limits, *, rank: int | None = None) -> tuple[LowRank, float]:
-    """One change that is stored in full, under the limits of a single layer, and the share kept."""
-    bounds = [bound for bound in (limits.rank, rank) if bound is not None]
+def shrink_dense(
+    layers: Mapping[LayerName, Dense], limits: Limits, *, ranks: Mapping[LayerName, int] | None = None
+) -> dict[LayerName, tuple[LowRank, float]]:
+    """As :func:`shrink`, of changes that are stored in full; ``limits`` are those of single layers.
+
+    A device is waited for a few times for all; main memory has one of them in float64 at a time.
+    """
     # A projection shows the leading values only: enough for a rank, not for a share near 1 or a ratio.
     narrow = limits.ratio is None and (limits.energy is None or limits.energy <= 0.999)
-    expected = min(bounds) if bounds and narrow else None
 
-    def choose(values: Tensor) -> int:
+    def choose(bounds: Sequence[int], values: Tensor) -> int:
         return max(1, min([limits.count(values), *bounds]))
 
-    return truncate_dense(layer.delta(), choose, expected=expected)
+    results: dict[LayerName, tuple[LowRank, float]] = {}
+    for names in in_rounds(layers, on_device=lies_on_device(layers.values())):
+        bounds = [[b for b in (limits.rank, (ranks or {}).get(name)) if b is not None] for name in names]
+        expected = [min(bound) if bound and narrow else None for bound in bounds]
+        choices = [partial(choose, bound) for bound in bounds]
+        deltas = [layers[name].delta() for name in names]
+        results |= zip(names, truncate_dense_ones(deltas, choices, expected=expected))
+    return results
 
 
 def spend_budget(spectra: list[Tensor], limits: Limits) -> list[int]:
@@ -195,19 +207,20 @@ def resize_adapter(
             if not isinstance(plain, Vector):
                 yield name, plain
 
-    each, ranks = _spread_budget(resolved, limits)
+    enough = enough_for(adapter, device)
+    each, ranks = _spread_budget(resolved, limits, enough)
     kept: dict[LayerName, tuple[LowRank, float]] = {}
-    for together in take_batches(resolved()):
+    for together in take_batches(resolved(), enough=enough):
         with naming_overflow(next(iter(together))):
             kept |= shrink(_low_ones(together), each, ranks=ranks)
-            for name, dense in together.items():
-                if isinstance(dense, Dense):
-                    kept[name] = shrink_dense(dense, each, rank=ranks[name] if ranks else None)
+            dense = {name: layer for name, layer in together.items() if isinstance(layer, Dense)}
+            kept |= shrink_dense(dense, each, ranks=ranks)
     layers = {name: kept[name][0] if name in kept else move(adapter.layers[name]) for name in adapter.layers}
     check_results(layers)
     before = adapter.outline if isinstance(adapter, LazyAdapter) else adapter
     names = sorted(layers, key=natural)
-    facts = tuple(_fact(before.layers[name], name, layers[name], kept.get(name)) for name in names)
+    norms = _norms(layers, kept)
+    facts = tuple(_fact(before.layers[name], name, layers[name], kept.get(name), norms[name]) for name in names)
     return Resized(Adapter(layers, before.metadata, dict(adapter.extras)).to(dtype=kind), facts)
 
 
@@ -216,27 +229,40 @@ def _low_ones(layers: Mapping[LayerName, LowRank | Dense]) -> dict[LayerName, Lo
 
 
 def _spread_budget(
-    resolved: Callable[[], Iterator[tuple[LayerName, LowRank | Dense]]], limits: Limits
+    resolved: Callable[[], Iterator[tuple[LayerName, LowRank | Dense]]], limits: Limits, enough: int
 ) -> tuple[Limits, dict[LayerName, int] | None]:
     """The limits of each layer by itself, and the ranks that a limit of their sum allows."""
     if limits.max_total_rank is None:
         return limits, None
     spectra: dict[LayerName, Tensor] = {}
-    for together in take_batches(resolved()):
+    for together in take_batches(resolved(), enough=enough):
         with naming_overflow(next(iter(together))):
             spectra |= zip(together, singular_values([as_low_rank(layer) for layer in together.values()]))
     ranks = spend_budget(list(spectra.values()), limits)
     return replace(limits, max_total_rank=None), dict(zip(spectra, ranks))
 
 
-def _fact(before: Layer, name: LayerName, layer: Layer, kept: tuple[LowRank, float] | None) -> ResizedLayer:
+def _norms(
+    layers: Mapping[LayerName, Layer], kept: Mapping[LayerName, tuple[LowRank, float]]
+) -> dict[LayerName, float]:
+    """The layers' norms before they were resized."""
+    others = [name for name in layers if name not in kept]
+    lengths = read_numbers([layers[name].delta().norm() for name in others])
+    return {**norms_before(kept), **dict(zip(others, lengths))}
+
+
+def _fact(
+    before: Layer, name: LayerName, layer: Layer, kept: tuple[LowRank, float] | None, length: float
+) -> ResizedLayer:
     if kept is None:
-        return ResizedLayer(name, None, None, 1.0, float(layer.delta().norm()))
-    return ResizedLayer(name, before.rank, layer.rank, kept[1], norm_before(*kept))
+        return ResizedLayer(name, None, None, 1.0, length)
+    return ResizedLayer(name, before.rank, layer.rank, kept[1], length)
 
 
-def norm_before(shrunk: LowRank, share: float) -> float:
-    """The norm of a change before truncation, from what truncation left and the share that is."""
+def norms_before(shrunk: Mapping[LayerName, tuple[LowRank, float]]) -> dict[LayerName, float]:
+    """The norms of changes before truncation, from what truncation left and the shares that are."""
     # Balanced halves: the squared lengths of the columns of up are the singular values.
-    squares = float(shrunk.up.double().square().sum(0).square().sum())
-    return math.sqrt(squares / share) if share > 0 else 0.0
+    left = read_numbers([layer.up.double().square().sum(0).square().sum() for layer, _ in shrunk.values()])
+    shares = [share for _, share in shrunk.values()]
+    lengths = [math.sqrt(square / share) if share > 0 else 0.0 for square, share in zip(left, shares)]
+    return dict(zip(shrunk, lengths))
