@@ -214,12 +214,17 @@ def _run(config: Any, as_json: bool) -> None:
         except NotBetterError as error:
             say(str(error))
             raise typer.Exit(1) from None
-    step = int(adapter.metadata["texforce_hub.steps"])
+    step, multiple = (
+        int(adapter.metadata["texforce_hub.steps"]),
+        float(adapter.metadata.get("texforce_hub.multiple", 1)),
+    )
     path = Path(config.output) / ADAPTER
     if as_json:
-        put_json({"adapter": str(path), "steps": config.steps, "weights_of_step": step, "seed": config.seed})
+        facts = {"steps": config.steps, "weights_of_step": step, "multiple": multiple, "seed": config.seed}
+        put_json({"adapter": str(path)} | facts)
     else:
-        put(f"{path}: weights of step {step} of {max(step, config.steps)}")
+        stretched = f", times {multiple:g}" if multiple != 1 else ""
+        put(f"{path}: weights of step {step} of {max(step, config.steps)}{stretched}")
 
 
 def _follow(config: Any, *, dry_run: bool) -> None:
