@@ -7,7 +7,8 @@ from torch import Generator
 
 from texforce_hub.train.algorithms.ppo import ppo_losses, sample_rollout
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.policy import Policy, Rows, Text
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Rows, Text
 from texforce_hub.train.policies.steps import log_probability
 
 STEPS = 50

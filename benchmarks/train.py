@@ -35,7 +35,7 @@ from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies import choose
 from texforce_hub.train.policies import steps as schedule
 from texforce_hub.train.policies.frozen import frozen
-from texforce_hub.train.policies.text_to_image import TextToImage
+from texforce_hub.train.policies.policy import Policy
 from texforce_hub.train.run import train_adapter
 
 BACKWARD = 1.08
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print_size()
 
 
-def make_policy(pipeline: Any, config: TrainConfig) -> TextToImage:
+def make_policy(pipeline: Any, config: TrainConfig) -> Policy:
     """A policy on a pipeline, as a run makes it."""
     return choose.make_policy(pipeline, config, seed=1)[0]
 

@@ -1,6 +1,7 @@
 """What a run costs, said before it is started."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -49,6 +50,9 @@ def test_an_estimate_trains_nothing_and_names_the_steps():
     assert [step.graded for step in cost.steps] == [True, True, False, False]
     assert sum(step.share for step in cost.steps) == pytest.approx(1)
     assert cost.tflop > 0
+    weights = [p for part in ("unet", "vae", "text_encoder") for p in getattr(tiny_pipeline(), part).parameters()]
+    assert cost.weights_gib == pytest.approx(4 * sum(p.numel() for p in weights) / 2**30)
+    assert 0 < cost.gib < 1
     assert cost.seconds > 0
 
 
@@ -60,6 +64,9 @@ def test_the_command_prints_the_table_and_writes_nothing(tmp_path, monkeypatch):
     printed = json.loads(result.stdout)
     assert [step["graded"] for step in printed["steps"]] == [True, True, False, False]
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.toml"]
+    result = CliRunner().invoke(app, ["train", "--dry-run", "--config", "tiny.toml", "--preset", "8gb"])
+    assert result.exit_code == 0, result.output
+    assert re.search(r"memory: \S+ GiB of weights, and \S+ GiB that a U-Net call of 2 pictures keeps", result.stdout)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -18,7 +18,7 @@ from texforce_hub.train.algorithms.streaming import streaming
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.policies.choose import make_policy
 from texforce_hub.train.policies.frozen import frozen
-from texforce_hub.train.policies.policy import Rows, Text
+from texforce_hub.train.policies.rows import Rows, Text
 from texforce_hub.train.policies.sample import sample_images
 from texforce_hub.train.policies.steps import grade_steps, log_probability
 from texforce_hub.train.run import train_adapter

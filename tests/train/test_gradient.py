@@ -17,7 +17,7 @@ from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies.frozen import frozen
-from texforce_hub.train.policies.policy import Text, pull
+from texforce_hub.train.policies.rows import Text, pull
 from texforce_hub.train.policies.sample import sample_images
 from texforce_hub.train.policies.stable_diffusion import StableDiffusion
 from texforce_hub.train.policies.steps import grade_steps, log_probability

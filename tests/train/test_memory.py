@@ -13,7 +13,7 @@ from texforce_hub.hub.read import read_adapter
 from texforce_hub.rewards.reward import Reward
 from texforce_hub.train.algorithms.streaming import streaming
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies import text_to_image
+from texforce_hub.train.policies import policy as policies
 from texforce_hub.train.policies.frozen import frozen
 from texforce_hub.train.run_folder import ADAPTER
 
@@ -58,7 +58,7 @@ def test_the_batch_is_found_by_a_probe_and_kept_for_the_rest_of_the_run(tmp_path
 
 def test_offload_has_on_the_device_only_what_is_at_work_and_changes_no_bit(whole, tmp_path, monkeypatch):
     pipe, waits, together = tiny_pipeline(), {}, []
-    move, call = text_to_image.move_frozen, pipe.unet.forward
+    move, call = policies.move_frozen, pipe.unet.forward
 
     def note(module, device):
         waits[type(module).__name__] = device == "cpu" and isinstance(device, str)
@@ -68,7 +68,7 @@ def test_offload_has_on_the_device_only_what_is_at_work_and_changes_no_bit(whole
         together.append(dict(waits))
         return call(*arguments, **options)
 
-    monkeypatch.setattr(text_to_image, "move_frozen", note)
+    monkeypatch.setattr(policies, "move_frozen", note)
     monkeypatch.setattr(pipe.unet, "forward", forward)
     run(tmp_path, offload=True)
     assert {name for seen in together for name in seen} == {"AutoencoderKL", "CLIPTextModel"}

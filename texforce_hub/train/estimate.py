@@ -7,15 +7,15 @@ from time import monotonic
 from typing import Any
 
 import torch
-from torch import Generator
+from torch import Generator, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from texforce_hub.device import no_denormals
 from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.policy import Policy
 from texforce_hub.train.policies.steps import grade_steps, sensitivity
-from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run import make_run
 from texforce_hub.train.run_folder import RunFolder
 
@@ -39,6 +39,7 @@ class Estimate:
     units: int  # forward passes of a training step, guidance included
     backward_units: int
     tflop: float  # of the U-Net's part of a training step
+    weights_gib: float  # of the base, all its parts
     gib: float  # kept for the backward pass of one U-Net call
     seconds: float  # of a training step
     total_seconds: float  # of all steps, without validations and sheets
@@ -52,7 +53,8 @@ class Estimate:
         return [
             f"a step: {self.units} U-Net forwards and {self.backward_units} backwards of one picture, "
             f"{self.tflop:.3g} TFLOP, {self.seconds:.1f} s here",
-            f"a U-Net call of {self.batch_size} pictures keeps {self.gib:.3g} GiB for its backward pass",
+            f"memory: {self.weights_gib:.3g} GiB of weights, and {self.gib:.3g} GiB that a U-Net call of "
+            f"{self.batch_size} pictures keeps for its backward pass",
             f"the run: {self.total_seconds / 60:.1f} minutes, and validations",
         ]
 
@@ -85,10 +87,17 @@ def estimate(config: TrainConfig, *, pipeline: Any = None) -> Estimate:
         units,
         pulls,
         (units * forward + pulls * backward) / 1e12,
+        _count_weights(policy) / 2**30,
         kept * min(policy.config.batch_size, config.images) / 2**30,
         seconds,
         seconds * config.steps,
     )
+
+
+def _count_weights(policy: Policy) -> int:
+    """Bytes of the pipeline's parameters."""
+    modules = [part for part in policy.pipeline.components.values() if isinstance(part, nn.Module)]
+    return sum(parameter.nbytes for module in modules for parameter in module.parameters())
 
 
 def count_units(config: TrainConfig, graded: int) -> tuple[int, int]:
@@ -106,7 +115,7 @@ def count_units(config: TrainConfig, graded: int) -> tuple[int, int]:
     return sides * late.get(config.direct, config.inference_steps) * images, opened * pulls * images
 
 
-def count_flops(policy: TextToImage) -> tuple[float, float]:
+def count_flops(policy: Policy) -> tuple[float, float]:
     """FLOPs of the U-Net for one picture, forwards and backwards to the text (recomputation included)."""
     rows, leaves = policy.leaves(policy.rows([""], 1)._replace(negative=None))
     latents, time = policy.draw_noise(1, Generator().manual_seed(0)), policy.make_steps(2).timesteps[0]

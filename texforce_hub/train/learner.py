@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from texforce_hub.errors import TrainingError
 from texforce_hub.files.checkpoint import State
 from texforce_hub.train.config import TrainConfig
-from texforce_hub.train.policies.policy import Leaves, Policy
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Leaves
 from texforce_hub.train.team import ALONE, Team
 
 

@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 from texforce_hub.train.policies.frozen import frozen
-from texforce_hub.train.policies.text_to_image import TextToImage
+from texforce_hub.train.policies.policy import Policy
 
 _MOST = 64
 _OF_FREE = 0.7  # the rest is for what the pass itself needs
 
 
-def fit_batch(policy: TextToImage) -> int:
+def fit_batch(policy: Policy) -> int:
     """Pictures in one U-Net call that memory holds, 1 to 64."""
     with frozen(policy.pipeline, checkpointing=policy.config.checkpointing):
         return max(1, min(_MOST, int(_OF_FREE * _free_bytes(policy.device) / saved_bytes(policy))))
 
 
-def saved_bytes(policy: TextToImage) -> int:
+def saved_bytes(policy: Policy) -> int:
     """Bytes that the graph of one picture's call of the network, frozen by now, keeps; its weights are not counted."""
     network = policy.network
     own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}

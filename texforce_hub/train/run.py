@@ -33,8 +33,8 @@ from texforce_hub.train.lora import load_lora, read_scales
 from texforce_hub.train.memory import fit_batch
 from texforce_hub.train.policies.choose import make_policy
 from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.policy import Policy
 from texforce_hub.train.policies.steps import grade_steps
-from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run_folder import RunFolder, Trackers
 from texforce_hub.train.team import ALONE, Team, joined
 from texforce_hub.train.training_run import StepReport, TrainingRun, mix_seed
@@ -136,7 +136,7 @@ def make_run(config: TrainConfig, pipeline: Any, folder: RunFolder, team: Team =
     return run
 
 
-def _check_signal(policy: TextToImage, rewards: Sequence[Reward]) -> None:
+def _check_signal(policy: Policy, rewards: Sequence[Reward]) -> None:
     """Refuse a run that has nothing to learn from, before its first picture."""
     config = policy.config
     if config.algorithm == "direct":

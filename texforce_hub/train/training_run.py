@@ -21,8 +21,8 @@ from texforce_hub.train.config import TrainConfig
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.lora import describe_run, read_lora, read_scales
+from texforce_hub.train.policies.policy import Policy
 from texforce_hub.train.policies.sample import sample_images
-from texforce_hub.train.policies.text_to_image import TextToImage
 from texforce_hub.train.run_folder import ADAPTER, RunFolder, Trackers
 from texforce_hub.train.team import ALONE, Team
 
@@ -58,7 +58,7 @@ class TrainingRun:
     """The machinery of one run."""
 
     config: TrainConfig
-    policy: TextToImage
+    policy: Policy
     learner: Learner
     prompts: PromptSet
     judge: Judge

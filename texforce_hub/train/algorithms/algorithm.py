@@ -12,7 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.policy import Leaves, Policy, Rows
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Leaves, Rows
 from texforce_hub.train.policies.steps import Steps
 from texforce_hub.train.team import Team
 
@@ -69,7 +70,6 @@ def slices(rows: Rows, size: int) -> Iterator[tuple[Tensor, Rows]]:
 class Move:
     """A denoising step taken; all ``(b, c, h, w)`` but the deviation, ``(b, 1, 1, 1)``."""
 
-    before: Tensor
     mean: Tensor
     std: Tensor
     after: Tensor
@@ -83,5 +83,5 @@ def walk(
         at = torch.full((len(latents),), k, device=latents.device)
         prediction = policy.predict(latents, steps.timesteps[k], rows)
         mean, std = steps.step(latents, prediction, at)
-        before, latents = latents, mean + std * noise[k]
-        yield Move(before, mean, std, latents)
+        latents = mean + std * noise[k]
+        yield Move(mean, std, latents)

@@ -14,7 +14,8 @@ from texforce_hub.errors import ConfigError
 from texforce_hub.rewards.reward import Reward
 from texforce_hub.train.algorithms.algorithm import Update, draw_noise, slices, walk
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.policy import Policy, Rows, pull
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Rows, pull
 from texforce_hub.train.policies.steps import Steps
 
 _COPIES = 2  # fresh noises of a finished picture, draft_lv

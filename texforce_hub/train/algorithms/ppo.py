@@ -8,7 +8,8 @@ from torch import Generator, Tensor
 
 from texforce_hub.train.algorithms.algorithm import Update, draw_chains, slices, walk
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.policy import Policy, Rows, pull
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Rows, pull
 from texforce_hub.train.policies.steps import Steps, grade_steps, log_probability
 
 

@@ -13,7 +13,8 @@ from torch import Generator, Tensor
 from texforce_hub.train.algorithms.algorithm import Update, draw_chains, slices
 from texforce_hub.train.diagnostics import describe_scores
 from texforce_hub.train.judge import Judge
-from texforce_hub.train.policies.policy import Policy, Rows, pull
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Rows, pull
 from texforce_hub.train.policies.steps import Steps, grade_steps, slopes
 
 Scores = dict[int, list[Tensor]]

@@ -10,19 +10,19 @@ from texforce_hub.train.lora import attach_lora
 from texforce_hub.train.policies.ddim import as_ddim
 from texforce_hub.train.policies.flow import as_flow
 from texforce_hub.train.policies.flux import Flux
+from texforce_hub.train.policies.policy import Policy
 from texforce_hub.train.policies.sd3 import StableDiffusion3
 from texforce_hub.train.policies.sdxl import StableDiffusionXL
 from texforce_hub.train.policies.stable_diffusion import StableDiffusion
-from texforce_hub.train.policies.text_to_image import TextToImage
 
-_TRANSFORMERS: dict[str, type[TextToImage]] = {
+_TRANSFORMERS: dict[str, type[Policy]] = {
     "SD3Transformer2DModel": StableDiffusion3,
     "FluxTransformer2DModel": Flux,
 }
 _FAMILIES = "Stable Diffusion 1.x, 2.x, XL, 3 and 3.5, their turbo models, and Flux"
 
 
-def make_policy(pipeline: Any, config: TrainConfig, *, seed: int) -> tuple[TextToImage, dict[str, nn.Parameter]]:
+def make_policy(pipeline: Any, config: TrainConfig, *, seed: int) -> tuple[Policy, dict[str, nn.Parameter]]:
     """The policy of a pipeline's family, with new LoRAs on its CLIP encoders, and their parameters by name.
 
     Raises:
@@ -40,7 +40,7 @@ def make_policy(pipeline: Any, config: TrainConfig, *, seed: int) -> tuple[TextT
     return policy, parameters
 
 
-def _choose_class(pipeline: Any) -> type[TextToImage]:
+def _choose_class(pipeline: Any) -> type[Policy]:
     name = type(pipeline).__name__
     if getattr(pipeline, "unet", None) is not None:
         if getattr(pipeline, "text_encoder_2", None) is None:
@@ -55,7 +55,7 @@ def _choose_class(pipeline: Any) -> type[TextToImage]:
     return _TRANSFORMERS[transformer]
 
 
-def _check_parts(pipeline: Any, kind: type[TextToImage]) -> None:
+def _check_parts(pipeline: Any, kind: type[Policy]) -> None:
     name, network = type(pipeline).__name__, getattr(pipeline, kind.network_name)
     for part in (*kind.trained, *(p.replace("text_encoder", "tokenizer") for p in kind.trained), "vae"):
         if getattr(pipeline, part, None) is None:

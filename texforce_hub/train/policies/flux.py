@@ -9,20 +9,21 @@ from torch import Tensor
 
 from texforce_hub.errors import ConfigError
 from texforce_hub.train.policies.flow import FlowSteps, make_flow_steps
-from texforce_hub.train.policies.policy import Leaves, Text
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Leaves, Text
 from texforce_hub.train.policies.sd3 import NOISE_LEVEL, read_t5
-from texforce_hub.train.policies.text_to_image import TextToImage
 
 _T5_TOKENS = 512  # as the pipeline does
 _SIDE = 128  # of the latents, where no resolution is given; as the pipeline does
 
 
 @dataclass(frozen=True, eq=False)
-class Flux(TextToImage):
+class Flux(Policy):
     """Leaves: CLIP's pooled output ``(n, width)``. Latents are packed for the transformer alone."""
 
     trained: ClassVar[Mapping[str, int]] = {"text_encoder": 0}
     network_name: ClassVar[str] = "transformer"
+    noise_level: ClassVar[float] = NOISE_LEVEL
 
     def check(self) -> None:
         """As the others; there is no negative prompt."""
@@ -38,10 +39,9 @@ class Flux(TextToImage):
 
     def make_steps(self, count: int, *, noisy: bool = True) -> FlowSteps:
         """Rectified flow's; ``eta`` is 0.7 unless the settings say otherwise."""
-        eta = (NOISE_LEVEL if self.config.eta is None else self.config.eta) if noisy else 0.0
         sigmas = None if self.scheduler.config.get("use_flow_sigmas") else torch.linspace(1, 1 / count, count).tolist()
         tokens = (self.latent_shape[-1] // 2) ** 2
-        return make_flow_steps(self.scheduler, count, eta, self.device, tokens=tokens, sigmas=sigmas)
+        return make_flow_steps(self.scheduler, count, self.eta(noisy=noisy), self.device, tokens=tokens, sigmas=sigmas)
 
     def encode(self, texts: Sequence[str]) -> Leaves:
         """The pooled output."""

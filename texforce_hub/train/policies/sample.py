@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Generator, Tensor
 
-from texforce_hub.train.policies.policy import Policy, in_slices
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import in_slices
 
 
 @torch.no_grad()

@@ -9,24 +9,24 @@ from torch import Tensor
 from torch.nn import functional
 
 from texforce_hub.train.policies.flow import FlowSteps, make_flow_steps
-from texforce_hub.train.policies.policy import Leaves, Text
-from texforce_hub.train.policies.text_to_image import TextToImage
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Leaves, Text
 
 NOISE_LEVEL = 0.7  # Flow-GRPO's
 _T5_TOKENS = 256  # as the pipeline does
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusion3(TextToImage):
+class StableDiffusion3(Policy):
     """Leaves: both CLIPs' states ``(n, length, widths)`` before the last layer, and pooled outputs ``(n, widths)``."""
 
     trained: ClassVar[Mapping[str, int]] = {"text_encoder": 0, "text_encoder_2": 0}
     network_name: ClassVar[str] = "transformer"
+    noise_level: ClassVar[float] = NOISE_LEVEL
 
     def make_steps(self, count: int, *, noisy: bool = True) -> FlowSteps:
         """Rectified flow's; ``eta`` is 0.7 unless the settings say otherwise."""
-        eta = (NOISE_LEVEL if self.config.eta is None else self.config.eta) if noisy else 0.0
-        return make_flow_steps(self.scheduler, count, eta, self.device, tokens=self.tokens)
+        return make_flow_steps(self.scheduler, count, self.eta(noisy=noisy), self.device, tokens=self.tokens)
 
     @property
     def tokens(self) -> int:

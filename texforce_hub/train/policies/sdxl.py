@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from texforce_hub.errors import ConfigError
-from texforce_hub.train.policies.policy import Leaves, Text
+from texforce_hub.train.policies.rows import Leaves, Text
 from texforce_hub.train.policies.stable_diffusion import StableDiffusion
 
 

@@ -6,18 +6,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from texforce_hub.train.policies.ddim import DDIMSteps, make_ddim_steps
-from texforce_hub.train.policies.policy import Leaves, Text
-from texforce_hub.train.policies.text_to_image import TextToImage
+from texforce_hub.train.policies.policy import Policy
+from texforce_hub.train.policies.rows import Leaves, Text
 
 
 @dataclass(frozen=True, eq=False)
-class StableDiffusion(TextToImage):
+class StableDiffusion(Policy):
     """Leaves: the states ``(n, length, width)``."""
 
     def make_steps(self, count: int, *, noisy: bool = True) -> DDIMSteps:
         """DDIM's; ``eta`` is 1 unless the settings say otherwise."""
-        eta = (1.0 if self.config.eta is None else self.config.eta) if noisy else 0.0
-        return make_ddim_steps(self.scheduler, count, eta, self.device)
+        return make_ddim_steps(self.scheduler, count, self.eta(noisy=noisy), self.device)
 
     def encode(self, texts: Sequence[str]) -> Leaves:
         """The states."""
