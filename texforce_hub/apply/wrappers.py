@@ -58,7 +58,8 @@ _PLAIN: Mapping[type, Any] = {keeping: plain for plain, keeping in _KEEPING.item
 
 def can_attach(module: nn.Module) -> bool:
     """Whether a low-rank pair can ride beside this layer. Subclasses may read their weight some other way."""
-    return type(unwrapped(module)) in _WRAPPERS and not getattr(unwrapped(module), "groups", 1) > 1
+    layer = unwrapped(module)
+    return type(layer) in _WRAPPERS and vars(layer).get("groups", 1) == 1
 
 
 class Wrappers:
