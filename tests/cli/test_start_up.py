@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import typer
 
 from tests.support.merging import A, B
+from texforce_hub import cli
+from texforce_hub.cli import COMMANDS, files_for, make_app
 from texforce_hub.cli.threads import wait_asleep
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.shapes import WEIGHTS
@@ -79,3 +82,29 @@ def test_threads_sleep_while_they_wait_unless_the_user_set_something(folder):
 
 def test_the_suite_itself_waits_asleep():
     assert os.environ["OMP_WAIT_POLICY"]
+
+
+def test_a_command_is_started_without_the_files_of_the_others(folder):
+    modules = set(run(folder, "inspect", "a.safetensors")["modules"])
+    others = {f"texforce_hub.cli.{file}" for file in COMMANDS} - {"texforce_hub.cli.inspect"}
+    assert "texforce_hub.cli.inspect" in modules
+    assert not modules & others
+
+
+def test_every_file_is_listed_with_the_commands_in_it():
+    for file, commands in COMMANDS.items():
+        assert set(typer.main.get_command(make_app([file])).commands) == set(commands)
+    assert set(typer.main.get_command(cli.app).commands) == {name for names in COMMANDS.values() for name in names}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["inspekt"]])
+def test_all_commands_are_there_where_none_is_called(arguments):
+    assert list(files_for(arguments)) == list(COMMANDS)
+
+
+def test_a_misspelled_command_is_told_the_nearest():
+    done = subprocess.run(
+        [sys.executable, "-m", "texforce_hub", "inspekt"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "inspect" in done.stderr
