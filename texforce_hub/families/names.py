@@ -38,10 +38,8 @@ def path_of(name: str) -> str:
 
 def split_part(path: str) -> tuple[str, str] | None:
     """``(part, path inside it)`` where the name says its part; ``None`` where it does not."""
-    for part in PARTS:
-        if path.startswith(f"{part}."):
-            return part, path[len(part) + 1 :]
-    return None
+    part, dot, rest = path.partition(".")
+    return (part, rest) if dot and part in PARTS else None
 
 
 def infer_part(path: str) -> str | None:

@@ -104,20 +104,20 @@ def _strangers_to(name: str, shape: Shape) -> tuple[str, ...]:
 
 
 def _fits(family: Family, name: str, shape: Shape) -> bool:
-    known = next((found for n in _spellings(family, name) if (found := family.shape_of(n)) is not None), None)
+    known = family.shape_of(name) or _shape_elsewhere(family, name)
     if known is not None:
         return known[0] == shape[0] and math.prod(known) == math.prod(shape)
-    part, path = part_of(name), path_of(name)
-    originals = getattr(family.parts.get(part), "originals", ())
-    return re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", path) in originals
+    originals = getattr(family.parts.get(part_of(name)), "originals", ())
+    return bool(originals) and re.sub(r"(?<=\.)[0-9]+(?=\.|$)", "#", path_of(name)) in originals
 
 
-def _spellings(family: Family, name: str) -> Iterator[str]:
-    """The layer's name, or for T5 the part in which this family keeps it."""
-    yield name
-    part, path = part_of(name), path_of(name)
-    if path.startswith("encoder.block."):
-        yield from (f"{other}.{path}" for other in family.parts if other != part)
+def _shape_elsewhere(family: Family, name: str) -> Shape | None:
+    """The shape of a T5 encoder's layer in the part in which this family keeps it."""
+    path = path_of(name)
+    if not path.startswith("encoder.block."):
+        return None
+    shapes = (family.shape_of(f"{part}.{path}") for part in family.parts)
+    return next((shape for shape in shapes if shape is not None), None)
 
 
 def _by_part(shapes: Mapping[str, Shape]) -> Mapping[str, Mapping[str, Shape]]:

@@ -6,7 +6,7 @@ numbers replaced by ``#``, are the table: a flat name is looked up in it, whatev
 
 import re
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 
 from texforce_hub.families import FAMILIES
 from texforce_hub.families.original_unet import from_ldm, is_ldm, to_ldm
@@ -23,6 +23,7 @@ def flatten(path: str) -> str:
     return path.replace(".", "_")
 
 
+@lru_cache(maxsize=1 << 14)  # a layer's tensors share its name, and files for one base their layers
 def unflatten(flat: str) -> tuple[str, str] | None:
     """``(kind, path)`` of a flat name: kind is ``clip``, ``t5``, ``unet`` or ``transformer``.
 
@@ -46,7 +47,7 @@ def _templates() -> dict[str, tuple[str, str]]:
     templates: dict[str, tuple[str, str]] = {}
     for kind, path in _known_paths():
         template = _NUMBER.sub("#", path)
-        flat = _NUMBER.sub("#", flatten(path))
+        flat = flatten(template)
         if templates.setdefault(flat, (kind, template)) != (kind, template):
             raise AssertionError(f"{flat} flattens both {templates[flat]} and {(kind, template)}")
     return templates

@@ -1,6 +1,7 @@
 """The ends of tensor names, and the role each end gives its tensor."""
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 LORA_AB = MappingProxyType(
@@ -42,13 +43,20 @@ def split_suffix(key: str, suffixes: Mapping[str, str]) -> tuple[str, str, str] 
 
     ``parameter`` is what the stem lacks to name what is changed: ``.bias`` of ``….q_proj.diff_b``, mostly nothing.
     """
-    if not key.endswith(tuple(suffixes)):  # one call instead of twenty, for most of the names
+    ends = tuple(suffixes)
+    if not key.endswith(ends):  # one call instead of twenty, for most of the names
         return None
-    suffix = max((end for end in suffixes if key.endswith(end) and key != end), key=len, default=None)
-    if suffix is None:
-        return None
-    role = suffixes[suffix]
-    return key.removesuffix(suffix), *(("diff", role) if role in (".bias", ".weight") else (role, ""))
+    for length in _lengths(ends):
+        role = suffixes.get(key[-length:]) if length < len(key) else None
+        if role is not None:
+            return key[:-length], *(("diff", role) if role in (".bias", ".weight") else (role, ""))
+    return None
+
+
+@cache
+def _lengths(ends: tuple[str, ...]) -> list[int]:
+    """How long these ends are, the longest first."""
+    return sorted(set(map(len, ends)), reverse=True)
 
 
 def is_norm(module: str) -> bool:
