@@ -31,6 +31,8 @@ from texforce_hub.merge.resize import resize_adapter
 
 WEIGHTS = (0.7, 0.5, -0.3)
 RANK = 16
+WHOLE, SAMPLED = 986, 90
+"""Layers of a whole SDXL file; every so many of them are merged by those who take half a second for each."""
 ENDINGS = ("q_proj", "k_proj", "v_proj", "out_proj", "to_q", "to_k", "to_v", "to_out.0")
 
 MORE = ("fc1", "fc2", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")
@@ -72,11 +74,13 @@ class Layers(nn.Module):
 
 
 def peft_model(shapes: Shapes, adapters: list[Adapter]) -> Any:
-    """PEFT's model with the same adapters loaded."""
+    """PEFT's model with the same adapters loaded; all layers of all adapters have one rank and one scale."""
     from peft import LoraConfig, get_peft_model
 
     names = [f"layer{index}" for index in range(len(shapes))]
-    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names)
+    facts = {(x.rank, x.scale) for each in adapters for x in each.layers.values() if isinstance(x, LowRank)}
+    ((rank, scale),) = facts
+    config = LoraConfig(r=rank, lora_alpha=rank * scale, target_modules=names)
     model: Any = get_peft_model(Layers(shapes), config, adapter_name="a0")
     for index in range(1, len(adapters)):
         model.add_adapter(f"a{index}", config)
@@ -122,6 +126,10 @@ def run_case(case: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.linalg.svd(torch.eye(64))  # loads the libraries, whose memory is nobody's
     torch.linalg.eigh(torch.linalg.qr(torch.eye(64))[0].double())
+    if "every" in case and "files" in case:
+        shapes, adapters = some_of_files(case)
+        seconds, extra = measure(IN_MEMORY[case["what"]](case, shapes, adapters), case.get("repeats", 1))
+        return {"seconds": seconds, "extra": extra, "layers": len(shapes)}
     if case["what"] in FROM_FILES:
         seconds, extra = measure(FROM_FILES[case["what"]](case), case.get("repeats", 3))
         return {"seconds": seconds, "extra": extra, "layers": 0}
@@ -143,7 +151,7 @@ def merge_by_peft(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter])
             list((WEIGHTS * 3)[: len(adapters)]),
             f"merged{next(names)}",
             combination_type=case["method"],
-            svd_rank=RANK,
+            svd_rank=case.get("rank", RANK),
             density=0.5 if "ties" in case["method"] else None,
         )
 
@@ -159,8 +167,8 @@ def merge_by_us(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -
 
 def merge_by_kohya(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
     """The arithmetic of kohya's merge."""
-    del case, shapes
-    return lambda: merge_as_kohya(adapters, WEIGHTS * 3, RANK)
+    del shapes
+    return lambda: merge_as_kohya(adapters, WEIGHTS * 3, case.get("rank", RANK))
 
 
 def resize_by_us(case: dict[str, Any], shapes: Shapes, adapters: list[Adapter]) -> Callable[[], Any]:
@@ -223,6 +231,15 @@ def merge_files(case: dict[str, Any]) -> Callable[[], Any]:
     """Whole files into one adapter in memory."""
     sources = [(path, weight) for path, weight in zip(case["files"], WEIGHTS * 3)]
     return lambda: merge_adapters(sources, "svd", rank=32)
+
+
+def some_of_files(case: dict[str, Any]) -> tuple[Shapes, list[Adapter]]:
+    """Every ``every``-th layer of the files, in memory, and their shapes."""
+    adapters = []
+    for path in case["files"]:
+        layers = open_adapter(path).layers
+        adapters.append(Adapter({name: layers[name] for name in list(layers)[:: case["every"]]}))
+    return {name: (layer.shape[0], layer.shape[1]) for name, layer in adapters[0].layers.items()}, adapters
 
 
 def resize_file(case: dict[str, Any]) -> Callable[[], Any]:
@@ -305,7 +322,7 @@ def against_peft() -> None:
         for method, options, theirs in PAIRS:
             where = {"family": family, "part": part, "every": every}
             ours = in_process(what="merge", method=method, options=options, **where)
-            peft = in_process(what="peft", method=theirs, repeats=3 if theirs == "svd" else 1, **where)
+            peft = in_process(what="peft", method=theirs, repeats=1, **where)
             put(
                 f"| {title} | {ours['layers']:.0f} | `{method}`{' in core space' if 'space' in options else ''} "
                 f"| {show(ours['seconds'])} | {ours['extra']:.1f} | `{theirs}` | {show(peft['seconds'])} "
@@ -340,33 +357,43 @@ def growth() -> None:
 
 def whole_files() -> None:
     """Files of all of SDXL's layers: merged, resized, converted; and weights told apart."""
-    put("\n| 986 layers of SDXL, from files; 1280 × 1280 weights | CPU s | extra MB |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        files = [f"{folder}/{seed}.safetensors" for seed in range(3)]
-        for seed, path in enumerate(files):
-            write_adapter(whole_sdxl(32, seed), path, dialect="kohya")
+        files = [str(write_adapter(whole_sdxl(32, n), f"{folder}/{n}.safetensors", dialect="kohya")) for n in range(8)]
         large = str(write_adapter(whole_sdxl(64, 9), f"{folder}/64.safetensors", dialect="kohya"))
-        cases: list[tuple[str, dict[str, Any]]] = [
-            (f"merge of {n} files of rank 32 to rank 32", {"what": "merge files", "files": (files * 3)[:n]})
-            for n in (2, 3, 8)
-        ]
-        cases += [
+        whole_merges(files)
+        put("\n| 986 layers of SDXL, from files; 1280 × 1280 weights | CPU s | extra MB |\n|---|---|---|")
+        for title, case in (
             ("resize of a file, rank 64 to 16", {"what": "resize file", "files": [large]}),
             ("convert of a file of rank 32, kohya's layout to diffusers'", {"what": "convert file", "files": files}),
             ("extract four weights whose change has rank 16", {"what": "extract", "rank": 16}),
             ("extract four weights whose change has full rank", {"what": "extract", "rank": 1280}),
-        ]
-        for title, case in cases:
+        ):
             done = in_process(**case)
             put(f"| {title} | {show(done['seconds'])} | {done['extra']:.0f} |")
 
 
+def whole_merges(files: list[str]) -> None:
+    """Whole files merged; by kohya's arithmetic and by PEFT every :data:`SAMPLED`-th of their layers."""
+    put("\n| merge of whole SDXL files of rank 32 to rank 32 | CPU s | extra MB | kohya's arithmetic | PEFT's `svd` |")
+    put("|---|---|---|---|---|")
+    cases = [(f"{n} files", files[:n]) for n in (2, 3, 8)]
+    for title, chosen in [*cases, ("8 files, three by turns: halves repeat", (files[:3] * 3)[:8])]:
+        ours = in_process(what="merge files", files=chosen, repeats=1)
+        cells = []
+        for case in ({"what": "kohya"}, {"what": "peft", "method": "svd"}) if len(set(chosen)) == len(chosen) else ():
+            theirs = in_process(**case, files=chosen, every=SAMPLED, rank=32)
+            seconds = theirs["seconds"][0] * WHOLE / theirs["layers"]
+            share = seconds / statistics.median(ours["seconds"])
+            cells.append(f"{seconds:.0f} scaled from {theirs['layers']} layers: {share:.0f}×")
+        put(f"| {title} | {show(ours['seconds'])} | {ours['extra']:.0f} | {' | '.join(cells or ['–', '–'])} |")
+
+
 HEAD = """\
 `python -m benchmarks.merge`; {machine}, torch {torch}, one thread. CPU seconds of the process, not wall time: the
-machine was shared. Medians (least – most) of five calls; of three for PEFT's `svd` and for files; PEFT's `ties_svd` and
-kohya's arithmetic (the dense sum, its full SVD, written anew) are one call. The base model and loading the adapters
+machine was shared. Medians (least – most) of five calls, of three for files; PEFT's and kohya's arithmetic (the dense
+sum, its full SVD, written anew) are one call each. The base model and loading the adapters
 count for neither side but where files are named; PEFT's time includes putting its result on the model, ours the report.
-Random weights of true sizes. Eight files are three, by turns. Not measured on a GPU yet.
+Random weights of true sizes. Merges of whole files are one call each. Not measured on a GPU yet.
 """
 
 
