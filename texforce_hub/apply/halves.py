@@ -8,7 +8,7 @@ from torch import Tensor
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.moving import move_all
 from texforce_hub.adapter.tensors import wide
-from texforce_hub.files.memory import fresh
+from texforce_hub.files.memory import apart, fresh
 
 Pair = tuple[LowRank, float]
 """A low-rank change and its weight."""
@@ -19,7 +19,8 @@ Halves = tuple[Tensor, Tensor]
 def make_halves(orders: Sequence[tuple[Tensor, Sequence[Pair]]]) -> list[Halves]:
     """For each layer's weight and the pairs beside it: their halves, in the weight's dtype and on its device.
 
-    Those of one dtype on one device are views of one block, and reach it by one copy.
+    Those of one dtype on one device reach it by one copy, and lie in one piece of memory; still each is a tensor by
+    itself, so that the libraries' ways of saving a model write each and no more.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, (weight, _) in enumerate(orders):
@@ -45,7 +46,7 @@ def _lay_out(pieces: Sequence[Tensor], device: torch.device, dtype: torch.dtype)
     torch.cat([piece.reshape(-1) for piece in pieces], out=block)
     if here != device:
         (block,) = move_all([block], device)
-    return (view.view(piece.shape) for view, piece in zip(torch.split(block, sizes), pieces, strict=True))
+    return iter(apart(block, [piece.shape for piece in pieces]))
 
 
 def _pieces(pairs: Sequence[Pair], dtype: torch.dtype) -> Halves:
