@@ -25,7 +25,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.timing import Timed, commit, head, processor, ratio, row, take_turns
-from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline, per_sample_adapters
+from texforce_hub import Adapter, LowRank, apply_adapter, encode_prompts, load_pipeline
 from texforce_hub.apply.patch import make_rooms
 from texforce_hub.families import FAMILIES
 from texforce_hub.hub.write import write_adapter
@@ -231,30 +231,6 @@ def many_stacks(repeats: int, count: int = 8, steps: int = 20) -> None:
     row(f"`shapes`, {count} images, {steps} steps, a text stack each", times["none"], times["many"], f"{more:+.1f} %")
 
 
-def per_sample(repeats: int, *, size: int = 16) -> None:
-    """One call of SD1.5's U-Net for pictures with a stack each, beside one without stacks and one for each picture."""
-    unet = make_unet(real=True)
-    for count, rank in ((1, 16), (4, 4), (4, 16), (4, 64)):
-        stacks = [make_adapter("sd1", s, ("unet",), rank=rank, endings=UNET[:4]) for s in range(count)]
-        latents, words = torch.randn(count, 4, size, size), torch.randn(count, 77, 768)
-
-        def one_by_one(latents: Any = latents, words: Any = words, stacks: Any = stacks) -> None:
-            for index, stack in enumerate(stacks):
-                with apply_adapter(unet, stack):
-                    unet(latents[index : index + 1], 300, words[index : index + 1])
-
-        def together(latents: Any = latents, words: Any = words) -> Any:
-            return unet(latents, 300, words)
-
-        with torch.no_grad():
-            plain = take_turns({"none": together, "in turn": one_by_one}, repeats)
-            with per_sample_adapters(unet, stacks):
-                own = take_turns({"own": together}, repeats)["own"]
-        more = 100 * (own.median / plain["none"].median - 1)
-        name = f"SD1.5's U-Net, {count} × {8 * size}² pixels, rank {rank}, attention"
-        row(name, plain["none"], own, f"{more:+.1f} %; {plain['in turn'].median / own.median:.2f} × in turn")
-
-
 ABOUT = """\
 CPU milliseconds of one process and one thread: medians, in brackets the quarters around them; ratios are medians of
 the turns' own. The machine was shared, other work on all its cores. Random weights of true sizes. Not measured on a
@@ -270,10 +246,14 @@ def main() -> None:
     """Print the section."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--fusing", action="store_true", help="only the table of fusing")
     parser.add_argument("--quick", action="store_true", help="without the rows that take minutes")
     given = parser.parse_args()
     repeats = given.repeats
     torch.set_num_threads(1)
+    if given.fusing:
+        fusing(repeats)
+        return
     print("## Apply\n")
     print(f"`python -m benchmarks.apply` at commit {commit()}; {processor()}, torch {torch.__version__}, one thread.")
     print(ABOUT)
@@ -297,8 +277,6 @@ def main() -> None:
     print()
     head("a batch", "no stacks, ms", "a stack each, ms", "longer by")
     many_stacks(min(repeats, 5))
-    if not given.quick:
-        per_sample(2)
 
 
 if __name__ == "__main__":
