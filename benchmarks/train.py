@@ -10,7 +10,8 @@ import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from torch import Generator, Tensor
 
 from benchmarks.size import print_size
-from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS, TUNED_UNET
+from benchmarks.timing import head, row
+from texforce_hub.adapter.value import Adapter
+from texforce_hub.demo import PROMPT_SEED, PROMPTS, SEEDS
 from texforce_hub.errors import NotBetterError
 from texforce_hub.evaluate.drawing import Variant
 from texforce_hub.evaluate.evaluation import Evaluation, Sampling
@@ -64,9 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=[*RECIPES], default=[*RECIPES])
     parser.add_argument("--rounds", type=int, default=8, help="of 128 pictures, for the signal")
-    parser.add_argument(
-        "--parts", nargs="+", choices=["signal", "recipes", "size"], default=["signal", "recipes", "size"]
-    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     given = parser.parse_args(arguments)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     print("## Train\n")
@@ -125,54 +126,59 @@ def signal_to_noise(groups: Tensor) -> float:
 
 
 def print_recipes(folder: Path, recipes: Sequence[str], seeds: Sequence[int]) -> None:
-    """Train, measure on test prompts, and plot the held-out reward against units."""
+    """Train, measure on test prompts, and plot all that has been measured so far with this folder."""
     pipe = load_pipeline("shapes", device="cpu")
-    tuned = load_pipeline("shapes", unet=TUNED_UNET, device="cpu").unet
-    curves: dict[str, list[list[tuple[float, float]]]] = {}
-    noisy_base, known_base = (
-        measure(pipe, {"base": Variant()}, words).mean("base").mean for words in ({"colour"}, set[str]())
-    )
-    frontier: dict[str, list[tuple[float, float]]] = {}
+    file = folder / "frontier.json"
+    figures: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     print(
-        f"`shapes`, noisy colour words; {PROMPTS} test prompts, {len(SEEDS)} pictures each, differences from the base "
+        f"`shapes`, noisy colour words; {PROMPTS} test prompts, {len(SEEDS)} pictures each, differences from the base"
     )
     print("with 95 % intervals paired by prompt; units include validations.\n")
-    print(
-        "| recipe | seed | step | units | noisy words | minus base | known words, minus base | with the tuned U-Net |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    head("recipe", "seed", "step", "times", "units", "noisy words", "minus base", "known words, minus base")
     for name in recipes:
-        for seed in seeds:
-            config = TrainConfig(
-                str(folder / f"{name.replace(' ', '-')}-{seed}"),
-                prompts="shapes:colour",
-                seed=seed,
-                device="cpu",
-                **RECIPES[name],
-            )
-            units = spent(config, config.steps) + STRETCHES * validation_units(config)
-            try:
-                adapter = train_adapter(config)
-            except NotBetterError as error:
-                print(f"| {name} | {seed} | – | {units:,.0f} | {str(error).split(',')[0]} | | | |", flush=True)
-            else:
-                variants = {"base": Variant(), "text": Variant(adapter)}
-                known = measure(pipe, variants, set())
-                noisy = measure(pipe, variants | {"both": Variant(adapter, tuned)}, {"colour"})
-                frontier.setdefault(name, []).append((known.mean("text").mean, noisy.mean("text").mean))
-                print(
-                    f"| {name} | {seed} | {adapter.metadata['texforce_hub.steps']} | {units:,.0f} | "
-                    f"{noisy.mean('text').mean:.3f} | {noisy.difference('text', 'base')} | "
-                    f"{known.difference('text', 'base')} | {noisy.mean('both').mean:.3f} |",
-                    flush=True,
-                )
-            lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
-            points = [(m["step"], m["validation"]) for m in map(json.loads, lines) if m["validation"] is not None]
-            curves.setdefault(name, []).append([(spent(config, step), value) for step, value in points])
-    plot(curves)
-    plot_frontier(frontier, (known_base, noisy_base))
+        runs = {str(seed): train(folder, name, seed) for seed in seeds}
+        variants = {"base": Variant()} | {seed: Variant(run.adapter) for seed, run in runs.items() if run.adapter}
+        noisy, known = (measure(pipe, variants, words) for words in ({"colour"}, set[str]()))
+        for seed, run in runs.items():
+            if run.adapter is None:
+                row(name, seed, "–", "–", f"{run.units:,.0f}", "no step beat the base", "", "")
+                continue
+            metadata = run.adapter.metadata
+            row(
+                name, seed, metadata["texforce_hub.steps"], metadata.get("texforce_hub.multiple", "1"),
+                f"{run.units:,.0f}", f"{noisy.mean(seed).mean:.3f}", noisy.difference(seed, "base"),
+                known.difference(seed, "base"),
+            )  # fmt: skip
+        figures["base"] = [[known.mean("base").mean, noisy.mean("base").mean]]
+        figures[name] = [[known.mean(seed).mean, noisy.mean(seed).mean] for seed in variants if seed != "base"]
+        figures[f"{name}, curves"] = [run.curve for run in runs.values()]
+        file.write_text(json.dumps(figures, indent=1))
+    plot({name: figures[f"{name}, curves"] for name in RECIPES if name in figures})
+    plot_frontier({name: figures[name] for name in RECIPES if name in figures}, figures["base"][0])
     print("\n![held-out reward against units](benchmarks/train.png)")
     print("\n![reward on noisy words against reward on known words](benchmarks/frontier.png)\n")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its adapter if any step beat the base, what it cost, and its validations against units."""
+
+    adapter: Adapter | None
+    units: float
+    curve: list[tuple[float, float]]
+
+
+def train(folder: Path, recipe: str, seed: int) -> Run:
+    """One recipe with one seed; what is finished is not trained again."""
+    output = folder / f"{recipe.replace(' ', '-')}-{seed}"
+    config = TrainConfig(str(output), prompts="shapes:colour", seed=seed, device="cpu", **RECIPES[recipe])
+    try:
+        adapter = train_adapter(config)
+    except NotBetterError:
+        adapter = None
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    curve = [(spent(config, m["step"]), m["validation"]) for m in metrics if m["validation"] is not None]
+    return Run(adapter, spent(config, config.steps) + STRETCHES * validation_units(config), curve)
 
 
 def measure(pipe: Any, variants: dict[str, Variant], noisy: set[str]) -> Evaluation:
@@ -194,7 +200,7 @@ def validation_units(config: TrainConfig) -> int:
     return 2 * config.validation_prompts * config.validation_images * config.picture_steps
 
 
-def plot(curves: dict[str, list[list[tuple[float, float]]]]) -> None:
+def plot(curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]]) -> None:
     """The held-out reward against units: a colour a recipe, a line a seed."""
     figure = new_figure(8.5, 4.5)
     axes = figure.add_subplot()
@@ -208,7 +214,7 @@ def plot(curves: dict[str, list[list[tuple[float, float]]]]) -> None:
     render(figure).save(PLOT)
 
 
-def plot_frontier(frontier: dict[str, list[tuple[float, float]]], base: tuple[float, float]) -> None:
+def plot_frontier(frontier: Mapping[str, Sequence[tuple[float, float]]], base: tuple[float, float]) -> None:
     """What was learned against what was kept: a point a run, the base's own beside them."""
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
