@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.training import run, saved, scripted_reward, short_config, tiny_pipeline
-from texforce_hub.errors import ConfigError, TexForceHubError, TrainingError
+from texforce_hub.errors import ConfigError, NotBetterError, TexForceHubError, TrainingError
 from texforce_hub.files.checkpoint import list_checkpoints
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.pipelines.load import load_pipeline
@@ -99,8 +99,9 @@ def test_a_bad_reward_stops_with_prompt_and_step_and_loses_nothing(tmp_path, mon
 
 def test_a_run_ends_when_its_time_is_up_and_goes_on_later(tmp_path):
     steps = []
-    run(tmp_path, max_minutes=1e-9, on_step=lambda report: steps.append(report.step))
-    assert steps == []
+    with pytest.raises(NotBetterError, match="the time was up before the first step"):
+        run(tmp_path, max_minutes=1e-9, on_step=lambda report: steps.append(report.step))
+    assert (steps, (tmp_path / ADAPTER).exists()) == ([], False)
     run(tmp_path, max_minutes=60.0, on_step=lambda report: steps.append(report.step))
     assert steps == [1, 2, 3]
 
