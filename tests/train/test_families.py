@@ -10,6 +10,7 @@ import torch
 from tests.support.pipelines_families import FAMILIES, SETTINGS, SHORT, family_config, family_pipeline
 from texforce_hub.errors import ConfigError, TrainingError
 from texforce_hub.files.tensors import read_tensors
+from texforce_hub.hub.read import read_adapter
 from texforce_hub.rewards.reward import resolve_rewards
 from texforce_hub.settings import write_settings
 from texforce_hub.train.algorithms.direct import direct
@@ -170,8 +171,9 @@ def test_a_plain_pipeline_with_the_written_file_draws_what_the_trained_encoders_
     state = read_checkpoint(folder)
     assert state is not None
     policy, parameters = make_policy(pipeline_of(name), config, seed=0)
+    multiple = float(read_adapter(str(folder)).metadata.get("texforce_hub.multiple", 1))
     for key, parameter in parameters.items():
-        parameter.data.copy_(state.tensors[f"average/{key}"])
+        parameter.data.copy_(state.tensors[f"average/{key}"] * (multiple if ".lora_B." in key else 1))
     plain, swapped = (type(policy.pipeline)(**copy.copy(policy.pipeline.components)) for _ in range(2))
     plain.set_progress_bar_config(disable=True)
     swapped.set_progress_bar_config(disable=True)
