@@ -83,6 +83,25 @@ def test_the_collector_waits_and_then_is_as_it_was(was_on):
         gc.enable()
 
 
+def test_a_collector_that_another_thread_keeps_waiting_is_left_to_that_thread(monkeypatch):
+    class Collector:
+        off = 0
+
+        def isenabled(self):
+            return False  # the other thread is done right after
+
+        def disable(self):
+            self.off += 1
+
+        def enable(self):
+            self.off -= 1
+
+    collector = Collector()
+    monkeypatch.setattr("texforce_hub.apply.collector.gc", collector)
+    assert uncollected(lambda: 1) == 1
+    assert collector.off == 0
+
+
 def test_the_collector_does_not_run_while_a_stack_is_put_on():
     pipe = shared_pipeline("sd1")
     adapter = random_adapter(pipe)

@@ -17,10 +17,10 @@ def uncollected(action: Callable[[], Result]) -> Result:
     back, so that between the action's end, whatever it is, and the collector's start none is. Between a ``with``
     statement and the inside of the manager's methods there are such points.
     """
-    was_on = gc.isenabled()
+    if not gc.isenabled():  # nothing to do: another thread may have it waiting, and will start it when that is done
+        return action()
     try:
         gc.disable()
         return action()
     finally:
-        if was_on:
-            gc.enable()
+        gc.enable()
