@@ -173,3 +173,11 @@ def test_columns_of_zeros_count_for_nothing(zeros):
     wanted = truncated(layer.delta(), 2)
     assert torch.allclose(small.delta(), wanted, atol=1e-5)
     assert 0 <= kept <= 1 + 1e-9
+
+
+def test_a_layer_of_no_rank_is_a_layer_of_rank_one_that_changes_nothing():
+    nothing, something = LowRank(torch.zeros(0, 6), torch.zeros(8, 0)), layer(2, 8, 6)
+    assert [values.tolist() for values in singular_values([nothing])] == [[0.0]]
+    (small, kept), (other, _) = recompress([nothing, something], rank=2)
+    assert (small.rank, kept, float(small.delta().abs().sum())) == (1, 1.0, 0.0)
+    assert torch.allclose(other.delta(), something.delta(), atol=1e-5)

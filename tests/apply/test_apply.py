@@ -188,3 +188,16 @@ def test_a_part_that_only_fits_elsewhere_goes_there_and_says_so():
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(text_outputs(pipe), gold))
         decisions: Any = applied.decisions["adapter"]
         assert {d.note for d in decisions.values()} == {"named text_encoder_3 in the adapter, fits only text_encoder_2"}
+
+
+@pytest.mark.parametrize("mode", ["attach", "fuse"])
+def test_a_layer_of_no_rank_is_put_on_and_changes_nothing(mode):
+    pipe = shared_pipeline("sd1")
+    before = text_outputs(pipe)[0]
+    name, layer = next(iter(random_adapter(pipe).layers.items()))
+    nothing = Adapter({name: LowRank(torch.zeros(0, layer.shape[1]), torch.zeros(layer.shape[0], 0))})
+    with apply_adapter(pipe, nothing, mode=mode) as applied:
+        assert torch.equal(text_outputs(pipe)[0], before)
+        applied.set_weights([0.5])
+        assert torch.equal(text_outputs(pipe)[0], before)
+    assert torch.equal(text_outputs(pipe)[0], before)

@@ -12,6 +12,7 @@ from texforce_hub.adapter.decomposed import Decomposed
 from texforce_hub.adapter.dense import Dense, Vector
 from texforce_hub.adapter.hadamard import Hadamard
 from texforce_hub.adapter.kronecker import Kronecker
+from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter, Layer
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.errors import ConfigError, MergeError
@@ -243,3 +244,13 @@ def test_merged_file_attached_stack_and_fused_stack_are_one(encoder, tmp_path, r
     assert distance(results["attach"], outputs(encoder)) > 1e-3
     for name, result in results.items():
         assert distance(result, results["attach"]) < 1e-5, name
+
+
+@pytest.mark.parametrize("limits", [{}, {"rank": 2}, {"energy": 0.9}])
+def test_sources_of_no_rank_add_nothing(limits):
+    nothing = Adapter({Q0: LowRank(torch.zeros(0, A.layers[Q0].shape[1]), torch.zeros(A.layers[Q0].shape[0], 0))})
+    something = Adapter({Q0: A.layers[Q0]})
+    alone = merge_adapters([(something, 1.0)], **limits).adapter
+    merged = merge_adapters([(something, 1.0), (nothing, 1.0)], **limits).adapter
+    assert torch.allclose(merged.delta(Q0), alone.delta(Q0), atol=1e-6)
+    assert merge_adapters([(nothing, 1.0), (nothing, 1.0)], **limits).adapter.layers == {}

@@ -150,7 +150,7 @@ def cut(
     """
     values = factors.values
     limits = (values > factors.noise * values[:, :1]).sum(1).clamp_min(1).tolist()
-    ranks = [min(choose(row), limit) for choose, row, limit in zip(choices, values, limits)]
+    ranks = [max(1, min(choose(row), limit)) for choose, row, limit in zip(choices, values, limits)]
     energy = values.square().cumsum(1)
     kept = energy.gather(1, torch.tensor(ranks)[:, None] - 1)[:, 0]
     shares = torch.where(energy[:, -1] > 0, kept / energy[:, -1], 1.0).clamp_max(1.0).tolist()

@@ -52,6 +52,13 @@ class LowRank:
         """The same change times ``weight``."""
         return replace(self, scale=self.scale * weight)
 
+    def of_some_rank(self) -> "LowRank":
+        """The same change, of a rank of at least 1: one of rank 0 gets a pair of zeros, which most algebra needs."""
+        if self.rank:
+            return self
+        down = self.down.new_zeros(1, *self.down.shape[1:])
+        return replace(self, down=down, up=self.up.new_zeros(len(self.up), 1))
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it is stored as, in the order of :meth:`map`."""
         yield from (self.down, self.up)

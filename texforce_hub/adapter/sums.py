@@ -31,6 +31,7 @@ class Sums:
 
     def __init__(self, layers: Sequence[Sequence[LowRank]]) -> None:
         self.dtype = sum_dtype(layers[0])
+        layers = [[layer.of_some_rank() for layer in each] for each in layers]
         columns, owners = _distinct(list(zip(*layers, strict=True)))
         self.up = _side_by_side([[layer.up for layer in each] for each in columns], self.dtype, dim=2)
         self.down = _side_by_side([[layer.down.flatten(1) for layer in each] for each in columns], self.dtype, dim=1)

@@ -42,7 +42,7 @@ def make_term(entry: StackEntry, contribution: Contribution, layer: Layer | None
 def make_pairs(
     entries: Sequence[StackEntry], contributions: Sequence[Contribution], layers: Sequence[Layer | None] | None = None
 ) -> list[tuple[LowRank, float]]:
-    """The low-rank changes of a parameter by these contributions, and their weights."""
+    """The low-rank changes of a parameter by these contributions, and their weights; PEFT makes none of rank 0."""
     layers = [None] * len(contributions) if layers is None else layers
     terms = [make_term(entries[c[0]], c, layer) for c, layer in zip(contributions, layers, strict=True)]
-    return [(layer, weight) for layer, weight in terms if isinstance(layer, LowRank)]
+    return [(layer.of_some_rank(), weight) for layer, weight in terms if isinstance(layer, LowRank)]
