@@ -4,6 +4,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from tests.support.pipelines_tiny import tiny_pipeline
 from texforce_hub.adapter.dense import Vector
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.value import Adapter
@@ -12,7 +13,7 @@ from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.apply.fold import measure_fold
 from texforce_hub.apply.rounding import round_stochastically
 from texforce_hub.cli import app
-from texforce_hub.errors import ConfigError, MergeError
+from texforce_hub.errors import AdapterError, ConfigError, MatchError, MergeError
 from texforce_hub.files.tensors import read_tensors
 from texforce_hub.hub.write import write_adapter
 from texforce_hub.shapes.models import make_text_encoder, make_tokenizer
@@ -216,6 +217,58 @@ def test_a_sum_by_blocks_of_rows_has_the_bits_of_the_whole_sum(monkeypatch, dtyp
     with summing.reused_memory():
         assert torch.equal(summing.rounded_sum(base, [(pair, 0.9)], None)[0], expected)
     assert torch.equal(summing.rounded_sum(base, [(pair, 0.9)], None)[0], expected)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+def test_weights_in_channels_last_order_get_the_bits_of_those_in_rows(seed):
+    weight, pair = large(64, 36, 4)
+    base, pair = weight.half().view(64, 4, 3, 3), LowRank(pair.down.view(4, 4, 3, 3), pair.up)
+    expected, loss = summing.rounded_sum(base, [(pair, 0.9)], seed)
+    result, other = summing.rounded_sum(base.to(memory_format=torch.channels_last), [(pair, 0.9)], seed)
+    assert torch.equal(result, expected)
+    assert torch.equal(other, loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_unet_in_channels_last_order_is_fused_into_and_restored(dtype):
+    pipe = tiny_pipeline("sd1")
+    pipe.unet.to(dtype=dtype, memory_format=torch.channels_last)
+    weight = pipe.unet.conv_in.weight
+    before = weight.detach().clone()
+    shape = weight.shape
+    adapter = Adapter({"unet.conv_in": LowRank(torch.randn(2, *shape[1:]), torch.randn(shape[0], 2))})
+    with apply_adapter(pipe, adapter, mode="fuse") as applied:
+        expected = (before.float() + adapter.delta("unet.conv_in")).to(dtype)
+        assert torch.allclose(weight.float(), expected.float(), atol=1e-5)
+        applied.set_weights([0.0])
+        assert torch.equal(weight, before)
+    assert torch.equal(weight, before)
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_weights_without_numbers_take_a_change_without_numbers():
+    nothing = LowRank(torch.zeros(1, 5), torch.zeros(0, 1))
+    result, loss = summing.rounded_sum(torch.zeros(0, 5).half(), [(nothing, 1.0)], None)
+    assert result.shape == (0, 5)
+    assert loss.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("mode", "error"), [("attach", AdapterError), ("fuse", MatchError)])
+def test_a_stack_too_large_for_the_weights_is_refused_and_nothing_changed(mode, error):
+    encoder = make_text_encoder(make_tokenizer()).half()
+    before = [parameter.detach().clone() for parameter in encoder.parameters()]
+    size = encoder.config.hidden_size
+    small = Adapter({NAME: LowRank(torch.full((2, size), 1e-3), torch.full((size, 2), 2e4))})
+    stack = [(small, 1.0)] * 2
+    with pytest.raises(error, match=r"too large for .*bfloat16 or float32"):
+        apply_adapter(encoder, [(small, 1e9), (small, 1.0)], mode=mode)
+    with apply_adapter(encoder, stack, mode=mode) as applied:
+        on = [parameter.detach().clone() for parameter in encoder.parameters()]
+        with pytest.raises(error, match="too large for"):
+            applied.set_weights([1e9, 1.0])
+        assert list(map(torch.equal, on, encoder.parameters())) == [True] * len(on)
+        assert [ref.weight for ref in applied.weights.values()] == [1.0, 1.0]
+    assert list(map(torch.equal, before, encoder.parameters())) == [True] * len(before)
 
 
 def test_a_change_that_float32_swallows_is_lost_and_said_to_be():

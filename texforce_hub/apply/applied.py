@@ -69,7 +69,8 @@ def apply_adapter(
             under each alone, and the mean is taken; ``"switch"``: each step is under one, by turns.
 
     Raises:
-        MatchError: an adapter does not fit; nothing was changed.
+        MatchError: an adapter does not fit, or is too large for the weights' dtype; nothing was changed.
+        AdapterError: NaN or infinity in an adapter, or numbers too large for the layers' dtype.
         ConfigError: an impossible weight, mode, schedule or composite.
         FamilyError: a schedule or composite on something else than an SD1, SD2 or SDXL pipeline.
 

@@ -1,13 +1,14 @@
 """The numbers of attached pairs: laid out in one piece of memory for all layers, and written there once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter.low_rank import LowRank
 from texforce_hub.adapter.moving import move_all
-from texforce_hub.adapter.tensors import wide
+from texforce_hub.adapter.tensors import holds_numbers, wide
+from texforce_hub.errors import AdapterError
 from texforce_hub.files.memory import apart, fresh
 
 Pair = tuple[LowRank, float]
@@ -21,6 +22,9 @@ def make_halves(orders: Sequence[tuple[Tensor, Sequence[Pair]]]) -> list[Halves]
 
     Those of one dtype on one device reach it by one copy, and lie in one piece of memory; still each is a tensor by
     itself, so that the libraries' ways of saving a model write each and no more.
+
+    Raises:
+        AdapterError: numbers, or weights multiplied into them, too large for the dtype.
     """
     kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, (weight, _) in enumerate(orders):
@@ -29,24 +33,44 @@ def make_halves(orders: Sequence[tuple[Tensor, Sequence[Pair]]]) -> list[Halves]
     for (device, dtype), indices in kinds.items():
         pieces = [piece for index in indices for piece in _pieces(orders[index][1], dtype)]
         ends = [() if orders[index][0].dim() == 2 else (1,) * (orders[index][0].dim() - 2) for index in indices]
-        views = iter(_lay_out(pieces, device, dtype))
+        block = _join(pieces, dtype)
+        _check_range((orders[index][1] for index in indices), block)
+        if block.device != device:
+            (block,) = move_all([block], device)
+        views = iter(apart(block, [piece.shape for piece in pieces]))
         halves |= {
             index: (down, up.view(*up.shape, *ones)) for index, down, up, ones in zip(indices, views, views, ends)
         }
     return [halves[index] for index in range(len(orders))]
 
 
-def _lay_out(pieces: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Copies of the pieces one behind the other; a device that is not theirs gets them as a whole."""
+def _join(pieces: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Copies of the pieces one behind the other, where they are."""
     here = pieces[0].device
     if any(piece.device != here for piece in pieces):
         pieces = move_all(pieces, here)
-    sizes = [piece.numel() for piece in pieces]
-    block = fresh(sum(sizes), dtype) if here.type == "cpu" else torch.empty(sum(sizes), dtype=dtype, device=here)
-    torch.cat([piece.reshape(-1) for piece in pieces], out=block)
-    if here != device:
-        (block,) = move_all([block], device)
-    return iter(apart(block, [piece.shape for piece in pieces]))
+    size = sum(piece.numel() for piece in pieces)
+    block = fresh(size, dtype) if here.type == "cpu" else torch.empty(size, dtype=dtype, device=here)
+    return torch.cat([piece.reshape(-1) for piece in pieces], out=block)
+
+
+def _check_range(pairs: Iterable[Sequence[Pair]], block: Tensor) -> None:
+    """Refuse numbers that became infinite in main memory; a device would be waited for, and is not asked.
+
+    Nothing is looked at where nothing can: in a dtype of float32's range, and where single pairs had the dtype before.
+
+    Raises:
+        AdapterError: they did.
+    """
+    dtype = block.dtype
+    if block.device.type != "cpu" or torch.finfo(dtype).max >= torch.finfo(torch.bfloat16).max:
+        return
+    changed = any(len(each) > 1 or any(t.dtype != dtype for t in each[0][0].tensors()) for each in pairs)
+    if changed and not holds_numbers(block):
+        raise AdapterError(
+            f"the stack's numbers, its weights in them, are too large for {dtype}: "
+            "load the model in bfloat16 or float32, or give the stack smaller weights"
+        )
 
 
 def _pieces(pairs: Sequence[Pair], dtype: torch.dtype) -> Halves:

@@ -39,7 +39,7 @@ from texforce_hub.apply.patch import (
     write,
 )
 from texforce_hub.apply.projections import calls_joined, find_joined
-from texforce_hub.apply.rounding import Loss, seed_for, total_loss
+from texforce_hub.apply.rounding import Loss, check_finite, seed_for, total_loss
 from texforce_hub.apply.schedule import Timeline, refuse_inside_call
 from texforce_hub.apply.summing import Term, reused_memory
 from texforce_hub.apply.terms import bring_layers, make_pairs, make_term
@@ -110,7 +110,9 @@ class Applied:
         Raises:
             ConfigError: an unknown label, another number of weights, an impossible weight, a stack whose weights
                 follow a schedule, or a text adapter's while a pipeline draws with it.
-            MatchError: the stack was taken off, or would not act: see :meth:`dead_layers`.
+            AdapterError: attached, the numbers are too large for the layers' dtype.
+            MatchError: the stack was taken off, or would not act (see :meth:`dead_layers`), or is too large for the
+                weights' dtype. Nothing is changed then.
         """
         if self._timeline is not None:
             raise ConfigError("this stack's weights follow a schedule; apply it again with other weights")
@@ -225,6 +227,7 @@ class Applied:
             with reused_memory():
                 self._write_all()
             self._note_losses()
+            check_finite(self.rounding_losses)
         wrappers = Wrappers(self.name)
         with torch.inference_mode(mode=False), torch.no_grad():
             pairs = {key: self._pairs(key) for key in self._riding}
@@ -282,6 +285,8 @@ class Applied:
         for part, of_part in alphas.items():
             note_alphas(self.roots[part], self.name, of_part)
         self._rewrite()
+        if self._on:
+            check_finite(self.rounding_losses)
 
     def _rewrite(self) -> None:
         if not self._writes:

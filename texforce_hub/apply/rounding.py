@@ -2,13 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from texforce_hub.adapter.tensors import wide
+from texforce_hub.errors import MatchError
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -31,6 +32,20 @@ def total_loss(losses: Iterable[Loss]) -> Loss:
     of_parameters = list(losses)
     errors, changes = ([getattr(loss, side) for loss in of_parameters] for side in ("error", "change"))
     return Loss(math.hypot(*errors), math.hypot(*changes))
+
+
+def check_finite(losses: Mapping[str, Loss]) -> None:
+    """Refuse losses of sums that became infinite, as far as the rows tell by which they are measured.
+
+    Raises:
+        MatchError: names the first parameter.
+    """
+    for name, loss in losses.items():
+        if not math.isfinite(loss.error):
+            raise MatchError(
+                f"{name}: base and stack together are too large for the weight's dtype: "
+                "load the model in bfloat16 or float32, or give the stack smaller weights"
+            )
 
 
 def measure_loss(base: Tensor, rounded: Tensor, change: Tensor) -> Loss:

@@ -60,10 +60,15 @@ def rounded_sum(
     numbers of a small weight and of one rounded at random, else on every 32nd row. The change is never read back
     out of a sum that has swallowed it.
 
+    Args:
+        out: a contiguous tensor of the same shape and dtype, takes the result.
+
     Returns:
-        the sum, and ``(2,)`` norms of the error and of the change, on the device of ``base``.
+        the sum, contiguous, and ``(2,)`` norms of the error and of the change, on the device of ``base``.
     """
-    result = torch.empty_like(base) if out is None else out
+    result = torch.empty(base.shape, dtype=base.dtype, device=base.device) if out is None else out
+    if not base.numel():
+        return result, torch.zeros(2, device=base.device)
     flat = (base.shape[0], -1)
     old, new = base.reshape(flat), result.view(flat)
     blocks = _blocks(old)
