@@ -6,7 +6,7 @@ sizes and random weights. Sides take turns in one process of one thread.
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,11 +167,6 @@ def fusing(repeats: int) -> None:
         touched = [module.weight.detach() for module in modules.values()]
         held: list[Any] = []
 
-        def one_pass(touched: list[Any] = touched) -> None:
-            for weight, saved in zip(touched, make_rooms(touched)):
-                assert saved is not None
-                weight.copy_(saved.copy_(weight))
-
         def sums(touched: list[Any] = touched) -> None:
             for weight, (up, down) in zip(touched, pairs):
                 weight.copy_(room.copy_(weight).addmm_(up, down))
@@ -180,9 +175,16 @@ def fusing(repeats: int) -> None:
             held.append(apply_adapter(encoder, adapter, mode="fuse"))
 
         off = {"fuse": lambda held=held: held.pop().remove()}
-        times = take_turns({"pass": one_pass, "sums": sums, "fuse": fuse}, repeats, after=off)
+        times = take_turns({"pass": partial(one_pass, touched), "sums": sums, "fuse": fuse}, repeats, after=off)
         passes = f"{ratio(times['fuse'], times['pass']):.1f}"
         row(str(dtype).removeprefix("torch."), times["pass"], times["sums"], times["fuse"], passes, times["fuse off"])
+
+
+def one_pass(weights: Sequence[torch.Tensor]) -> None:
+    """Copy the weights into fresh memory, taken as fusing takes it, and back."""
+    for weight, saved in zip(weights, make_rooms(weights)):
+        assert saved is not None
+        weight.copy_(saved.copy_(weight))
 
 
 def against_peft(repeats: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import merge
-from benchmarks.apply import PROJECTIONS, TEXT, make_adapter, make_encoder, make_pipeline
+from benchmarks.apply import PROJECTIONS, TEXT, make_adapter, make_encoder, make_pipeline, one_pass
 from benchmarks.timing import commit, head, ratio, row, take_turns
 from texforce_hub.apply.applied import apply_adapter
 from texforce_hub.files.writing import writing
@@ -49,13 +49,11 @@ def load_and_attach(folder: Path, clock: Clock) -> float:
 def fuse(folder: Path, clock: Clock) -> float:  # noqa: ARG001  # the ratios share one signature
     """An adapter into a text encoder in bfloat16: one pass over the weights to ours."""
     adapter, encoder, held = make_adapter("sd1", 0), make_encoder().to(torch.bfloat16), list[Any]()
-    touched = [module.weight for name, module in encoder.named_modules() if name.endswith(PROJECTIONS)]
-
-    def one_pass() -> None:
-        for weight, saved in zip(touched, [weight.detach().clone() for weight in touched]):
-            weight.detach().copy_(saved)
-
-    calls = {"theirs": one_pass, "ours": lambda: held.append(apply_adapter(encoder, adapter, mode="fuse"))}
+    touched = [module.weight.detach() for name, module in encoder.named_modules() if name.endswith(PROJECTIONS)]
+    calls = {
+        "theirs": lambda: one_pass(touched),
+        "ours": lambda: held.append(apply_adapter(encoder, adapter, mode="fuse")),
+    }
     return _ratio(calls, 7, clock, after={"ours": lambda: held.pop().remove()})
 
 
