@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.activations import GEGLU
 
 from tests.support.training import make_policy, tiny_pipeline
 from texforce_hub.errors import TrainingError
@@ -17,6 +18,7 @@ from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.memory import saved_bytes
 from texforce_hub.train.policies.frozen import frozen
+from texforce_hub.train.policies.lean import keeping_little
 from texforce_hub.train.policies.rows import Text, pull
 from texforce_hub.train.policies.sample import sample_images
 from texforce_hub.train.policies.stable_diffusion import StableDiffusion
@@ -117,6 +119,61 @@ def test_a_lean_graph_keeps_less_and_changes_no_bit(algorithm, checkpointing):
         assert not any({"forward", "_conv_forward"} & vars(module).keys() for module in modules)
     assert torch.equal(*updates)
     assert kept[0] < (1 if checkpointing else 0.8) * kept[1]
+
+
+class OwnConvolution(torch.nn.Conv2d):
+    def _conv_forward(self, images, weight, bias):
+        return 2 * super()._conv_forward(images, weight, bias)
+
+
+class OwnGate(GEGLU):
+    def forward(self, states):
+        return self.proj(states)
+
+
+def test_a_lean_graph_leaves_layers_alone_that_compute_something_else():
+    own = torch.nn.ModuleList([OwnConvolution(2, 2, 1), OwnGate(2, 2)]).requires_grad_(requires_grad=False)
+    images, states = torch.ones(1, 2, 3, 3), torch.ones(1, 2)
+    before = own[0](images), own[1](states)
+    with keeping_little(own):
+        assert torch.equal(own[0](images), before[0])
+        assert torch.equal(own[1](states), before[1])
+
+
+class Interrupted(torch.nn.Conv2d):
+    """Ctrl-C comes as its method is replaced."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "_conv_forward":
+            raise KeyboardInterrupt
+
+
+def test_ctrl_c_as_a_graph_is_made_lean_leaves_the_network_as_it_was():
+    network = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 1), Interrupted(2, 2, 1)).requires_grad_(requires_grad=False)
+    with pytest.raises(KeyboardInterrupt), keeping_little(network):
+        pass
+    assert not any("_conv_forward" in vars(module) for module in network)
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "changed"),
+    [("unet", "enable_gradient_checkpointing", "is_gradient_checkpointing"), ("vae", "enable_slicing", "use_slicing")],
+)
+def test_ctrl_c_as_a_pipeline_is_frozen_leaves_it_as_it_was(monkeypatch, part, method, changed):
+    pipe = copy.deepcopy(tiny_pipeline())
+    module = getattr(pipe, part)
+    enable = getattr(module, method)
+
+    def interrupted():
+        enable()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, method, interrupted)
+    with pytest.raises(KeyboardInterrupt), frozen(pipe, checkpointing=True, tiling=True):
+        pass
+    assert not getattr(module, changed)
+    assert not pipe.unet.training
 
 
 def test_a_unet_with_dropout_is_not_checkpointed():

@@ -46,6 +46,21 @@ def test_a_run_that_beats_nothing_leaves_the_command_line_with_1(tmp_path, monke
     assert not list((tmp_path / "flat").glob("*.safetensors"))
 
 
+def test_a_reward_without_any_gradient_is_said_to_have_none(tmp_path, monkeypatch):
+    module = types.ModuleType("level")
+
+    def score(images, prompts):
+        return 0 * images.mean((1, 2, 3))
+
+    score.differentiable = True
+    monkeypatch.setattr(module, "score", score, raising=False)
+    monkeypatch.setitem(sys.modules, "level", module)
+    settings = {"algorithm": "direct", "reward": ("python:level:score",), "validate_every": 0}
+    with pytest.raises(NotBetterError, match="the gradient of python:level:score was 0 in every picture"):
+        run(tmp_path, steps=1, inference_steps=2, **settings)
+    assert not (tmp_path / ADAPTER).exists()
+
+
 def constant_reward(monkeypatch):
     """A reward that cannot tell pictures apart: every group is flat, no step has a gradient."""
     module = types.ModuleType("constant")
@@ -110,6 +125,19 @@ def test_the_best_multiple_of_the_kept_weights_goes_into_the_file(tmp_path, monk
     assert "texforce_hub.multiple" not in run(tmp_path / "stretched", reward=reward, stretch=1.4, **settings).metadata
     state, longer = saved(tmp_path / "plain"), saved(tmp_path / "stretched")
     assert all(torch.equal(state.tensors[name], tensor) for name, tensor in longer.tensors.items())
+
+
+def test_what_an_adapter_of_init_had_is_not_stretched(tmp_path, monkeypatch):
+    settings = {"steps": 1, "keep": "last", "validate_every": 1, "init": str(tmp_path / "init" / ADAPTER)}
+    first = run(tmp_path / "init", steps=1, validate_every=0)
+    plain = run(tmp_path / "plain", reward=scripted_reward(monkeypatch, [0.5, 0, 0.6]), **settings)
+    reward = scripted_reward(monkeypatch, [0.5, 0, 0.6, 0.7, 0.8])
+    adapter = run(tmp_path / "stretched", reward=reward, stretch=1.4, **settings)
+    assert adapter.metadata["texforce_hub.multiple"] == "1.4"
+    for name, layer in adapter.layers.items():
+        began, ended = first.layers[name].up, plain.layers[name].up
+        torch.testing.assert_close(layer.up, began + 1.4 * (ended - began))
+        assert torch.equal(layer.down, plain.layers[name].down)
 
 
 def test_a_multiple_at_which_the_watched_reward_falls_is_not_taken(tmp_path, monkeypatch):

@@ -175,6 +175,26 @@ def test_a_state_of_an_earlier_version_is_refused_in_one_line_that_says_so(whole
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("absent", ["antithetic", "stretch"])
+def test_a_state_that_does_not_say_a_setting_is_refused_and_not_taken_to_have_had_todays_default(
+    whole, tmp_path, absent
+):
+    state = saved(whole)
+    settings = {name: value for name, value in state.facts["config"].items() if name != absent}
+    write_checkpoint(tmp_path, State(state.step, state.tensors, state.facts | {"config": settings}), keep=2)
+    with pytest.raises(ConfigError, match=rf"earlier version \(its settings have no '{absent}'\), which cannot go on"):
+        run(tmp_path, antithetic=True, stretch=1.0)
+
+
+def test_a_state_without_settings_that_change_no_result_goes_on(whole, tmp_path):
+    state = saved(whole)
+    settings = {name: value for name, value in state.facts["config"].items() if name not in ("offload", "track")}
+    settings["batch"] = settings.pop("batch_size")  # as it was called
+    write_checkpoint(tmp_path, State(state.step, state.tensors, state.facts | {"config": settings}), keep=2)
+    run(tmp_path)
+    assert bits(tmp_path) == bits(whole)
+
+
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, Stopped, None])
 def test_a_run_leaves_no_lock_however_it_ends(tmp_path, reason):
     def stop(report):

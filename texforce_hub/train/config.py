@@ -36,7 +36,7 @@ class TrainConfig(Settings):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the frozen weights; the LoRA is float32
     resolution: Annotated[int | None, at_least(8)] = None  # pictures' side in pixels; by default the U-Net's own
     batch_size: Natural = 0  # pictures in one U-Net call; 0: as many as memory holds, at most 64
-    checkpointing: bool = False  # recompute the U-Net's activations: 20 times less memory, 35 % more work
+    checkpointing: bool = False  # recompute the U-Net's activations: a fifth of the memory, a third more work
     offload: bool = False  # keep on the CPU what is not at work: decoder, text encoders, learned rewards
     tiling: bool = False  # decode pictures one at a time, large ones in tiles
     decoder: str | None = None  # a small decoder (AutoencoderTiny) for rollouts and sheets: a folder, or a Hub id
@@ -87,8 +87,8 @@ class TrainConfig(Settings):
     validation_steps: Annotated[int | None, at_least(1)] = None  # denoising steps of a validation picture, without
     # noise (eta 0); by default as many as in a rollout
     keep: Literal["best", "last"] = "best"  # the weights in the finished file: best in validation, or the last
-    stretch: Annotated[float, at_least(1)] = 1.4  # at the end the kept weights are tried at up to this multiple on the
-    # validation prompts, and the best goes into the file; 1: as they are
+    stretch: Annotated[float, at_least(1)] = 1.4  # at the end what was learned is tried at up to this multiple on the
+    # validation prompts, and the best goes into the file; 1, or without validations: as it is
     patience: Natural = 0  # end after so many validations without a new best, 0 = never
 
     checkpoint_every: Count = 10  # steps between checkpoints
@@ -151,6 +151,12 @@ def make_config(settings: dict[str, Any]) -> TrainConfig:
         settings["dtype"] = spell_dtype(dtype)
     lists = {name: [value] for name in ("reward", "watch", "track") if isinstance(value := settings.get(name), str)}
     return TrainConfig.from_table(settings | lists)
+
+
+def unsaid(settings: dict[str, Any]) -> list[str]:
+    """Settings, of those that make a run what it is, that are not among these."""
+    said = {RENAMED.get(name, name) for name in settings}
+    return [field.name for field in fields(TrainConfig) if field.name not in RESUMABLE | said]
 
 
 def differing(config: TrainConfig, other: TrainConfig) -> list[str]:

@@ -25,7 +25,7 @@ class Learner:
         self.config, self.team = config, team
         betas, decay = (config.beta1, config.beta2), config.weight_decay
         self.optimizer = torch.optim.AdamW(self.parameters.values(), config.learning_rate, betas, weight_decay=decay)
-        self.average, self.best = self._copies(), self._copies()
+        self.first, self.average, self.best = self._copies(), self._copies(), self._copies()
         self.step = self.best_step = 0
         self.taught = False  # whether any step's rewards had a gradient
         self.batch_size = config.batch_size
@@ -105,12 +105,19 @@ class Learner:
             self.best = {name: tensor.clone() for name, tensor in self.average.items()}
         self.validations.append((self.step, score))
 
+    def stretch(self, weights: Mapping[str, Tensor], multiple: float) -> dict[str, Tensor]:
+        """Weights whose ``up`` has moved ``multiple`` times as far from where it began: from 0, or from ``init``'s."""
+        if multiple == 1:
+            return dict(weights)
+        ups = {name: self.first[name] for name in weights if ".lora_B." in name}
+        return {**weights, **{name: first + multiple * (weights[name] - first) for name, first in ups.items()}}
+
     @contextmanager
-    def showing(self, weights: Mapping[str, Tensor], multiple: float = 1.0) -> Iterator[None]:
-        """Other weights instead of the parameters, their LoRA's change times ``multiple``, and back."""
+    def showing(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other weights instead of the parameters, and back."""
         before = self._copies()
         try:
-            self._put({n: tensor * multiple if ".lora_B." in n else tensor for n, tensor in weights.items()})
+            self._put(weights)
             yield
         finally:
             self._put(before)
@@ -129,7 +136,7 @@ class Learner:
     def list_absent(self, state: State) -> list[str]:
         """What :meth:`restore` needs and a state of an earlier version does not have."""
         tensors = [f"{kind}/{name}" for kind in ("lora", "average", "best") for name in self.parameters]
-        facts = ("best_step", "batch_size", "validations", "watched", "threads", "processes")
+        facts = ("best_step", "batch_size", "taught", "validations", "watched", "threads", "processes")
         return [*(n for n in facts if n not in state.facts), *(n for n in tensors if n not in state.tensors)]
 
     def restore(self, state: State) -> None:
@@ -142,7 +149,7 @@ class Learner:
         self.average, self.best = stored("average"), stored("best")
         self.step, self.best_step = state.step, state.facts["best_step"]
         self.batch_size = state.facts["batch_size"]
-        self.taught = state.facts.get("taught", state.step > 0)  # older states do not say
+        self.taught = state.facts["taught"]
         self.validations, self.watched = (
             [(step, score) for step, score in state.facts[name]] for name in ("validations", "watched")
         )

@@ -26,7 +26,7 @@ from texforce_hub.pipelines.load import load_pipeline
 from texforce_hub.pipelines.pin import pin_base
 from texforce_hub.rewards.reward import Reward, resolve_rewards
 from texforce_hub.train.algorithms.direct import require_gradients
-from texforce_hub.train.config import TrainConfig, differing, make_config
+from texforce_hub.train.config import TrainConfig, differing, make_config, unsaid
 from texforce_hub.train.judge import Judge
 from texforce_hub.train.learner import Learner
 from texforce_hub.train.lora import load_lora, read_scales
@@ -87,10 +87,15 @@ def _refuse_nothing_learned(run: TrainingRun) -> None:
     if learner.step == 0:
         raise NotBetterError("the time was up before the first step was taken; no adapter is written")
     if not learner.taught:
+        names, state = ", ".join(config.reward), f"the state is in checkpoint-{learner.step}"
+        if config.algorithm == "direct":
+            raise NotBetterError(
+                f"no step of {learner.step} had anything to learn from: the gradient of {names} was 0 in every "
+                f"picture, so no adapter is written; take another reward, or --algorithm streaming; {state}"
+            )
         raise NotBetterError(
-            f"no step of {learner.step} had anything to learn from: {', '.join(config.reward)} gave every prompt's "
-            "pictures the same, so no adapter is written; take another reward, more images_per_prompt, or a lower "
-            f"guidance; the state is in checkpoint-{learner.step}"
+            f"no step of {learner.step} had anything to learn from: {names} gave every prompt's pictures the same, so "
+            f"no adapter is written; take another reward, more images_per_prompt, or a lower guidance; {state}"
         )
     first, best = learner.validations[0][1], max(score for _, score in learner.validations[1:])
     raise NotBetterError(
@@ -188,11 +193,15 @@ def _go_on(run: TrainingRun, state: State) -> None:
 
 def _read_config(state: State, config: TrainConfig) -> TrainConfig:
     try:
-        return make_config({**state.facts["config"], "output": config.output})
+        settings = state.facts["config"]
+        was = make_config({**settings, "output": config.output})
     except KeyError:
         raise _earlier_version(config, "its state has no settings") from None
     except ConfigError as error:
         raise _earlier_version(config, str(error)) from error
+    if absent := unsaid(settings):  # today's default need not be what was done
+        raise _earlier_version(config, f"its settings have no {absent[0]!r}")
+    return was
 
 
 def _earlier_version(config: TrainConfig, reason: str) -> ConfigError:

@@ -68,7 +68,7 @@ class TrainingRun:
     samples: list[str]  # prompts of the sheets
     team: Team = ALONE
     late: bool = False  # max_minutes are over
-    multiple: float = 1.0  # of the kept weights, what goes into the file
+    multiple: float = 1.0  # of what the kept weights have learned, what goes into the file
     started: float = field(default_factory=monotonic)
 
     def take_step(self) -> StepReport:
@@ -123,10 +123,10 @@ class TrainingRun:
         return scores.mean().item()
 
     def choose_multiple(self) -> None:
-        """Try the kept weights, stretched, on the validation prompts; the best multiple goes into the file.
+        """Try what was learned, stretched, on the validation prompts; the best multiple goes into the file.
 
-        What the anchor holds hardly moves when the weights are stretched, so that more is gained than lost. A multiple
-        at which what is watched has fallen is not taken.
+        What the anchor holds hardly moves when the weights are stretched, so that more is gained than lost. What an
+        adapter of ``init`` had is not stretched. A multiple at which what is watched has fallen is not taken.
         """
         config, learner = self.config, self.learner
         step, weights = learner.kept
@@ -135,13 +135,15 @@ class TrainingRun:
             return
         best = before
         for multiple in ((1 + config.stretch) / 2, config.stretch):
-            scores, *watched = self._score_held_out(weights, multiple)
+            scores, *watched = self._score_held_out(learner.stretch(weights, multiple))
             fallen = watched and _has_fallen(watched[0], learner.watched[0][1])
-            self.say("validation at %g times the weights: %.3f", multiple, scores.mean().item(), level=logging.INFO)
+            self.say(
+                "validation at %g times what was learned: %.3f", multiple, scores.mean().item(), level=logging.INFO
+            )
             if scores.mean().item() > best and not fallen:
                 best, self.multiple = scores.mean().item(), multiple
 
-    def _score_held_out(self, weights: Mapping[str, Tensor], multiple: float = 1.0) -> list[Tensor]:
+    def _score_held_out(self, weights: Mapping[str, Tensor]) -> list[Tensor]:
         """What the judge, and the watch if there is one, give the validation's pictures, drawn by all processes."""
         config, number = self.config, self.config.validation_images
         judges = [self.judge, self.watch] if self.watch.rewards else [self.judge]
@@ -149,7 +151,7 @@ class TrainingRun:
         share = self.team.share(len(texts))
         scores = [torch.empty(len(judge.rewards), 0) for judge in judges]
         if own := [text for text in texts[share] for _ in range(number)]:
-            with self.learner.showing(weights, multiple):
+            with self.learner.showing(weights):
                 steps = config.picture_steps
                 images = sample_images(self.policy, texts, images=number, steps=steps, seed=0, share=share)
             scores = [judge.score(images, own) for judge in judges]
@@ -176,9 +178,9 @@ class TrainingRun:
     def adapter(self) -> Adapter:
         """The weights that the run has to show, as an adapter."""
         step, weights = self.learner.kept
-        scales = {name: scale * self.multiple for name, scale in read_scales(self.policy.encoders).items()}
         facts = self.prompts.facts | ({"multiple": f"{self.multiple:g}"} if self.multiple != 1 else {})
-        return read_lora(weights, scales, describe_run(self.config, step, facts))
+        stretched = self.learner.stretch(weights, self.multiple)
+        return read_lora(stretched, read_scales(self.policy.encoders), describe_run(self.config, step, facts))
 
     def save(self, state: State) -> None:
         """Write a checkpoint, and the adapter as it is now if it is better than nothing."""

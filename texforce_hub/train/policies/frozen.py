@@ -57,9 +57,9 @@ def _checkpointed(pipeline: Any) -> Iterator[None]:
     was = getattr(network, "is_gradient_checkpointing", False)
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules()):
         raise TrainingError("the network has dropout, which gradient checkpointing would switch on; leave it out")
-    network.enable_gradient_checkpointing()
-    network.train()
     try:
+        network.enable_gradient_checkpointing()
+        network.train()
         yield
     finally:
         if not was:
@@ -69,9 +69,9 @@ def _checkpointed(pipeline: Any) -> Iterator[None]:
 @contextmanager
 def _tiled(vae: Any, wanted: bool) -> Iterator[None]:  # noqa: FBT001
     names = [name for name in ("slicing", "tiling") if wanted and not getattr(vae, f"use_{name}", False)]
-    for name in names:
-        getattr(vae, f"enable_{name}")()
     try:
+        for name in names:
+            getattr(vae, f"enable_{name}")()
         yield
     finally:
         for name in names:
@@ -82,9 +82,9 @@ def _tiled(vae: Any, wanted: bool) -> Iterator[None]:  # noqa: FBT001
 def _upcast(pipeline: Any) -> Iterator[None]:
     vae = pipeline.vae
     overflows = hasattr(pipeline, "upcast_vae") and vae.dtype == torch.float16 and vae.config.force_upcast
-    if overflows:
-        vae.float()
     try:
+        if overflows:
+            vae.float()
         yield
     finally:
         if overflows:

@@ -23,20 +23,27 @@ def keeping_little(*networks: nn.Module) -> Iterator[None]:
     methods = [
         ("_conv_forward", partial(_convolve, m), m) for m in modules if isinstance(m, nn.Conv2d) and _is_plain(m)
     ]
-    methods += [("forward", partial(_gate, m), m) for m in modules if isinstance(m, GEGLU)]
-    ours = [(name, method, module) for name, method, module in methods if name not in vars(module)]
-    for name, method, module in ours:
-        setattr(module, name, method)
+    methods += [
+        ("forward", partial(_gate, m), m) for m in modules if isinstance(m, GEGLU) and _keeps(m, "forward", GEGLU)
+    ]
     try:
+        for name, method, module in methods:
+            setattr(module, name, method)
         yield
     finally:
-        for name, _, module in ours:
-            delattr(module, name)
+        for name, _, module in methods:
+            vars(module).pop(name, None)
 
 
 def _is_plain(module: nn.Conv2d) -> bool:
     frozen = not any(p.requires_grad for p in module.parameters())
-    return frozen and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    padded = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return frozen and padded and _keeps(module, "_conv_forward", nn.Conv2d)
+
+
+def _keeps(module: nn.Module, name: str, kind: type[nn.Module]) -> bool:
+    """Whether a module's method is that of its kind: no subclass has another, and nobody has put one in its stead."""
+    return getattr(type(module), name) is getattr(kind, name) and name not in vars(module)
 
 
 def _convolve(module: nn.Conv2d, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
