@@ -178,7 +178,8 @@ def train(folder: Path, recipe: str, seed: int) -> Run:
         adapter = None
     metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     curve = [(spent(config, m["step"]), m["validation"]) for m in metrics if m["validation"] is not None]
-    return Run(adapter, spent(config, config.steps) + STRETCHES * validation_units(config), curve)
+    stretched = STRETCHES * validation_units(config) if adapter else 0
+    return Run(adapter, spent(config, config.steps) + stretched, curve)
 
 
 def measure(pipe: Any, variants: dict[str, Variant], noisy: set[str]) -> Evaluation:
@@ -219,7 +220,8 @@ def plot_frontier(frontier: Mapping[str, Sequence[tuple[float, float]]], base: t
     figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     for name, points in frontier.items():
-        axes.plot(*zip(*points, strict=True), "o", color=COLOURS[name], label=name)
+        known, noisy = [point[0] for point in points], [point[1] for point in points]
+        axes.plot(known, noisy, "o", color=COLOURS[name], label=name)
     axes.plot(*base, "x", color="black", label="base")
     axes.axvline(base[0] - 0.01, color="gray", linewidth=0.8, linestyle=":")
     axes.axhline(0.70, color="gray", linewidth=0.8, linestyle=":")

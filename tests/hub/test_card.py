@@ -1,5 +1,6 @@
 """The card of an adapter: YAML and Markdown that show what they were given, whatever that is."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from huggingface_hub import ModelCard
 from texforce_hub.hub.card import BEGIN, END, CardFacts, CardFile, CardImage, MergeSource, Score, render_card
 from texforce_hub.hub.markdown import escape, fence
 from texforce_hub.hub.privacy import strip_paths
+from texforce_hub.hub.provenance import read_training
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -130,3 +132,17 @@ def test_escaped_text_and_fences():
 )
 def test_paths_of_this_machine_are_their_last_component(text, shown):
     assert strip_paths(text) == (text if shown is None else shown)
+
+
+def test_a_card_says_which_weights_of_a_run_the_file_holds():
+    config = {"algorithm": "streaming", "steps": 120, "antithetic": True, "anchor": 20.0}
+    metadata = {"texforce_hub.config": json.dumps(config), "texforce_hub.steps": "100"}
+    training = read_training(metadata | {"texforce_hub.multiple": "1.4"}, None)
+    assert training is not None
+    assert training.settings == {
+        "algorithm": "streaming", "steps": "120", "weights of step": "100", "stretched by": "1.4",
+        "antithetic": "True", "anchor": "20.0",
+    }  # fmt: skip
+    plain = read_training(metadata, None)
+    assert plain is not None
+    assert "stretched by" not in plain.settings

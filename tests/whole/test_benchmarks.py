@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, quick
+from benchmarks import gpu, quick, train
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,9 @@ def test_the_other_work_of_a_busy_machine_ends_with_a_benchmark_that_is_killed()
         assert int(benchmark.stdout.readline()) != benchmark.pid
         benchmark.kill()
         benchmark.communicate(timeout=60)  # the pipe ends when both have
+
+
+def test_a_recipe_of_which_no_seed_beat_the_base_leaves_the_frontier_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "FRONTIER", tmp_path / "frontier.png")
+    train.plot_frontier({"streaming": [(0.8, 0.7)], "direct": []}, (0.81, 0.44))
+    assert (tmp_path / "frontier.png").stat().st_size > 1000

@@ -21,16 +21,20 @@ _SHOWN = (
     "reward",
     "reward_licences",
     "prompts",
+    "algorithm",
     "steps",
+    "weights_of_step",
+    "stretched_by",
     "rank",
     "alpha",
     "learning_rate",
     "prompts_per_step",
     "images_per_prompt",
+    "antithetic",
     "inference_steps",
     "guidance",
     "uncond",
-    "kl",
+    "anchor",
     "keep",
     "seed",
 )
@@ -102,7 +106,8 @@ def read_training(metadata: Mapping[str, str], folder: Path | None) -> Training 
 def _describe(
     settings: Mapping[str, Any], metadata: Mapping[str, str], curve: Path | None, sheet: Path | None, config: str
 ) -> Training:
-    settings = {**settings, "reward_licences": metadata.get("texforce_hub.reward_licenses", "")}
+    ends = {"reward_licences": "reward_licenses", "weights_of_step": "steps", "stretched_by": "multiple"}
+    settings = {**settings, **{name: metadata.get(f"texforce_hub.{key}", "") for name, key in ends.items()}}
     shown = {name: _write(settings[name]) for name in _SHOWN if settings.get(name) not in (None, "")}
     return Training(
         {name.replace("_", " "): value for name, value in shown.items()},

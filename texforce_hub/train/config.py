@@ -36,7 +36,7 @@ class TrainConfig(Settings):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the frozen weights; the LoRA is float32
     resolution: Annotated[int | None, at_least(8)] = None  # pictures' side in pixels; by default the U-Net's own
     batch_size: Natural = 0  # pictures in one U-Net call; 0: as many as memory holds, at most 64
-    checkpointing: bool = False  # recompute the U-Net's activations: a fifth of the memory, a third more work
+    checkpointing: bool = False  # recompute the U-Net's activations: a sixth of the memory, a third more work
     offload: bool = False  # keep on the CPU what is not at work: decoder, text encoders, learned rewards
     tiling: bool = False  # decode pictures one at a time, large ones in tiles
     decoder: str | None = None  # a small decoder (AutoencoderTiny) for rollouts and sheets: a folder, or a Hub id
