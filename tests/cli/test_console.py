@@ -78,7 +78,7 @@ def test_no_memory_is_one_line(monkeypatch, capsys, error):
     def fail():
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "make_app", lambda _: fail)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 2
@@ -91,7 +91,7 @@ def test_an_error_of_ours_stays_one(monkeypatch):
     def fail():
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(cli, "make_app", lambda _: fail)
     with pytest.raises(RuntimeError, match="multiplied"):
         cli.main()
 

@@ -32,7 +32,7 @@ def hang(path):
         print("ready", flush=True)
         time.sleep(60)
 
-cli.app = lambda: hang(sys.argv[1])
+cli.make_app = lambda _: lambda: hang(sys.argv[1])
 cli.main()
 """
 
