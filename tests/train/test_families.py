@@ -144,6 +144,17 @@ def test_checkpointing_changes_nothing_but_rounding(name):
     assert difference(*gradients) < 1e-5
 
 
+@pytest.mark.parametrize("algorithm", [streaming, direct])
+@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux"])
+def test_a_lean_graph_changes_no_bit(name, algorithm):
+    gradients = []
+    for lean in (True, False):
+        policy, parameters = policy_of(name)
+        with frozen(policy.pipeline, lean=lean):
+            gradients.append(gradient_of(algorithm, policy, parameters))
+    assert difference(*gradients) == 0
+
+
 def test_a_vae_that_overflows_in_float16_decodes_in_float32_meanwhile():
     pipe = family_pipeline("sdxl")
     before = {name: tensor.clone() for name, tensor in pipe.vae.half().state_dict().items()}

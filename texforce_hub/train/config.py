@@ -30,7 +30,9 @@ class TrainConfig(Settings):
     negative_prompt: str = ""  # what guidance steers away from
     allow_cut: bool = False  # train on prompts that are longer than the text encoder, cut
     steps: Count = 120  # rollouts, each followed by its updates
-    max_minutes: Annotated[float | None, ABOVE_ZERO] = None  # end after so long, as if those had been all steps
+    max_minutes: Annotated[float | None, ABOVE_ZERO] = (
+        None  # after so long, no more steps are begun; validations follow
+    )
     seed: int = 0  # of everything random; the same seed gives the same adapter (on CPU, bit for bit)
     device: str | None = None  # where to run; by default a GPU if there is one
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"  # of the frozen weights; the LoRA is float32
