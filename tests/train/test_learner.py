@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from tests.support.training import run, short_config
+from tests.support.training import make_policy, run, short_config
 from texforce_hub.errors import ConfigError, TrainingError
 from texforce_hub.hub.read import read_adapter
 from texforce_hub.train.learner import Learner, learning_rate_share
+from texforce_hub.train.lora import read_scales
 from texforce_hub.train.run_folder import ADAPTER
 
 
@@ -61,3 +62,30 @@ def test_the_layers_that_are_trained_and_their_ranks_can_be_chosen(tmp_path):
     ]
     with pytest.raises(ConfigError, match="expected PATTERN=NUMBER"):
         run(tmp_path / "bad", rank_pattern=("layers.0",))
+
+
+def test_a_pattern_gives_the_layers_inside_what_it_names_their_rank_and_alpha():
+    policy, parameters = make_policy(
+        rank_pattern=("layers.0=2", r".*\.1\..*q_proj=3"), alpha_pattern=("v_proj=5",), disturbed=False
+    )
+    ranks = {name: len(tensor) for name, tensor in parameters.items() if ".lora_A." in name}
+    assert all(rank == 2 for name, rank in ranks.items() if ".layers.0." in name)
+    assert all(rank == (3 if "q_proj" in name else 4) for name, rank in ranks.items() if ".layers.1." in name)
+    assert {2, 3, 4} == set(ranks.values())
+    scales = {name: scale for name, scale in read_scales(policy.encoders).items() if ".layers.2." in name}
+    assert all(scale == (5 / 4 if "v_proj" in name else 8 / 4) for name, scale in scales.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank_pattern": ("layers.77=8",)}, "'layers.77=8' is of no trained layer; they are such as .*_proj"),
+        ({"alpha_pattern": ("fc1=8",)}, "'fc1=8' is of no trained layer"),
+        ({"alpha_pattern": ("(=8",)}, "is no regular expression"),
+        ({"rank_pattern": ("layers.0=2.5",)}, "expected a whole number for a rank"),
+        ({"rank_pattern": ("layers.0=0.5",)}, "expected a whole number for a rank"),
+    ],
+)
+def test_a_pattern_that_no_layer_matches_or_that_cannot_be_read_is_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        make_policy(**settings)

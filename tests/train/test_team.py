@@ -15,6 +15,7 @@ from accelerate.state import PartialState
 from tests.support.kills import ends_with, in_child
 from tests.support.training import Stopped, run, saved
 from texforce_hub.files.checkpoint import list_checkpoints
+from texforce_hub.hub.read import read_adapter
 from texforce_hub.train.run_folder import ADAPTER
 from texforce_hub.train.team import Team
 
@@ -94,6 +95,15 @@ def test_processes_together_learn_what_one_does_and_all_hold_the_same(alone, tmp
     assert_same(tmp_path, alone)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2  # one of them keeps the log
     assert (tmp_path / "samples" / "step-2.png").exists()
+
+
+def test_processes_together_choose_the_multiple_that_one_does(tmp_path):
+    settings = {"stretch": 1.4, "learning_rate": 0.02, "validate_every": 1}
+    alone = train(tmp_path / "one", **settings)
+    (tmp_path / "two").mkdir()
+    assert len(finish(2, tmp_path / "two", **settings)) == 1
+    together = read_adapter(str(tmp_path / "two"))
+    assert together.metadata["texforce_hub.multiple"] == alone.metadata["texforce_hub.multiple"] == "1.4"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -36,8 +37,9 @@ def attach_lora(
     names begin with the part. ``idle`` counts each encoder's last layers that get none.
 
     Raises:
-        ConfigError: a pattern that cannot be read.
+        ConfigError: a pattern that cannot be read, or that no layer matches.
     """
+    _check_patterns(config, [name for encoder in encoders.values() for name in _targets(encoder, config)])
     generator, adapted, parameters = Generator().manual_seed(seed), dict[str, nn.Module](), dict[str, nn.Parameter]()
     for part, encoder in encoders.items():
         shared = {id(t): t for t in (*encoder.parameters(), *encoder.buffers())}
@@ -53,24 +55,51 @@ def attach_lora(
 
 def _lora_settings(encoder: nn.Module, config: TrainConfig, idle: int) -> LoraConfig:
     layers = list(range(cast(Any, encoder).config.num_hidden_layers - idle))
+    names = _targets(encoder, config)
+    ranks, alphas = (_read_pattern(entries) for entries in (config.rank_pattern, config.alpha_pattern))
     return LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         target_modules=TARGETS[config.target],
         layers_to_transform=layers if idle else None,
         lora_dropout=0.0,
-        rank_pattern={name: int(value) for name, value in _read_pattern(config.rank_pattern).items()},
-        alpha_pattern=_read_pattern(config.alpha_pattern),
+        rank_pattern={pattern: int(value) for pattern, value in ranks.items() if _matches(pattern, names)},
+        alpha_pattern={pattern: value for pattern, value in alphas.items() if _matches(pattern, names)},
     )
 
 
+def _targets(encoder: nn.Module, config: TrainConfig) -> list[str]:
+    """Names of the layers of the target's kinds."""
+    return [name for name, _ in encoder.named_modules() if name.rpartition(".")[2] in TARGETS[config.target]]
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    """Whether PEFT would take the pattern for one of these layers."""
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+
+
+def _check_patterns(config: TrainConfig, names: Sequence[str]) -> None:
+    for entry in (*config.rank_pattern, *config.alpha_pattern):
+        (pattern,) = _read_pattern([entry])
+        if not _matches(pattern, names):
+            raise ConfigError(f"pattern {entry!r} is of no trained layer; they are such as {names[0]}, by target")
+    for entry in config.rank_pattern:
+        if not entry.rpartition("=")[2].isdecimal():
+            raise ConfigError(f"pattern {entry!r}; expected a whole number for a rank")
+
+
 def _read_pattern(entries: Sequence[str]) -> dict[str, float]:
+    """Values by PEFT's patterns, which match the end of a layer's name: ours may also be the name of what it is in."""
     pattern = {}
     for entry in entries:
         name, _, value = entry.rpartition("=")
         if not name or not value.replace(".", "", 1).isdecimal() or not 0 < float(value) <= sys.float_info.max:
             raise ConfigError(f"pattern {entry!r}; expected PATTERN=NUMBER, such as layers.0=8")
-        pattern[name] = float(value)
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise ConfigError(f"pattern {entry!r} is no regular expression: {error}") from error
+        pattern[rf"(?:{name})(\..+)?"] = float(value)
     return pattern
 
 
