@@ -214,10 +214,8 @@ def _run(config: Any, as_json: bool) -> None:
         except NotBetterError as error:
             say(str(error))
             raise typer.Exit(1) from None
-    step, multiple = (
-        int(adapter.metadata["texforce_hub.steps"]),
-        float(adapter.metadata.get("texforce_hub.multiple", 1)),
-    )
+    step = int(adapter.metadata["texforce_hub.steps"])
+    multiple = float(adapter.metadata.get("texforce_hub.multiple", 1))
     path = Path(config.output) / ADAPTER
     if as_json:
         facts = {"steps": config.steps, "weights_of_step": step, "multiple": multiple, "seed": config.seed}

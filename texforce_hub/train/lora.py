@@ -39,11 +39,12 @@ def attach_lora(
     Raises:
         ConfigError: a pattern that cannot be read, or that no layer matches.
     """
-    _check_patterns(config, [name for encoder in encoders.values() for name in _targets(encoder, config)])
+    targets = {part: _targets(encoder, config) for part, encoder in encoders.items()}
+    _check_patterns(config, [name for names in targets.values() for name in names])
     generator, adapted, parameters = Generator().manual_seed(seed), dict[str, nn.Module](), dict[str, nn.Parameter]()
     for part, encoder in encoders.items():
         shared = {id(t): t for t in (*encoder.parameters(), *encoder.buffers())}
-        settings = _lora_settings(encoder, config, (idle or {}).get(part, 0))
+        settings = _lora_settings(encoder, targets[part], config, (idle or {}).get(part, 0))
         adapted[part] = inject_adapter_in_model(settings, copy.deepcopy(encoder, memo=dict(shared))).eval()
         for name, parameter in adapted[part].named_parameters():
             if ".lora_" in name:
@@ -53,9 +54,8 @@ def attach_lora(
     return adapted, parameters
 
 
-def _lora_settings(encoder: nn.Module, config: TrainConfig, idle: int) -> LoraConfig:
+def _lora_settings(encoder: nn.Module, names: Sequence[str], config: TrainConfig, idle: int) -> LoraConfig:
     layers = list(range(cast(Any, encoder).config.num_hidden_layers - idle))
-    names = _targets(encoder, config)
     ranks, alphas = (_read_pattern(entries) for entries in (config.rank_pattern, config.alpha_pattern))
     return LoraConfig(
         r=config.rank,
